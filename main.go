@@ -1,0 +1,2608 @@
+/*
+Blobnom is a small, durable blob server: an HTTP interface over a set of
+SQLite databases (shards), the shard of a key chosen by a hash of the key.
+
+Usage:
+
+	blobnom [-config FILE] [COMMAND] [ARGUMENTS]
+
+	serve      run the server (the default)
+	version    print the version
+
+A session, with the server started by "go run ." in another terminal:
+
+	$ curl -T cat.jpg -H 'Content-Type: image/jpeg' localhost:3000/blob/photos/cat.jpg
+	$ curl -o copy.jpg localhost:3000/blob/photos/cat.jpg
+	$ curl -r 0-99 localhost:3000/blob/photos/cat.jpg | wc -c
+	100
+	$ curl -X DELETE localhost:3000/blob/photos/cat.jpg
+
+A key is the rest of the path after /blob/, percent-decoded: 1 to 1,024 bytes
+of UTF-8 without NUL; slashes belong to it. POST and PUT store a blob and
+answer 201, GET and HEAD read it, whole or in ranges, DELETE removes it and
+answers 204. An answer of 201 or 204 means that the write is committed and,
+with durability = "full", synced to disk. With async_write the answer is 202:
+the write is queued, and whatever reads the key next waits for it.
+
+Configuration is one TOML file (see config.toml.example), every key of which
+can also be given as BLOBNOM_<KEY> in the environment.
+
+The file is written to be read from top to bottom; it follows one PUT from the
+socket to the disk:
+
+	Vocabulary      limits, errors, the schema of a shard
+	Commands        main, the command line
+	Configuration   file, environment, defaults
+	HTTP server     routes, the error-to-status switch, deadlines, shutdown
+	Handlers        one function per request
+	Store           the data directory: which shard has a key
+	Shard           one database: reads, and one PUT as seen by its request
+	Batcher         one goroutine per shard groups writes into transactions
+	Writer          the SQL of those writes
+	Cache, content  what readers hold on to
+	Upkeep          reclaiming space, surviving a full disk
+*/
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"container/list"
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"database/sql"
+	_ "embed"
+	"encoding/base64"
+	"encoding/binary"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"hash/crc32"
+	"hash/fnv"
+	"io"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"math"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unicode/utf8"
+
+	"github.com/BurntSushi/toml"
+	"modernc.org/sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
+)
+
+// ============================================================================
+// Vocabulary
+//
+// The words the other chapters share: limits with the reason for their value,
+// the errors that mean something to a client, and the shape of a shard.
+// ============================================================================
+
+const version = "1.0.0"
+
+const (
+	maxKeyBytes         = 1024 // of a key, decoded
+	maxContentTypeBytes = 255  // of a stored Content-Type
+
+	// chunkSize is where a blob stops living in its row and is streamed
+	// through the chunks table; it is also what one request holds in memory.
+	// From 64 KiB to 1 MiB throughput hardly differs, and memory does.
+	chunkSize = 256 << 10
+
+	// A content id leaves 20 bits for the chunk's sequence number, which
+	// bounds a blob even where max_blob_bytes does not.
+	seqBits     = 20
+	hardMaxBlob = chunkSize << seqBits // 256 GiB
+
+	// smallBody is what a request reserves before its client has sent
+	// anything; a whole chunk is taken only once that much has arrived.
+	smallBody = 16 << 10
+
+	// batchBytes bounds the content in one transaction to about what SQLite
+	// checkpoints at a time (1,000 pages), so that a batch of large chunks
+	// does not make the small writes beside it wait.
+	batchBytes = 4 << 20
+
+	// cacheBytes bounds the committed contents kept for readers, over all
+	// shards; a hit saves a third of a small GET. cacheItem is the largest
+	// one worth keeping: beyond it the socket costs more than SQLite does.
+	cacheBytes = 32 << 20
+	cacheItem  = 32 << 10
+
+	readersPerShard = 8       // connections; each reads for microseconds
+	readerCacheKiB  = 512     // page cache of each; holds the upper index pages
+	opOverhead      = 512     // what a queued write costs beside key and content
+	reserveBytes    = 2 << 20 // head-room for DELETE on a full disk
+	sweepChunks     = 4       // chunks deleted per slice of the sweep: about 1 ms
+	vacuumPages     = 256     // free pages returned per slice, and left alone
+	headerTimeout   = 15 * time.Second
+	stallTimeout    = 60 * time.Second // without progress, up or down
+	idleTimeout     = 120 * time.Second
+	queueTimeout    = 10 * time.Second // waiting for room in the queue
+	drainTimeout    = 15 * time.Second // finishing requests after SIGTERM
+	busyTimeout     = 5 * time.Second  // another process holds a SQLite lock
+	sweepInterval   = time.Second
+	progressGrain   = time.Second // deadlines are moved at most this often
+)
+
+// The errors a client is told apart by; statusOf maps each to its code. An
+// error may wrap one of them together with its cause: the client sees the
+// first, the log the whole.
+var (
+	errBadRequest = errors.New("bad request")
+	errNotFound   = errors.New("not found")
+	errMethod     = errors.New("method not allowed")
+	errTooLarge   = errors.New("blob too large")
+	errFull       = errors.New("disk full")
+	errBusy       = errors.New("too busy, try again")
+	errStopping   = errors.New("server is stopping")
+	errCorrupt    = errors.New("shard is corrupt")
+	errClientGone = errors.New("client went away")
+)
+
+// applicationID marks our files in the SQLite header ("Blob"), schemaVersion
+// is the header's user_version: what file(1) and PRAGMAs show.
+const (
+	applicationID = 0x426c6f62
+	schemaVersion = 1
+)
+
+// schema is a shard. A blob of at most one chunk lies in its row; a larger
+// one lies in chunks under ids that begin with the blob's id. At every
+// instant each content id that chunks mention is either a row of blobs or in
+// orphans, so a crash leaves the old content or the new one, and orphans is
+// exactly what may be swept.
+const schema = `
+CREATE TABLE blobs (
+	id           INTEGER PRIMARY KEY, -- of the content; a new one whenever chunks come or go
+	key          TEXT NOT NULL UNIQUE,
+	size         INTEGER NOT NULL,    -- bytes as the client sees them
+	sha256       BLOB NOT NULL,       -- of those bytes
+	codec        INTEGER NOT NULL,    -- 0 identity
+	crc32        INTEGER,             -- of those bytes, where the codec needs it
+	content_type TEXT NOT NULL,
+	created_at   INTEGER NOT NULL,    -- Unix milliseconds, as are the next two
+	updated_at   INTEGER NOT NULL,
+	expires_at   INTEGER,             -- NULL: never
+	version      INTEGER NOT NULL,    -- 0 at creation, +1 a replacement
+	data         BLOB                 -- NULL: in chunks; last, so that metadata reads skip it
+);
+CREATE TABLE chunks  (id INTEGER PRIMARY KEY, data BLOB NOT NULL); -- id = content id << 20 | sequence
+CREATE TABLE orphans (id INTEGER PRIMARY KEY); -- content ids whose chunks nothing refers to (yet, or any more)
+CREATE TABLE meta    (key TEXT PRIMARY KEY, value); -- num_shards, shard, hash, directory
+`
+
+// blob is one committed or soon to be committed content with its metadata.
+// It is immutable once a reader or the queue has it.
+type blob struct {
+	id               int64
+	size             int64
+	sum              [sha256.Size]byte
+	contentType      string
+	created, updated int64 // Unix milliseconds
+	version          int64
+	data             []byte      // content, or, when chunked and being written, its last chunk
+	header           http.Header // of an answer that carries this blob, made once
+}
+
+// chunked reports whether the content lies in the chunks table. Size alone
+// decides, so no reader has to look at the data column.
+func (b *blob) chunked() bool { return b.size > chunkSize }
+
+// lastSeq is the sequence number of the last chunk of a chunked blob.
+func (b *blob) lastSeq() int64 { return (b.size - 1) / chunkSize }
+
+// ============================================================================
+// Commands
+//
+// main is a shell around run, which tests call too. One table is both the
+// dispatch and the usage text. Exit codes: 0 done, 1 failed or refused, 2 wrong
+// usage or wrong configuration. Results go to stdout, logs to stderr.
+// ============================================================================
+
+func main() {
+	os.Exit(run(context.Background(), os.Args[1:], os.Environ(), os.Stdout, os.Stderr))
+}
+
+// command is one row of the command table.
+type command struct {
+	name, args, help string
+	run              func(ctx context.Context, c *call) error
+}
+
+// call is one invocation of a command.
+type call struct {
+	configFile     string
+	environ        []string
+	args           []string
+	stdout, stderr io.Writer
+}
+
+func commands() []command {
+	return []command{
+		{"serve", "", "run the server (the default command)", cmdServe},
+		{"version", "", "print the version", cmdVersion},
+	}
+}
+
+func usage(w io.Writer) {
+	fmt.Fprint(w, "usage: blobnom [-config FILE] [COMMAND] [ARGUMENTS]\n\n")
+	for _, c := range commands() {
+		fmt.Fprintf(w, "  %-18s %s\n", strings.TrimSpace(c.name+" "+c.args), c.help)
+	}
+	fmt.Fprint(w, "\n  -config FILE       configuration (default config.toml, else the built-in example)\n"+
+		"  -h                 print this\n")
+}
+
+// run executes one command line and returns the exit code.
+func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) int {
+	flags := flag.NewFlagSet("blobnom", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	configFile := flags.String("config", "", "")
+	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+		usage(stdout)
+		return 0
+	} else if err != nil {
+		return misuse(stderr, err.Error())
+	}
+	name, rest := "serve", flags.Args()
+	if len(rest) > 0 {
+		name, rest = rest[0], rest[1:]
+	}
+	all := commands()
+	i := slices.IndexFunc(all, func(c command) bool { return c.name == name })
+	if i < 0 {
+		return misuse(stderr, fmt.Sprintf("unknown command %q", name))
+	}
+	if len(rest) > 0 {
+		return misuse(stderr, fmt.Sprintf("%s takes no argument %q", name, rest[0]))
+	}
+	err := all[i].run(ctx, &call{*configFile, environ, rest, stdout, stderr})
+	if err == nil {
+		return 0
+	}
+	fmt.Fprintln(stderr, "blobnom:", err)
+	if errors.As(err, new(*configError)) {
+		return 2
+	}
+	return 1
+}
+
+func misuse(stderr io.Writer, problem string) int {
+	fmt.Fprintf(stderr, "blobnom: %s\n\n", problem)
+	usage(stderr)
+	return 2
+}
+
+func cmdVersion(_ context.Context, c *call) error {
+	_, err := fmt.Fprintf(c.stdout, "blobnom %s %s %s/%s\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	return err
+}
+
+// cmdServe runs until SIGTERM, SIGINT or the end of ctx, then drains. A
+// second signal meets the default handler and ends the process at once.
+func cmdServe(ctx context.Context, c *call) (err error) {
+	cfg, source, err := loadConfig(c.configFile, c.environ)
+	if err != nil {
+		return err
+	}
+	log := newLogger(cfg, c.stderr)
+	// The port before the directory: a server that cannot listen leaves no trace.
+	ln, err := net.Listen("tcp", cfg.Addr)
+	if err != nil {
+		return fmt.Errorf("cannot listen on addr %q: %w", cfg.Addr, err)
+	}
+	defer ln.Close()
+	st, err := openStore(cfg, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, st.close()) }()
+
+	log.Info("serving", append([]any{"version", version, "listen", ln.Addr().String(), "config", source}, cfg.logArgs()...)...)
+	if host := ln.Addr().(*net.TCPAddr).IP; !host.IsLoopback() {
+		log.Warn("anyone who can reach this address can read, replace and delete every blob; set addr to 127.0.0.1 or keep it behind a firewall", "listen", ln.Addr().String())
+	}
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	return newServer(st, log).serve(ctx, stop, ln)
+}
+
+func newLogger(cfg *config, w io.Writer) *slog.Logger {
+	var level slog.Level
+	level.UnmarshalText([]byte(cfg.LogLevel)) // one of four checked words
+	opts := &slog.HandlerOptions{Level: level}
+	if cfg.LogFormat == "json" {
+		return slog.New(slog.NewJSONHandler(w, opts))
+	}
+	return slog.New(slog.NewTextHandler(w, opts))
+}
+
+// ============================================================================
+// Configuration
+//
+// One table names every key, where it goes and what it may be. A value comes
+// from the environment, else the file, else the default. All problems are
+// reported together, before anything is opened or created.
+// ============================================================================
+
+//go:embed config.toml.example
+var exampleConfig string
+
+// config is the effective configuration; immutable after loadConfig.
+type config struct {
+	DataDir         string
+	NumShards       int64
+	AsyncWrite      bool
+	BatchSize       int64
+	BatchTimeoutMS  int64
+	Addr            string
+	Durability      string
+	Hash            string
+	MaxBlobBytes    int64
+	MaxPendingBytes int64
+	LogFormat       string
+	LogLevel        string
+}
+
+// option is one key: where its value goes and the check it must pass, which
+// returns what is wanted instead.
+type option struct {
+	key      string
+	to       any // *string, *int64 or *bool
+	required bool
+	check    func() string
+}
+
+// options is the table of keys, bound to c.
+func (c *config) options() []option {
+	atLeast := func(p *int64, least int64) func() string {
+		return func() string {
+			if *p < least {
+				return fmt.Sprintf("must be at least %d", least)
+			}
+			return ""
+		}
+	}
+	oneOf := func(p *string, words ...string) func() string {
+		return func() string {
+			if !slices.Contains(words, *p) {
+				return "must be one of " + strings.Join(words, ", ")
+			}
+			return ""
+		}
+	}
+	return []option{
+		{"data_dir", &c.DataDir, true, func() string {
+			if c.DataDir == "" || strings.ContainsRune(c.DataDir, 0) {
+				return "must name a directory"
+			}
+			return ""
+		}},
+		{"num_shards", &c.NumShards, true, atLeast(&c.NumShards, 1)},
+		{"async_write", &c.AsyncWrite, false, nil},
+		{"batch_size", &c.BatchSize, false, atLeast(&c.BatchSize, 1)},
+		{"batch_timeout_ms", &c.BatchTimeoutMS, false, func() string {
+			if c.BatchTimeoutMS < 0 || c.BatchTimeoutMS > math.MaxInt64/int64(time.Millisecond) {
+				return "must be at least 0 milliseconds"
+			}
+			return ""
+		}},
+		{"addr", &c.Addr, false, func() string {
+			_, port, err := net.SplitHostPort(c.Addr)
+			if _, perr := strconv.ParseUint(port, 10, 16); err != nil || perr != nil {
+				return `must be HOST:PORT, such as "127.0.0.1:3000"`
+			}
+			return ""
+		}},
+		{"durability", &c.Durability, false, oneOf(&c.Durability, "full", "normal", "off")},
+		{"hash", &c.Hash, false, oneOf(&c.Hash, slices.Sorted(maps.Keys(hashes))...)},
+		{"max_blob_bytes", &c.MaxBlobBytes, false, atLeast(&c.MaxBlobBytes, 0)},
+		{"max_pending_bytes", &c.MaxPendingBytes, false, atLeast(&c.MaxPendingBytes, 1)},
+		{"log_format", &c.LogFormat, false, oneOf(&c.LogFormat, "text", "json")},
+		{"log_level", &c.LogLevel, false, oneOf(&c.LogLevel, "debug", "info", "warn", "error")},
+	}
+}
+
+func defaultConfig() *config {
+	return &config{
+		BatchSize:       1,
+		Addr:            "0.0.0.0:3000",
+		Durability:      "full",
+		Hash:            "fnv1a",
+		MaxBlobBytes:    1 << 30,
+		MaxPendingBytes: 64 << 20,
+		LogFormat:       "text",
+		LogLevel:        "info",
+	}
+}
+
+// logArgs is the effective configuration for the start line.
+func (c *config) logArgs() []any {
+	var args []any
+	for _, o := range c.options() {
+		switch p := o.to.(type) {
+		case *string:
+			args = append(args, o.key, *p)
+		case *int64:
+			args = append(args, o.key, *p)
+		case *bool:
+			args = append(args, o.key, *p)
+		}
+	}
+	return args
+}
+
+// configError lists every problem of a configuration, one a line.
+type configError struct {
+	source   string
+	problems []string
+}
+
+func (e *configError) Error() string {
+	return fmt.Sprintf("wrong configuration (%s):\n  %s", e.source, strings.Join(e.problems, "\n  "))
+}
+
+// loadConfig reads the configuration and says where it came from. file may be
+// empty: config.toml if there is one, else the embedded example. Every error
+// is a *configError.
+func loadConfig(file string, environ []string) (*config, string, error) {
+	text, source := exampleConfig, "built-in config.toml.example"
+	if name := cmp.Or(file, "config.toml"); file != "" || fileExists(name) {
+		data, err := os.ReadFile(name)
+		if err != nil {
+			return nil, name, &configError{name, []string{err.Error()}}
+		}
+		text, source = string(data), name
+	}
+	values := map[string]any{}
+	if _, err := toml.Decode(text, &values); err != nil {
+		return nil, source, &configError{source, []string{"not valid TOML: " + err.Error()}}
+	}
+	c := defaultConfig()
+	var problems []string
+	for _, o := range c.options() {
+		value, given := values[o.key]
+		delete(values, o.key)
+		name := o.key
+		if env, ok := lookupEnv(environ, "BLOBNOM_"+strings.ToUpper(o.key)); ok {
+			value, given, name = env, true, "BLOBNOM_"+strings.ToUpper(o.key)
+		}
+		if !given {
+			if o.required {
+				problems = append(problems, name+": is required and missing")
+			}
+			continue
+		}
+		if want := o.set(value, name != o.key); want != "" {
+			problems = append(problems, fmt.Sprintf("%s = %#v: %s", name, value, want))
+		}
+	}
+	for _, key := range slices.Sorted(maps.Keys(values)) {
+		problems = append(problems, fmt.Sprintf("%s = %#v: unknown key", key, values[key]))
+	}
+	if problems != nil {
+		return nil, source, &configError{source, problems}
+	}
+	return c, source, nil
+}
+
+// set stores value, a string to be parsed when fromEnv, and returns what is
+// wanted instead when it does not fit.
+func (o *option) set(value any, fromEnv bool) string {
+	var ok bool
+	var want string
+	switch p := o.to.(type) {
+	case *string:
+		*p, ok = value.(string)
+		want = "must be a string"
+	case *int64:
+		want = "must be a whole number"
+		if fromEnv {
+			n, err := strconv.ParseInt(value.(string), 10, 64)
+			*p, ok = n, err == nil
+		} else {
+			*p, ok = value.(int64)
+		}
+	case *bool:
+		want = "must be true or false"
+		if fromEnv {
+			*p, ok = value == "true", value == "true" || value == "false"
+		} else {
+			*p, ok = value.(bool)
+		}
+	}
+	if !ok {
+		return want
+	}
+	if o.check != nil {
+		return o.check()
+	}
+	return ""
+}
+
+func lookupEnv(environ []string, name string) (string, bool) {
+	for _, e := range slices.Backward(environ) {
+		if v, ok := strings.CutPrefix(e, name+"="); ok {
+			return v, true
+		}
+	}
+	return "", false
+}
+
+func fileExists(name string) bool {
+	_, err := os.Stat(name)
+	return err == nil
+}
+
+// ============================================================================
+// HTTP server
+//
+// Routes, the adapter every handler runs under, the one place where an error
+// becomes a status, deadlines and shutdown. Each request has its own goroutine;
+// nothing here holds a lock or a database connection while a client is waited
+// for.
+// ============================================================================
+
+// server is the HTTP face of a store. It has no storage logic.
+type server struct {
+	store    *store
+	log      *slog.Logger
+	requests sync.WaitGroup // handlers running
+}
+
+func newServer(st *store, log *slog.Logger) *server {
+	return &server{store: st, log: log}
+}
+
+// routes returns the handler of everything. The mux would answer a path that
+// has to be cleaned with a redirect, to another key: such a path is refused
+// before the mux sees it.
+func (s *server) routes() http.Handler {
+	mux := http.NewServeMux()
+	handle := func(pattern string, h func(http.ResponseWriter, *http.Request) error) {
+		mux.Handle(pattern, s.adapt(h))
+	}
+	handle("GET /blob/{key...}", s.getBlob)
+	handle("PUT /blob/{key...}", s.putBlob)
+	handle("POST /blob/{key...}", s.putBlob)
+	handle("DELETE /blob/{key...}", s.deleteBlob)
+	handle("/blob/{key...}", allowOnly("GET, HEAD, PUT, POST, DELETE"))
+	for path, h := range map[string]func(http.ResponseWriter, *http.Request) error{
+		"/{$}": s.about, "/healthz": s.healthz, "/readyz": s.readyz,
+	} {
+		handle("GET "+path, h)
+		handle(path, allowOnly("GET, HEAD"))
+	}
+	handle("/blob", notFound) // else the mux redirects it to /blob/
+	handle("/", notFound)
+	unclean := s.adapt(func(http.ResponseWriter, *http.Request) error {
+		return fmt.Errorf(`%w: the path has an empty, "." or ".." segment; percent-encode what belongs to a key, / as %%2F and . as %%2E`, errBadRequest)
+	})
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if needsCleaning(r.URL.EscapedPath()) {
+			unclean.ServeHTTP(w, r)
+			return
+		}
+		mux.ServeHTTP(w, r)
+	})
+}
+
+// needsCleaning reports whether the mux would redirect path, as sent, to a
+// cleaner one.
+func needsCleaning(path string) bool {
+	if !strings.Contains(path, "//") && !strings.Contains(path, "/.") {
+		return false // the common case, without a walk
+	}
+	segments := strings.Split(path, "/")
+	for i, s := range segments[1:] {
+		if s == "." || s == ".." || s == "" && i < len(segments)-2 {
+			return true
+		}
+	}
+	return false
+}
+
+func notFound(http.ResponseWriter, *http.Request) error {
+	return fmt.Errorf("%w: blobs are at /blob/KEY", errNotFound)
+}
+
+func allowOnly(methods string) func(http.ResponseWriter, *http.Request) error {
+	return func(w http.ResponseWriter, _ *http.Request) error {
+		w.Header().Set("Allow", methods)
+		return fmt.Errorf("%w: allowed are %s", errMethod, methods)
+	}
+}
+
+// statusOf is the one place where an error becomes a status code.
+func statusOf(err error) int {
+	switch {
+	case errors.Is(err, errBadRequest):
+		return http.StatusBadRequest
+	case errors.Is(err, errNotFound):
+		return http.StatusNotFound
+	case errors.Is(err, errMethod):
+		return http.StatusMethodNotAllowed
+	case errors.Is(err, errTooLarge):
+		return http.StatusRequestEntityTooLarge
+	case errors.Is(err, errFull):
+		return http.StatusInsufficientStorage
+	case errors.Is(err, errBusy), errors.Is(err, errStopping):
+		return http.StatusServiceUnavailable
+	default:
+		return http.StatusInternalServerError
+	}
+}
+
+// publicText is what a client is told of err: all of a 4xx, which is about
+// the request; of a 5xx only its kind.
+func publicText(err error) string {
+	if statusOf(err) < 500 {
+		return err.Error()
+	}
+	for _, kind := range []error{errFull, errBusy, errStopping, errCorrupt} {
+		if errors.Is(err, kind) {
+			return kind.Error()
+		}
+	}
+	return "internal error"
+}
+
+// response notes what was answered, for the log and so that an error after
+// the first byte is not appended to half a blob.
+type response struct {
+	http.ResponseWriter
+	status int
+	bytes  int64
+}
+
+func (w *response) WriteHeader(status int) {
+	if w.status == 0 && status >= 200 {
+		w.status = status
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *response) Write(p []byte) (int, error) {
+	if w.status == 0 {
+		w.status = http.StatusOK
+	}
+	n, err := w.ResponseWriter.Write(p)
+	w.bytes += int64(n)
+	return n, err
+}
+
+// ReadFrom keeps net/http's pooled copy buffers in reach of io.Copy.
+func (w *response) ReadFrom(r io.Reader) (int64, error) {
+	if w.status == 0 {
+		w.status = http.StatusOK
+	}
+	n, err := w.ResponseWriter.(io.ReaderFrom).ReadFrom(r)
+	w.bytes += n
+	return n, err
+}
+
+// Unwrap lets http.ResponseController reach the connection.
+func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// adapt makes an http.Handler of h: it answers the error, logs the request
+// and turns a panic into a logged 500.
+func (s *server) adapt(h func(http.ResponseWriter, *http.Request) error) http.Handler {
+	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		s.requests.Add(1)
+		defer s.requests.Done()
+		w := &response{ResponseWriter: rw}
+		start := time.Now()
+		defer func() {
+			if v := recover(); v == http.ErrAbortHandler {
+				panic(v)
+			} else if v != nil {
+				s.fail(w, r, fmt.Errorf("panic: %v\n%s", v, debug.Stack()))
+			}
+		}()
+		if err := h(w, r); err != nil {
+			s.fail(w, r, err)
+		}
+		if s.log.Enabled(r.Context(), slog.LevelDebug) {
+			s.log.Debug("request", "method", r.Method, "path", r.URL.EscapedPath(), "status", w.status,
+				"bytes", w.bytes, "duration", time.Since(start), "client", r.RemoteAddr)
+		}
+	})
+}
+
+// fail answers err, or, where the answer has begun or nobody reads it, cuts
+// the connection so that half an answer cannot be taken for a whole one.
+func (s *server) fail(w *response, r *http.Request, err error) {
+	if errors.Is(err, errClientGone) {
+		s.log.Debug("request cut off", "method", r.Method, "path", r.URL.EscapedPath(), "error", err)
+		panic(http.ErrAbortHandler)
+	}
+	status := statusOf(err)
+	if status >= 500 {
+		s.log.Error("request failed", "method", r.Method, "path", r.URL.EscapedPath(), "status", status, "error", err)
+	}
+	if w.status != 0 {
+		panic(http.ErrAbortHandler)
+	}
+	h := w.Header()
+	for _, name := range []string{"Etag", "Last-Modified", "Content-Length"} {
+		h.Del(name)
+	}
+	if status == http.StatusServiceUnavailable {
+		h.Set("Retry-After", "1")
+	}
+	writeText(w, status, publicText(err)+"\n")
+}
+
+// writeText answers a short text; it cannot be made to run in a browser.
+func writeText(w http.ResponseWriter, status int, text string) {
+	h := w.Header()
+	h.Set("Content-Type", "text/plain; charset=utf-8")
+	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("Content-Length", strconv.Itoa(len(text)))
+	w.WriteHeader(status)
+	io.WriteString(w, text) // a client that is gone needs no answer
+}
+
+// serve answers requests on ln until ctx ends, then stops accepting, gives
+// running requests drainTimeout, cuts off what is left and waits for its
+// handlers. stop releases the signal handler, so that a second signal kills.
+func (s *server) serve(ctx context.Context, stop func(), ln net.Listener) error {
+	// ReadTimeout and WriteTimeout are the first stallTimeout of a request,
+	// set by net/http at no extra cost; progress moves them on from there.
+	hs := &http.Server{
+		Handler:           s.routes(),
+		ReadHeaderTimeout: headerTimeout,
+		ReadTimeout:       stallTimeout,
+		WriteTimeout:      stallTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    64 << 10,
+		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+	}
+	failed := make(chan error, 1)
+	go func() { failed <- hs.Serve(ln) }()
+	select {
+	case err := <-failed:
+		return fmt.Errorf("serving: %w", err)
+	case <-ctx.Done():
+	}
+	stop()
+	s.log.Info("stopping: finishing requests and committing what is queued")
+	late, cancel := context.WithTimeout(context.Background(), drainTimeout)
+	defer cancel()
+	if err := hs.Shutdown(late); err != nil {
+		s.log.Warn("requests cut off", "after", drainTimeout)
+		hs.Close()
+	}
+	<-failed // http.ErrServerClosed
+	s.requests.Wait()
+	return nil
+}
+
+// progress moves the deadlines of a request's connection while bytes flow, so
+// that a client is cut off stallTimeout after its last progress and not
+// before. It belongs to the request's goroutine.
+type progress struct {
+	rc    *http.ResponseController
+	moved time.Time
+}
+
+func newProgress(w http.ResponseWriter) *progress {
+	return &progress{http.NewResponseController(w), time.Now()}
+}
+
+// made notes progress. Errors are left to the read or write that follows.
+func (p *progress) made() {
+	now := time.Now()
+	if now.Sub(p.moved) < progressGrain {
+		return
+	}
+	p.moved = now
+	p.rc.SetReadDeadline(now.Add(stallTimeout))
+	p.rc.SetWriteDeadline(now.Add(stallTimeout))
+}
+
+// ============================================================================
+// Handlers
+//
+// One function per request, in the order of the routes. A handler checks the
+// request, asks the store and describes the result in headers; statuses other
+// than success are errors for the adapter.
+// ============================================================================
+
+// keyOf returns the request's key, checked.
+func keyOf(r *http.Request) (string, error) {
+	key := r.PathValue("key")
+	switch {
+	case key == "":
+		return "", fmt.Errorf("%w: the key is empty", errBadRequest)
+	case len(key) > maxKeyBytes:
+		return "", fmt.Errorf("%w: the key has %d bytes, at most %d are allowed", errBadRequest, len(key), maxKeyBytes)
+	case !utf8.ValidString(key):
+		return "", fmt.Errorf("%w: the key is not valid UTF-8", errBadRequest)
+	case strings.ContainsRune(key, 0):
+		return "", fmt.Errorf("%w: the key has a NUL byte", errBadRequest)
+	}
+	return key, nil
+}
+
+func etagOf(b *blob) string { return `"` + hex.EncodeToString(b.sum[:]) + `"` }
+
+// newHeader returns the headers of an answer that carries b, all but those
+// that http.ServeContent adds. Readers of one blob share it: copy, do not
+// change.
+func newHeader(b *blob) http.Header {
+	stamp := func(ms int64) []string {
+		return []string{time.UnixMilli(ms).UTC().Format("2006-01-02T15:04:05.000Z07:00")}
+	}
+	return http.Header{
+		"Content-Type":            {b.contentType},
+		"Etag":                    {etagOf(b)},
+		"Repr-Digest":             {"sha-256=:" + base64.StdEncoding.EncodeToString(b.sum[:]) + ":"},
+		"Blob-Created":            stamp(b.created),
+		"Blob-Updated":            stamp(b.updated),
+		"Blob-Version":            {strconv.FormatInt(b.version, 10)},
+		"X-Content-Type-Options":  {"nosniff"},
+		"Content-Security-Policy": {"sandbox"}, // what others uploaded does not run under our name
+	}
+}
+
+// getBlob serves GET and HEAD. http.ServeContent decides on conditions and
+// ranges and pulls the content, which holds no connection between chunks.
+func (s *server) getBlob(w http.ResponseWriter, r *http.Request) error {
+	key, err := keyOf(r)
+	if err != nil {
+		return err
+	}
+	c, err := s.store.shardOf(key).read(key, r.Method == http.MethodHead)
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	if c.blob.chunked() {
+		c.progress = newProgress(w)
+	}
+	maps.Copy(w.Header(), c.blob.header)
+	http.ServeContent(w, r, "", time.UnixMilli(c.blob.updated), c)
+	return c.err
+}
+
+// putBlob serves PUT and POST.
+func (s *server) putBlob(w http.ResponseWriter, r *http.Request) error {
+	key, err := keyOf(r)
+	if err != nil {
+		return err
+	}
+	for _, name := range []string{"Content-Encoding", "Content-Range"} {
+		if v := r.Header.Get(name); v != "" && !strings.EqualFold(v, "identity") {
+			return fmt.Errorf("%w: %s is not supported; send the bytes as they shall come back", errBadRequest, name)
+		}
+	}
+	contentType := cmp.Or(r.Header.Get("Content-Type"), "application/octet-stream")
+	if len(contentType) > maxContentTypeBytes || !utf8.ValidString(contentType) {
+		return fmt.Errorf("%w: the Content-Type is longer than %d bytes or not UTF-8", errBadRequest, maxContentTypeBytes)
+	}
+	body := &upload{body: r.Body, limit: s.store.maxBlob, progress: newProgress(w)}
+	if r.ContentLength > body.limit {
+		return body.tooLarge(w)
+	}
+	b, queued, err := s.store.shardOf(key).put(key, contentType, body, r.ContentLength)
+	if errors.Is(err, errTooLarge) {
+		return body.tooLarge(w)
+	}
+	if err != nil {
+		return err
+	}
+	w.Header()["Etag"] = []string{etagOf(b)}
+	w.Header()["Content-Length"] = []string{"0"}
+	w.WriteHeader(writeStatus(queued, http.StatusCreated))
+	return nil
+}
+
+// deleteBlob serves DELETE. Whether the key existed makes no difference.
+func (s *server) deleteBlob(w http.ResponseWriter, r *http.Request) error {
+	key, err := keyOf(r)
+	if err != nil {
+		return err
+	}
+	queued, err := s.store.shardOf(key).remove(key)
+	if err != nil {
+		return err
+	}
+	w.WriteHeader(writeStatus(queued, http.StatusNoContent))
+	return nil
+}
+
+func writeStatus(queued bool, committed int) int {
+	if queued {
+		return http.StatusAccepted
+	}
+	return committed
+}
+
+// upload is a request body that keeps the deadlines moving, stops at limit and
+// tells a client's failure from ours.
+type upload struct {
+	body     io.Reader
+	limit    int64
+	n        int64
+	progress *progress
+}
+
+func (u *upload) Read(p []byte) (int, error) {
+	n, err := u.body.Read(p)
+	if u.n += int64(n); u.n > u.limit {
+		return n, errTooLarge
+	}
+	if n > 0 {
+		u.progress.made()
+	}
+	if err != nil && err != io.EOF {
+		err = fmt.Errorf("%w: %w", errClientGone, err)
+	}
+	return n, err
+}
+
+// tooLarge is the answer to a body over the limit. What the client still
+// sends is not worth reading, so the connection ends with the answer.
+func (u *upload) tooLarge(w http.ResponseWriter) error {
+	w.Header().Set("Connection", "close")
+	return fmt.Errorf("%w: at most %d bytes are allowed", errTooLarge, u.limit)
+}
+
+func (s *server) about(w http.ResponseWriter, r *http.Request) error {
+	base := "http://" + r.Host + "/blob/"
+	writeText(w, http.StatusOK, "Blobnom "+version+", a small sharded blob server\n\n"+
+		"  curl -T FILE "+base+"KEY          store or replace\n"+
+		"  curl -o FILE "+base+"KEY          fetch\n"+
+		"  curl -I "+base+"KEY               size, type, ETag, dates\n"+
+		"  curl -r 0-99 "+base+"KEY          the first 100 bytes\n"+
+		"  curl -X DELETE "+base+"KEY        delete\n\n"+
+		"A KEY may have slashes. /healthz says whether the process answers, /readyz whether every shard works.\n")
+	return nil
+}
+
+func (s *server) healthz(w http.ResponseWriter, _ *http.Request) error {
+	writeText(w, http.StatusOK, "ok\n")
+	return nil
+}
+
+// readyz asks every shard. It names shards by number and failures by kind.
+func (s *server) readyz(w http.ResponseWriter, _ *http.Request) error {
+	type row struct {
+		Shard        int    `json:"shard"`
+		Ready        bool   `json:"ready"`
+		Error        string `json:"error,omitempty"`
+		FailedWrites int64  `json:"failed_background_writes"`
+	}
+	answer := struct {
+		Ready  bool  `json:"ready"`
+		Shards []row `json:"shards"`
+	}{Ready: true}
+	for i, sh := range s.store.shards {
+		rw := row{Shard: i, Ready: true, FailedWrites: sh.failedWrites.Load()}
+		if err := sh.health(); err != nil {
+			rw.Ready, rw.Error, answer.Ready = false, publicText(err), false
+		}
+		answer.Shards = append(answer.Shards, rw)
+	}
+	text, err := json.Marshal(answer)
+	if err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	if !answer.Ready {
+		w.WriteHeader(http.StatusServiceUnavailable)
+	}
+	w.Write(append(text, '\n'))
+	return nil
+}
+
+// ============================================================================
+// Store
+//
+// The data directory: who may use it, what it says of itself, and which shard
+// has a key. This is the only place where keys meet the hash. A directory
+// whose record differs from the configuration is refused: placement would
+// differ, and keys would seem to be gone.
+// ============================================================================
+
+const (
+	lockFile    = "blobnom.lock"    // an SQLite file, exclusively locked while a server runs
+	reserveFile = "blobnom.reserve" // head-room for a full disk, given up when needed
+	newSuffix   = ".new"            // of a shard that is being created
+)
+
+// hashes are the placement functions; a key's shard is the value modulo
+// num_shards.
+var hashes = map[string]func(key string) uint64{
+	"fnv1a": func(key string) uint64 {
+		h := fnv.New64a()
+		io.WriteString(h, key)
+		return h.Sum64()
+	},
+	"crc32c": func(key string) uint64 {
+		return uint64(crc32.Checksum([]byte(key), crc32.MakeTable(crc32.Castagnoli)))
+	},
+	"sha256": func(key string) uint64 {
+		sum := sha256.Sum256([]byte(key))
+		return binary.BigEndian.Uint64(sum[:])
+	},
+}
+
+// store is an open data directory.
+type store struct {
+	dir     string
+	shards  []*shard
+	hash    func(string) uint64
+	maxBlob int64
+	async   bool // answer once queued
+	budget  *budget
+	now     func() time.Time // the only clock that reaches the disk
+	log     *slog.Logger
+	lock    *sql.DB
+
+	// full is set while the last put failed for lack of space; reserved while
+	// the reserve file exists, without which only deletes may use the disk.
+	full, reserved atomic.Bool
+	reserveMu      sync.Mutex // guards the reserve file
+
+	untidy  chan struct{} // capacity 1: some shard has something to sweep
+	stop    chan struct{} // closed by close
+	stopped sync.WaitGroup
+}
+
+func (st *store) shardOf(key string) *shard {
+	return st.shards[st.hash(key)%uint64(len(st.shards))]
+}
+
+// record is what each shard knows of its directory.
+type record struct {
+	NumShards int64
+	Shard     int64
+	Hash      string
+	Directory string // random, the same in all shards
+}
+
+// openStore opens the data directory of cfg, creating it when there is
+// nothing. It refuses a directory in use, one of another program and one
+// whose record does not match. A shard that is corrupt does not keep the
+// others from serving; its own keys fail with errCorrupt.
+func openStore(cfg *config, log *slog.Logger) (_ *store, err error) {
+	dir, err := filepath.Abs(cfg.DataDir)
+	if err != nil {
+		return nil, err
+	}
+	// Syncs need not write a file's times: measured 1.3 times the commits.
+	// Where the platform lacks fdatasync, fsync it is.
+	if _, err := sqlite.Fdatasync(true); err != nil && !errors.Is(err, sqlite.ErrFdatasyncUnavailable) {
+		return nil, err
+	}
+	st := &store{
+		dir: dir, hash: hashes[cfg.Hash], async: cfg.AsyncWrite, now: time.Now, log: log,
+		maxBlob: min(cmp.Or(cfg.MaxBlobBytes, hardMaxBlob), hardMaxBlob),
+		budget:  newBudget(cfg.MaxPendingBytes, queueTimeout),
+		untidy:  make(chan struct{}, 1), stop: make(chan struct{}),
+	}
+	defer func() {
+		if err != nil {
+			st.close()
+		}
+	}()
+	// Look before locking, so that a foreign directory stays as it is. Where
+	// the lock file exists the directory is ours, and perhaps in use by this
+	// very process: reading its files then would drop SQLite's own locks.
+	if !fileExists(filepath.Join(dir, lockFile)) {
+		if _, err := survey(dir); err != nil {
+			return nil, err
+		}
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, fmt.Errorf("cannot create data_dir: %w", err)
+	}
+	if err := st.takeLock(); err != nil {
+		return nil, err
+	}
+	found, err := survey(dir)
+	if err != nil {
+		return nil, err
+	}
+	// Given up first, so that a full disk has room for what opening writes.
+	st.giveReserve()
+	if found, err = discardUnfinished(dir, found); err != nil {
+		return nil, err
+	}
+	if len(found) == 0 {
+		if err := createShards(dir, cfg); err != nil {
+			return nil, fmt.Errorf("cannot create the shards in %s: %w", dir, err)
+		}
+	}
+	if err := st.openShards(cfg, found); err != nil {
+		return nil, err
+	}
+	if !st.takeReserve() {
+		log.Warn("the disk is full: only reads and deletes will work until there is space", "data_dir", dir)
+	}
+	st.stopped.Go(st.upkeep)
+	return st, nil
+}
+
+// takeLock holds an SQLite file in an exclusive transaction: a lock that works
+// on every platform and ends with the process.
+func (st *store) takeLock() error {
+	st.lock = openDB(filepath.Join(st.dir, lockFile), "")
+	st.lock.SetMaxOpenConns(1) // never closed before the store: the transaction is the lock
+	_, err := st.lock.Exec("BEGIN EXCLUSIVE")
+	if errors.Is(translate(err), errBusy) {
+		return fmt.Errorf("data directory %s is in use by another blobnom; stop that one first", st.dir)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot lock data directory %s, is it writable? %w", st.dir, err)
+	}
+	return nil
+}
+
+// survey returns the shard files in dir, index to whether its header is ours;
+// one that is no SQLite file at all counts as a damaged one of ours. It reads
+// the files themselves, so nobody in this process may have them open. A
+// database of another program is an error.
+func survey(dir string) (map[int]bool, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("cannot read data_dir: %w", err)
+	}
+	found := map[int]bool{}
+	for _, e := range entries {
+		i, ok := shardIndex(e.Name())
+		if !ok {
+			continue
+		}
+		path := filepath.Join(dir, e.Name())
+		head, err := readHead(path, 64<<10) // the largest page 1, which has the schema
+		if err != nil {
+			return nil, fmt.Errorf("cannot read shard: %w", err)
+		}
+		wal, err := readHead(path+"-wal", 1<<20)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("cannot read shard: %w", err)
+		}
+		isSQLite := len(head) >= 100 && bytes.HasPrefix(head, []byte("SQLite format 3\x00"))
+		switch {
+		case isSQLite && binary.BigEndian.Uint32(head[68:]) == applicationID:
+			found[i] = true
+		case (isSQLite || len(head) == 0) && bytes.Contains(append(head, wal...), []byte("blobs")):
+			return nil, fmt.Errorf("%s was written by the Rust Blobnom or Blobasaur; nothing was changed: set data_dir to a new directory and run: blobnom migrate %s", path, dir)
+		case isSQLite:
+			return nil, fmt.Errorf("%s is a database of another program; nothing was changed: set data_dir to another directory", path)
+		default:
+			found[i] = false
+		}
+	}
+	return found, nil
+}
+
+func shardName(i int) string { return fmt.Sprintf("shard_%d.db", i) }
+
+func shardIndex(name string) (int, bool) {
+	digits, ok1 := strings.CutPrefix(name, "shard_")
+	digits, ok2 := strings.CutSuffix(digits, ".db")
+	i, err := strconv.Atoi(digits)
+	return i, ok1 && ok2 && err == nil && i >= 0 && name == shardName(i)
+}
+
+func readHead(path string, n int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, n))
+}
+
+// discardUnfinished removes what a creation left that did not come to its
+// end: new files, and, as shard 0 gets its name last, empty shards without a
+// shard 0.
+func discardUnfinished(dir string, found map[int]bool) (map[int]bool, error) {
+	leftover, err := filepath.Glob(filepath.Join(globEscape(dir), "shard_*.db"+newSuffix+"*"))
+	if err != nil {
+		return nil, err
+	}
+	if _, ok := found[0]; !ok {
+		for i, intact := range found {
+			path := filepath.Join(dir, shardName(i))
+			if empty, err := isEmptyShard(path); !intact || err != nil || !empty {
+				return found, nil // shard 0 is lost: for openShards to refuse
+			}
+			leftover = append(leftover, path)
+		}
+		clear(found)
+	}
+	for _, path := range leftover {
+		if err := os.Remove(path); err != nil {
+			return nil, err
+		}
+	}
+	return found, nil
+}
+
+// globEscape quotes the characters of dir that filepath.Match would expand.
+func globEscape(dir string) string {
+	if runtime.GOOS == "windows" {
+		return dir // where no such quoting exists
+	}
+	return strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`).Replace(dir)
+}
+
+func isEmptyShard(path string) (empty bool, err error) {
+	db := openDB(path, "mode=ro")
+	defer db.Close()
+	err = db.QueryRow("SELECT NOT EXISTS (SELECT 1 FROM blobs)").Scan(&empty)
+	return empty, err
+}
+
+// createShards makes a new directory's shards. Each is complete before it
+// gets its name, and shard 0 gets its name last: without shard 0 a directory
+// never held a blob.
+func createShards(dir string, cfg *config) error {
+	id := rand.Text()
+	for i := range int(cfg.NumShards) {
+		if err := createShard(filepath.Join(dir, shardName(i)+newSuffix), record{cfg.NumShards, int64(i), cfg.Hash, id}); err != nil {
+			return err
+		}
+	}
+	for i := range int(cfg.NumShards) {
+		path := filepath.Join(dir, shardName(int(cfg.NumShards)-1-i))
+		if err := os.Rename(path+newSuffix, path); err != nil {
+			return err
+		}
+	}
+	// Else a power loss could take the names after the first write was acknowledged.
+	return errors.Join(syncDir(dir), syncDir(filepath.Dir(dir)))
+}
+
+func createShard(path string, r record) (err error) {
+	db := openDB(path, "")
+	defer func() { err = errors.Join(err, db.Close()) }()
+	db.SetMaxOpenConns(1) // the pragmas and the transaction belong to one connection
+	if _, err := db.Exec("PRAGMA auto_vacuum = INCREMENTAL; BEGIN; " + schema); err != nil {
+		return err
+	}
+	for _, kv := range []struct {
+		key   string
+		value any
+	}{{"num_shards", r.NumShards}, {"shard", r.Shard}, {"hash", r.Hash}, {"directory", r.Directory}} {
+		if _, err := db.Exec("INSERT INTO meta VALUES (?, ?)", kv.key, kv.value); err != nil {
+			return err
+		}
+	}
+	// WAL comes last, so that all of this stands in the main file, where survey looks.
+	_, err = db.Exec(fmt.Sprintf("PRAGMA application_id = %d; PRAGMA user_version = %d; COMMIT; PRAGMA journal_mode = WAL", applicationID, schemaVersion))
+	return err
+}
+
+// syncDir makes the names in dir durable. Windows has no such call and needs
+// none.
+func syncDir(dir string) error {
+	if runtime.GOOS == "windows" {
+		return nil
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// openShards opens every shard and compares the directory's record with cfg.
+func (st *store) openShards(cfg *config, found map[int]bool) error {
+	var first *record
+	for i := range max(int(cfg.NumShards), len(found)) {
+		path := filepath.Join(st.dir, shardName(i))
+		if _, ok := found[i]; !ok && len(found) > 0 {
+			if first == nil || first.NumShards > int64(i) {
+				return fmt.Errorf("%s is missing; restore it, or the whole directory, from a backup", path)
+			}
+			break // fewer shards than configured: said below
+		}
+		sh, r, err := openShard(st, i, path, cfg)
+		st.shards = append(st.shards, sh)
+		switch {
+		case errors.Is(err, errCorrupt):
+			sh.broken = err
+			st.log.Error("shard is corrupt: its keys will be answered 500; restore it from a backup", "shard", i, "error", err)
+			continue
+		case err != nil:
+			return err
+		}
+		if first == nil {
+			first = r
+		}
+		if r.NumShards != cfg.NumShards || r.Hash != cfg.Hash {
+			return fmt.Errorf("data directory %s holds %d shards placed by %s, the configuration asks for num_shards = %d and hash = %q; set them as they were, or copy the blobs with: blobnom migrate %s",
+				st.dir, r.NumShards, r.Hash, cfg.NumShards, cfg.Hash, st.dir)
+		}
+		if r.Shard != int64(i) || r.Directory != first.Directory {
+			return fmt.Errorf("%s belongs to another data directory or place (shard %d of directory %s, not shard %d of %s); put the right file back from a backup",
+				path, r.Shard, r.Directory, i, first.Directory)
+		}
+	}
+	switch {
+	case first == nil:
+		return fmt.Errorf("no shard in %s can be read; restore the directory from a backup", st.dir)
+	case len(st.shards) > int(cfg.NumShards) || len(found) > 0 && len(found) != int(cfg.NumShards):
+		return fmt.Errorf("data directory %s has %d shard files but was made with num_shards = %d; take away what does not belong there", st.dir, len(found), first.NumShards)
+	}
+	return nil
+}
+
+// close commits what is queued and closes everything. Nothing may call the
+// store any more.
+func (st *store) close() error {
+	close(st.stop)
+	st.budget.close()
+	st.stopped.Wait()
+	var errs []error
+	for _, sh := range st.shards {
+		errs = append(errs, sh.close())
+	}
+	if st.lock != nil {
+		st.giveReserve() // a directory at rest is its shards
+		errs = append(errs, st.lock.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// openDB returns a pool for the database at path; nothing is opened yet.
+// params are URI parameters.
+func openDB(path, params string) *sql.DB {
+	path = filepath.ToSlash(path)
+	if !strings.HasPrefix(path, "/") {
+		path = "/" + path // a drive letter
+	}
+	u := url.URL{Scheme: "file", Path: path, RawQuery: params}
+	db, err := sql.Open("sqlite", u.String())
+	if err != nil {
+		panic(err) // only an unknown driver
+	}
+	return db
+}
+
+// translate gives a driver error the meaning the other chapters test for.
+func translate(err error) error {
+	var e *sqlite.Error
+	if !errors.As(err, &e) {
+		return err
+	}
+	kind := error(nil)
+	switch e.Code() & 0xff {
+	case sqlite3.SQLITE_FULL:
+		kind = errFull
+	case sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB:
+		kind = errCorrupt
+	case sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED:
+		kind = errBusy
+	case sqlite3.SQLITE_IOERR:
+		if e.Code() == sqlite3.SQLITE_IOERR_SHMSIZE { // the -shm file could not grow
+			kind = errFull
+		}
+	}
+	if kind == nil {
+		return err
+	}
+	return fmt.Errorf("%w: %w", kind, err)
+}
+
+// ============================================================================
+// Shard
+//
+// One database: a pool of readers, one writer behind a batcher, and the ids
+// of contents in use. Its methods are called by request goroutines; they
+// return when the write is committed (or queued, in async mode) or the content
+// is ready to be read.
+// ============================================================================
+
+type shard struct {
+	store   *store
+	index   int
+	broken  error // set at open, for good: nothing else of the shard works
+	readers *sql.DB
+	full    *sql.Stmt // a row with its content
+	meta    *sql.Stmt // a row without it
+	chunk   *sql.Stmt
+	writer  *writer
+	batcher *batcher
+	cache   *cache
+	nextID  atomic.Int64 // content ids; never handed out twice
+
+	// Contents that a reader or an upload needs, and the sweep leaves alone.
+	// lookups is held for reading from before a row is read until its content
+	// stands in held; who holds it for writing knows that every content that
+	// any reader found stands there.
+	lookups sync.RWMutex
+	heldMu  sync.Mutex
+	held    map[int64]int // uses by content id; guarded by heldMu
+
+	failure      atomic.Pointer[error] // of the last write, other than a full disk
+	failedWrites atomic.Int64          // writes that failed after their 202
+	garbage      atomic.Bool           // the sweep has something to look for
+}
+
+const blobColumns = `id, size, sha256, content_type, created_at, updated_at, version`
+
+// openShard opens one database file and starts its batcher. On an error the
+// shard is returned all the same, closed.
+func openShard(st *store, i int, path string, cfg *config) (_ *shard, _ *record, err error) {
+	s := &shard{store: st, index: i, held: map[int64]int{}, cache: newCache(cacheBytes / int(cfg.NumShards))}
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("cannot open %s: %w", path, translate(err))
+			s.close()
+		}
+	}()
+	if s.writer, err = openWriter(path, cfg.Durability); err != nil {
+		return s, nil, err
+	}
+	r, err := s.writer.record()
+	if err != nil {
+		return s, nil, err
+	}
+	last, err := s.writer.lastID()
+	if err != nil {
+		return s, nil, err
+	}
+	s.nextID.Store(last)
+	s.writer.newID, s.writer.now, s.writer.room = s.newID, st.now, st.room
+	s.readers = openDB(path, fmt.Sprintf("mode=ro&_pragma=busy_timeout(%d)&_pragma=cache_size(-%d)", busyTimeout.Milliseconds(), readerCacheKiB))
+	s.readers.SetMaxOpenConns(readersPerShard)
+	s.readers.SetMaxIdleConns(readersPerShard)
+	for stmt, text := range map[**sql.Stmt]string{
+		&s.full:  "SELECT " + blobColumns + ", data FROM blobs WHERE key = ?",
+		&s.meta:  "SELECT " + blobColumns + ", NULL FROM blobs WHERE key = ?",
+		&s.chunk: "SELECT data FROM chunks WHERE id = ?",
+	} {
+		if *stmt, err = s.readers.Prepare(text); err != nil {
+			return s, nil, err
+		}
+	}
+	s.garbage.Store(true) // an earlier run may have left some
+	s.batcher = newBatcher(int(cfg.BatchSize), time.Duration(cfg.BatchTimeoutMS)*time.Millisecond, s.commit)
+	go s.batcher.run()
+	return s, r, nil
+}
+
+// close commits what is queued and closes the database.
+func (s *shard) close() error {
+	var errs []error
+	if s.batcher != nil {
+		s.batcher.close()
+	}
+	if s.readers != nil { // before the writer, whose close then checkpoints
+		errs = append(errs, s.readers.Close())
+	}
+	if s.writer != nil {
+		errs = append(errs, s.writer.db.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// health reads from the shard and reports how its last write went.
+func (s *shard) health() error {
+	if s.broken != nil {
+		return s.broken
+	}
+	if failure := s.failure.Load(); failure != nil {
+		return *failure
+	}
+	if s.store.full.Load() || !s.store.reserved.Load() {
+		return errFull
+	}
+	var n int
+	return translate(s.readers.QueryRow("SELECT count(*) FROM (SELECT 1 FROM blobs LIMIT 1)").Scan(&n))
+}
+
+// read returns the content under key, or errNotFound. The caller closes it.
+// headOnly leaves the content itself on the disk.
+func (s *shard) read(key string, headOnly bool) (*content, error) {
+	if s.broken != nil {
+		return nil, s.broken
+	}
+	s.batcher.settle(key)
+	if b := s.cache.get(key); b != nil {
+		return &content{blob: b}, nil
+	}
+	s.lookups.RLock()
+	defer s.lookups.RUnlock()
+	if headOnly {
+		b, err := s.lookup(s.meta, key)
+		return &content{blob: b}, err
+	}
+	place := s.cache.reserve(key) // before the row is read: see cache
+	b, err := s.lookup(s.full, key)
+	s.cache.fill(key, place, b)
+	if err != nil {
+		return nil, err
+	}
+	c := &content{blob: b}
+	if b.chunked() {
+		s.hold(b.id)
+		c.shard = s
+	}
+	return c, nil
+}
+
+// lookup reads one row by stmt.
+func (s *shard) lookup(stmt *sql.Stmt, key string) (*blob, error) {
+	rows, err := stmt.Query(key)
+	if err != nil {
+		return nil, translate(err)
+	}
+	defer rows.Close()
+	if !rows.Next() {
+		if err := rows.Err(); err != nil {
+			return nil, translate(err)
+		}
+		return nil, fmt.Errorf("%w: no blob under this key", errNotFound)
+	}
+	b := &blob{}
+	var sum, contentType, data sql.RawBytes
+	if err := rows.Scan(&b.id, &b.size, &sum, &contentType, &b.created, &b.updated, &b.version, &data); err != nil {
+		return nil, translate(err)
+	}
+	if copy(b.sum[:], sum) != len(b.sum) {
+		return nil, fmt.Errorf("%w: a SHA-256 of %d bytes", errCorrupt, len(sum))
+	}
+	b.contentType = string(contentType)
+	if stmt == s.full && !b.chunked() {
+		if int64(len(data)) != b.size {
+			return nil, fmt.Errorf("%w: %d bytes of content where %d were stored", errCorrupt, len(data), b.size)
+		}
+		b.data = bytes.Clone(data)
+	}
+	b.header = newHeader(b)
+	return b, nil
+}
+
+func (s *shard) newID() int64 { return s.nextID.Add(1) }
+
+// hold keeps the content id from being swept until release.
+func (s *shard) hold(id int64) {
+	s.heldMu.Lock()
+	s.held[id]++
+	s.heldMu.Unlock()
+}
+
+func (s *shard) release(id int64) {
+	s.heldMu.Lock()
+	if s.held[id]--; s.held[id] == 0 {
+		delete(s.held, id)
+	}
+	s.heldMu.Unlock()
+	s.litter()
+}
+
+// put stores body under key and returns what it stored, and whether that is
+// only queued. length is the body's announced length, -1 when unknown. An
+// error means that nothing changed.
+func (s *shard) put(key, contentType string, body io.Reader, length int64) (_ *blob, queued bool, err error) {
+	if s.broken != nil {
+		return nil, false, s.broken
+	}
+	hash := sha256.New()
+	body = io.TeeReader(body, hash)
+	b := &blob{contentType: contentType}
+	buf, err := readChunk(body, nil, length)
+	if err != nil {
+		return nil, false, err
+	}
+	if len(buf) > chunkSize {
+		if b.id, buf, err = s.upload(body, buf, &b.size); err != nil {
+			return nil, false, err
+		}
+	}
+	b.data = buf
+	b.size += int64(len(buf))
+	hash.Sum(b.sum[:0])
+	queued, err = s.write(&op{apply: (*writer).put, key: key, blob: b, data: b.data})
+	if !queued {
+		recycle(buf)
+	}
+	return b, queued, err
+}
+
+// upload streams a body of more than one chunk into the chunks table, all but
+// its last chunk, which it returns. buf is what was read already. The content
+// id is held; commit releases it with the put that publishes it.
+//
+// While a chunk is being committed the next one is read: with the two at
+// once, a large upload runs at the speed of the slower, not of both in turn.
+func (s *shard) upload(body io.Reader, buf []byte, size *int64) (id int64, last []byte, err error) {
+	id = s.newID()
+	s.hold(id)
+	var spare []byte
+	for seq := int64(0); len(buf) > chunkSize; seq++ {
+		o := &op{apply: (*writer).addChunk, blob: &blob{id: id}, seq: seq, data: buf[:chunkSize], urgent: true}
+		if err = s.submit(o); err != nil {
+			break
+		}
+		*size += chunkSize
+		var next []byte
+		next, err = readChunk(body, append(spare[:0], buf[chunkSize:]...), -1)
+		<-o.done
+		if err = cmp.Or(err, o.err); err != nil {
+			break
+		}
+		buf, spare = next, buf
+	}
+	recycle(spare)
+	if err != nil {
+		s.release(id)
+		return 0, nil, err
+	}
+	return id, buf, nil
+}
+
+// remove deletes the blob under key, if there is one.
+func (s *shard) remove(key string) (queued bool, err error) {
+	if s.broken != nil {
+		return false, s.broken
+	}
+	return s.write(&op{apply: (*writer).remove, key: key})
+}
+
+// write queues o and waits for its commit, or, in async mode, returns at
+// once. A full disk turns async mode off: its writers are to be told.
+func (s *shard) write(o *op) (queued bool, err error) {
+	o.background = s.store.async && !s.store.full.Load()
+	if err := s.submit(o); err != nil {
+		if o.blob != nil && o.blob.chunked() {
+			s.release(o.blob.id)
+		}
+		return false, err
+	}
+	if o.background {
+		return true, nil
+	}
+	<-o.done
+	return false, o.err
+}
+
+// submit queues o once there is room for it.
+func (s *shard) submit(o *op) error {
+	o.cost = s.store.budget.clamp(int64(len(o.data) + len(o.key) + opOverhead))
+	if err := s.store.budget.acquire(o.cost); err != nil {
+		return err
+	}
+	if !s.batcher.add(o) {
+		s.store.budget.release(o.cost)
+		return errStopping
+	}
+	return nil
+}
+
+// commit is the batcher's: it runs on its goroutine, the only one to use the
+// writer. The batch is one transaction. If that fails the whole is rolled back
+// and each operation is run again alone, so that a bad one fails alone.
+func (s *shard) commit(batch []*op) {
+	first := batch[0]
+	if first.alone != nil {
+		s.finish(first, translate(first.alone(s.writer)))
+		return
+	}
+	err := translate(s.writer.transact(batch))
+	if err != nil && len(batch) > 1 {
+		for i := range batch {
+			s.commit(batch[i : i+1])
+		}
+		return
+	}
+	if errors.Is(err, errFull) && first.data == nil { // a delete: it frees more than it takes
+		s.makeRoom()
+		err = translate(s.writer.transact(batch))
+	}
+	for _, o := range batch {
+		s.finish(o, err)
+	}
+}
+
+// finish settles one operation: what readers and the writer's client see next
+// is its outcome.
+func (s *shard) finish(o *op, err error) {
+	o.err = err
+	if o.key != "" {
+		s.cache.drop(o.key) // after COMMIT and before anybody is told
+	}
+	if o.blob != nil && o.key != "" && o.blob.chunked() {
+		s.release(o.blob.id)
+	}
+	switch {
+	case errors.Is(err, errFull):
+		s.store.full.Store(true)
+		s.litter()
+	case err != nil:
+		s.failure.Store(&err)
+	case o.alone == nil:
+		s.failure.Store(nil)
+		if o.data != nil {
+			s.store.full.Store(false)
+		}
+	}
+	if err != nil && o.background {
+		s.failedWrites.Add(1)
+		s.store.log.Error("a write that was answered 202 failed", "key", o.key, "shard", s.index, "error", err)
+	}
+	s.store.budget.release(o.cost)
+	s.batcher.finish(o)
+}
+
+// chunkPool has buffers for one chunk and one byte more, which tells whether
+// another chunk follows.
+var chunkPool = sync.Pool{New: func() any { return new([chunkSize + 1]byte) }}
+
+// recycle gives a buffer of readChunk back, once nothing refers to it.
+func recycle(buf []byte) {
+	if cap(buf) == chunkSize+1 {
+		chunkPool.Put((*[chunkSize + 1]byte)(buf[:chunkSize+1]))
+	}
+}
+
+// readChunk appends to buf from r up to one byte more than a chunk, or to the
+// end. length is a hint, -1 for none. Memory follows what has arrived, not
+// what was announced: a client that sends nothing holds next to nothing.
+func readChunk(r io.Reader, buf []byte, length int64) ([]byte, error) {
+	if cap(buf) == 0 {
+		if length < 0 || length >= smallBody {
+			length = smallBody - 1
+		}
+		buf = make([]byte, 0, length+1)
+	}
+	for len(buf) <= chunkSize {
+		if len(buf) == cap(buf) {
+			buf = append(chunkPool.Get().(*[chunkSize + 1]byte)[:0], buf...)
+		}
+		n, err := r.Read(buf[len(buf):cap(buf)])
+		buf = buf[:len(buf)+n]
+		if err == io.EOF {
+			return buf, nil
+		}
+		if err != nil {
+			recycle(buf)
+			return nil, err
+		}
+	}
+	return buf, nil
+}
+
+// ============================================================================
+// Batcher
+//
+// Writes of a shard queue up and are committed in groups by one goroutine: the
+// group is what is queued already, up to size operations, so that writers
+// share the cost of a commit and its sync without waiting for one another. A
+// window adds a wait for more, counted from the group's first operation.
+//
+// Invariants: operations are committed in the order of add; done is closed
+// exactly once for each, after its commit; of the background operations on one
+// key newest is the last. So who waits for newest has waited for all of them,
+// which is how a read after a 202 sees the write: it needs no second copy of
+// the data, no merged view, no version arithmetic. Tried and rejected: a map
+// of pending contents that reads consult, which has to know the row beneath.
+//
+// The budget bounds the bytes queued over all shards.
+// ============================================================================
+
+// op is one write and its outcome, or a piece of upkeep.
+type op struct {
+	apply func(*writer, *op) error // inside the transaction of a batch, or
+	alone func(*writer) error      // outside any, by itself
+	key   string                   // empty for a chunk
+	blob  *blob
+	seq   int64  // of the chunk
+	data  []byte // content this operation writes; nil when it deletes
+
+	background bool // nobody waits
+	urgent     bool // its batch does not wait for more
+	cost       int64
+	queued     time.Time
+	done       chan struct{} // closed by the batcher
+	err        error         // valid once done is closed
+}
+
+type batcher struct {
+	size   int
+	window time.Duration
+	commit func([]*op) // calls finish for each
+	wake   chan struct{}
+	ended  chan struct{} // closed by run
+
+	mu     sync.Mutex // guards the rest
+	queue  []*op
+	newest map[string]*op // background operations not yet committed
+	hurry  bool           // somebody waits for the queue: no window
+	closed bool
+}
+
+func newBatcher(size int, window time.Duration, commit func([]*op)) *batcher {
+	return &batcher{size: size, window: window, commit: commit, wake: make(chan struct{}, 1),
+		ended: make(chan struct{}), newest: map[string]*op{}}
+}
+
+// add queues o; false once the batcher is closed.
+func (b *batcher) add(o *op) bool {
+	o.done = make(chan struct{})
+	o.queued = time.Now()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return false
+	}
+	b.queue = append(b.queue, o)
+	b.hurry = b.hurry || o.urgent
+	if o.background {
+		b.newest[o.key] = o
+	}
+	b.signal()
+	return true
+}
+
+func (b *batcher) signal() {
+	select {
+	case b.wake <- struct{}{}:
+	default: // the batcher has a signal to come
+	}
+}
+
+// settle returns once every background operation on key that was queued
+// before the call is committed or has failed.
+func (b *batcher) settle(key string) {
+	b.mu.Lock()
+	o := b.newest[key]
+	if o != nil {
+		b.hurry = true
+		b.signal()
+	}
+	b.mu.Unlock()
+	if o != nil {
+		<-o.done
+	}
+}
+
+// finish is called by commit for each operation of the batch.
+func (b *batcher) finish(o *op) {
+	if o.background {
+		b.mu.Lock()
+		if b.newest[o.key] == o {
+			delete(b.newest, o.key)
+		}
+		b.mu.Unlock()
+	}
+	close(o.done)
+}
+
+// close commits what is queued and ends run.
+func (b *batcher) close() {
+	b.mu.Lock()
+	b.closed = true
+	b.signal()
+	b.mu.Unlock()
+	<-b.ended
+}
+
+// run commits batches until close; it is the batcher's goroutine.
+func (b *batcher) run() {
+	defer close(b.ended)
+	for {
+		// Whoever woke us is often followed by others that are ready to add:
+		// let them, else batches are of one when cores are few. Measured: 1.6
+		// times the writes.
+		runtime.Gosched()
+		batch, wait := b.take(time.Now())
+		switch {
+		case batch != nil:
+			b.commit(batch)
+			clear(batch) // the queue's array must not keep contents alive
+		case wait < 0:
+			return
+		default:
+			var timeout <-chan time.Time // nil: none
+			if wait > 0 {
+				timeout = time.After(wait)
+			}
+			select {
+			case <-b.wake:
+			case <-timeout:
+			}
+		}
+	}
+}
+
+// take returns the next batch, or nil and how long to wait for more: 0 until
+// woken, negative for ever.
+func (b *batcher) take(now time.Time) (batch []*op, wait time.Duration) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	n, bytes := 0, 0
+	for n < len(b.queue) && n < b.size && bytes < batchBytes && b.queue[n].alone == nil {
+		bytes += len(b.queue[n].data)
+		n++
+	}
+	switch {
+	case len(b.queue) == 0 && b.closed:
+		return nil, -1
+	case len(b.queue) == 0:
+		return nil, 0
+	case n == 0:
+		n = 1 // alone
+	case n == len(b.queue) && n < b.size && !b.hurry && !b.closed:
+		if wait := b.window - now.Sub(b.queue[0].queued); wait > 0 {
+			return nil, wait
+		}
+	}
+	batch, b.queue = b.queue[:n:n], b.queue[n:]
+	if len(b.queue) == 0 {
+		b.hurry = false
+	}
+	return batch, 0
+}
+
+// budget is a fair semaphore over bytes. Who finds no room waits in line, at
+// most patience.
+type budget struct {
+	size     int64
+	patience time.Duration
+	closed   chan struct{}
+
+	mu      sync.Mutex // guards the rest
+	free    int64
+	waiting list.List // of *claim, first come first
+}
+
+type claim struct {
+	bytes   int64
+	granted chan struct{} // closed by release
+}
+
+func newBudget(size int64, patience time.Duration) *budget {
+	return &budget{size: size, patience: patience, free: size, closed: make(chan struct{})}
+}
+
+// clamp makes one operation, however large, fit into the whole budget.
+func (b *budget) clamp(n int64) int64 { return min(n, b.size) }
+
+// acquire takes n bytes, errBusy when there is no room for too long and
+// errStopping when the store is closing.
+func (b *budget) acquire(n int64) error {
+	b.mu.Lock()
+	if b.waiting.Len() == 0 && b.free >= n {
+		b.free -= n
+		b.mu.Unlock()
+		return nil
+	}
+	c := &claim{n, make(chan struct{})}
+	place := b.waiting.PushBack(c)
+	b.mu.Unlock()
+	timeout := time.NewTimer(b.patience)
+	defer timeout.Stop()
+	err := errStopping
+	select {
+	case <-c.granted:
+		return nil
+	case <-timeout.C:
+		err = errBusy
+	case <-b.closed:
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	select {
+	case <-c.granted: // at the last moment
+		return nil
+	default:
+		b.waiting.Remove(place)
+		b.grant() // a smaller claim behind this one may fit
+		return err
+	}
+}
+
+func (b *budget) release(n int64) {
+	b.mu.Lock()
+	b.free += n
+	b.grant()
+	b.mu.Unlock()
+}
+
+// grant serves the claims that fit, in order. b.mu is held.
+func (b *budget) grant() {
+	for e := b.waiting.Front(); e != nil && e.Value.(*claim).bytes <= b.free; e = b.waiting.Front() {
+		c := b.waiting.Remove(e).(*claim)
+		b.free -= c.bytes
+		close(c.granted)
+	}
+}
+
+func (b *budget) close() { close(b.closed) }
+
+// ============================================================================
+// Writer
+//
+// The SQL of writes, on one connection with everything prepared: BEGIN and
+// COMMIT too, as database/sql's transactions prepare each statement again.
+// Only the batcher's goroutine calls it, once the shard is open. No request's
+// context comes here: a cancelled one would discard the connection.
+// ============================================================================
+
+type writer struct {
+	db    *sql.DB // of one connection
+	newID func() int64
+	now   func() time.Time
+	room  func() error // whether writes other than deletes may use the disk
+
+	begin, end, rollback                 *sql.Stmt
+	find, insert, update, drop           *sql.Stmt
+	insertChunk, orphan, adopt           *sql.Stmt
+	isOrphan, dropChunks, freePages      *sql.Stmt
+	returnPages, checkpoint, checkpoint2 *sql.Stmt
+}
+
+func openWriter(path, durability string) (_ *writer, err error) {
+	w := &writer{db: openDB(path, fmt.Sprintf("mode=rw&_pragma=busy_timeout(%d)&_pragma=synchronous(%s)&_pragma=temp_store(memory)&_pragma=journal_size_limit(%d)",
+		busyTimeout.Milliseconds(), durability, 2*batchBytes))}
+	w.db.SetMaxOpenConns(1)
+	defer func() {
+		if err != nil {
+			w.db.Close()
+		}
+	}()
+	var v int64
+	if err := w.db.QueryRow("PRAGMA user_version").Scan(&v); err != nil {
+		return nil, err
+	}
+	if v > schemaVersion {
+		return nil, fmt.Errorf("its schema is version %d, this server knows up to %d; use a newer server", v, schemaVersion)
+	}
+	for stmt, text := range map[**sql.Stmt]string{
+		&w.begin:       "BEGIN IMMEDIATE",
+		&w.end:         "COMMIT",
+		&w.rollback:    "ROLLBACK",
+		&w.find:        "SELECT id, size, created_at, version FROM blobs WHERE key = ?",
+		&w.insert:      "INSERT INTO blobs (id, key, size, sha256, codec, content_type, created_at, updated_at, version, data) VALUES (?, ?, ?, ?, 0, ?, ?, ?, ?, ?)",
+		&w.update:      "UPDATE blobs SET size = ?, sha256 = ?, content_type = ?, updated_at = ?, version = ?, data = ? WHERE id = ?",
+		&w.drop:        "DELETE FROM blobs WHERE id = ?",
+		&w.insertChunk: "INSERT INTO chunks (id, data) VALUES (?, ?)",
+		&w.orphan:      "INSERT INTO orphans (id) VALUES (?)",
+		&w.adopt:       "DELETE FROM orphans WHERE id = ?",
+		&w.isOrphan:    "SELECT EXISTS (SELECT 1 FROM orphans WHERE id = ?)",
+		&w.dropChunks:  "DELETE FROM chunks WHERE id IN (SELECT id FROM chunks WHERE id >= ?1 << 20 AND id < (?1 + 1) << 20 LIMIT ?2)",
+		&w.freePages:   "PRAGMA freelist_count",
+		&w.returnPages: fmt.Sprintf("PRAGMA incremental_vacuum(%d)", vacuumPages),
+		&w.checkpoint:  "PRAGMA wal_checkpoint(PASSIVE)",
+		&w.checkpoint2: "PRAGMA wal_checkpoint(TRUNCATE)",
+	} {
+		if *stmt, err = w.db.Prepare(text); err != nil {
+			return nil, err
+		}
+	}
+	return w, nil
+}
+
+// record reads what the shard knows of its directory.
+func (w *writer) record() (*record, error) {
+	r := &record{}
+	for key, to := range map[string]any{"num_shards": &r.NumShards, "shard": &r.Shard, "hash": &r.Hash, "directory": &r.Directory} {
+		err := w.db.QueryRow("SELECT value FROM meta WHERE key = ?", key).Scan(to)
+		if errors.Is(err, sql.ErrNoRows) {
+			return nil, fmt.Errorf("%w: meta has no %s", errCorrupt, key)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	return r, nil
+}
+
+// lastID is the highest content id ever used that still matters: chunks have
+// no ids beside those of blobs and orphans.
+func (w *writer) lastID() (id int64, err error) {
+	err = w.db.QueryRow("SELECT max((SELECT coalesce(max(id), 0) FROM blobs), (SELECT coalesce(max(id), 0) FROM orphans))").Scan(&id)
+	return id, err
+}
+
+// transact applies batch in one transaction: all of it is committed, or
+// nothing of it and the error says why.
+func (w *writer) transact(batch []*op) error {
+	return w.inTransaction(func() error {
+		for _, o := range batch {
+			if err := o.apply(w, o); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+func (w *writer) inTransaction(f func() error) error {
+	_, err := w.begin.Exec()
+	if err != nil {
+		return err
+	}
+	if err = f(); err == nil {
+		_, err = w.end.Exec()
+	}
+	if err != nil {
+		w.rollback.Exec() // fails when SQLite has rolled back already
+	}
+	return err
+}
+
+// put stores o.blob under o.key; when chunked, all chunks but the last are in
+// place. The content that was there goes with the same transaction.
+func (w *writer) put(o *op) error {
+	if err := w.room(); err != nil {
+		return err
+	}
+	b, now := o.blob, w.now().UnixMilli()
+	var old blob
+	err := w.find.QueryRow(o.key).Scan(&old.id, &old.size, &old.created, &old.version)
+	exists := err == nil
+	if err != nil && !errors.Is(err, sql.ErrNoRows) {
+		return err
+	}
+	created, version := now, int64(0)
+	if exists {
+		created, version = old.created, old.version+1
+	}
+	if exists && !old.chunked() && !b.chunked() {
+		// In place: SQLite then rewrites neither the index nor the row's place.
+		_, err := w.update.Exec(b.size, b.sum[:], b.contentType, now, version, b.data, old.id)
+		return err
+	}
+	if exists {
+		if err := w.forget(&old); err != nil {
+			return err
+		}
+	}
+	id, data := b.id, any(nil)
+	if b.chunked() {
+		if _, err := w.insertChunk.Exec(id<<seqBits|b.lastSeq(), b.data); err != nil {
+			return err
+		}
+		if _, err := w.adopt.Exec(id); err != nil {
+			return err
+		}
+	} else {
+		id, data = w.newID(), b.data
+	}
+	_, err = w.insert.Exec(id, o.key, b.size, b.sum[:], b.contentType, created, now, version, data)
+	return err
+}
+
+// addChunk adds one chunk to a content that is not published yet.
+func (w *writer) addChunk(o *op) error {
+	if err := w.room(); err != nil {
+		return err
+	}
+	if o.seq == 0 { // with the first chunk, else a crash leaves chunks nobody finds
+		if _, err := w.orphan.Exec(o.blob.id); err != nil {
+			return err
+		}
+	}
+	_, err := w.insertChunk.Exec(o.blob.id<<seqBits|o.seq, o.data)
+	return err
+}
+
+// remove deletes the row of o.key; its chunks are left to the sweep.
+func (w *writer) remove(o *op) error {
+	var old blob
+	err := w.find.QueryRow(o.key).Scan(&old.id, &old.size, &old.created, &old.version)
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return w.forget(&old)
+}
+
+// forget deletes a row and hands its chunks, if any, to the sweep.
+func (w *writer) forget(old *blob) error {
+	if _, err := w.drop.Exec(old.id); err != nil || !old.chunked() {
+		return err
+	}
+	_, err := w.orphan.Exec(old.id)
+	return err
+}
+
+// sweep deletes a few chunks of an orphan, and the orphan with its last. It
+// looks again, as an upload may have published the content meanwhile.
+func (w *writer) sweep(id int64) error {
+	return w.inTransaction(func() error {
+		var orphan bool
+		if err := w.isOrphan.QueryRow(id).Scan(&orphan); err != nil || !orphan {
+			return err
+		}
+		r, err := w.dropChunks.Exec(id, sweepChunks)
+		if err != nil {
+			return err
+		}
+		if n, err := r.RowsAffected(); err != nil || n == sweepChunks {
+			return err
+		}
+		_, err = w.adopt.Exec(id)
+		return err
+	})
+}
+
+// ============================================================================
+// Cache, content
+//
+// What readers hold on to. The cache keeps small committed contents in memory;
+// a content is one download's position in a blob.
+// ============================================================================
+
+// cache maps keys to committed small blobs, at most limit bytes of them. It
+// is right because the shard has one writer, which drops a key after each
+// commit that touches it and before anybody is told, and because a reader
+// reserves the key's place before it reads the row: if a commit comes in
+// between, drop removes the place, and what the reader found, perhaps the row
+// before that commit, does not get in. Victims are random: there is nothing
+// to maintain on a hit, and a scan over more than fits does not empty it.
+type cache struct {
+	limit int
+
+	mu      sync.Mutex // guards the rest
+	bytes   int
+	entries map[string]*blob // a blob without header is a reserved place
+}
+
+func newCache(limit int) *cache {
+	return &cache{limit: limit, entries: map[string]*blob{}}
+}
+
+// get returns the committed blob under key if it is at hand, else nil.
+func (c *cache) get(key string) *blob {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if b := c.entries[key]; b != nil && b.header != nil {
+		return b
+	}
+	return nil
+}
+
+// reserve returns a place for key, nil when another reader has it.
+func (c *cache) reserve(key string) *blob {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.entries[key] != nil {
+		return nil
+	}
+	place := &blob{}
+	c.entries[key] = place
+	return place
+}
+
+// fill puts b, or nothing if that is nil or large, where place still is.
+func (c *cache) fill(key string, place, b *blob) {
+	if place == nil {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.entries[key] != place {
+		return
+	}
+	delete(c.entries, key)
+	if b == nil || b.size > cacheItem {
+		return
+	}
+	for victim, v := range c.entries {
+		if c.bytes+entryBytes(key, b) <= c.limit {
+			break
+		}
+		if v.header != nil {
+			c.bytes -= entryBytes(victim, v)
+			delete(c.entries, victim)
+		}
+	}
+	if c.bytes+entryBytes(key, b) <= c.limit {
+		c.bytes += entryBytes(key, b)
+		c.entries[key] = b
+	}
+}
+
+// drop forgets key and what readers are about to say of it.
+func (c *cache) drop(key string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if b := c.entries[key]; b != nil {
+		if b.header != nil {
+			c.bytes -= entryBytes(key, b)
+		}
+		delete(c.entries, key)
+	}
+}
+
+// entryBytes is about what an entry holds: a header costs about 1,200 bytes.
+func entryBytes(key string, b *blob) int {
+	return len(key) + len(b.data) + len(b.contentType) + 1200
+}
+
+// content is an io.ReadSeeker over a blob, for one request's goroutine. Of a
+// chunked blob it has one chunk in memory and takes the next by a query of
+// its own, so that a slow client holds neither connection nor transaction.
+type content struct {
+	blob     *blob
+	shard    *shard // of a chunked blob, whose id is held; else nil
+	progress *progress
+	offset   int64
+	chunk    []byte // chunk number seq, when not empty
+	seq      int64
+	err      error // the first, for the handler: ServeContent keeps it to itself
+}
+
+func (c *content) close() {
+	if c.shard != nil {
+		c.shard.release(c.blob.id)
+	}
+}
+
+func (c *content) Read(p []byte) (int, error) {
+	if c.offset >= c.blob.size {
+		return 0, io.EOF
+	}
+	if c.shard == nil {
+		n := copy(p, c.blob.data[c.offset:])
+		c.offset += int64(n)
+		return n, nil
+	}
+	if c.err = c.load(c.offset / chunkSize); c.err != nil {
+		return 0, c.err
+	}
+	c.progress.made() // we are called again because the client took the last piece
+	n := copy(p, c.chunk[c.offset%chunkSize:])
+	c.offset += int64(n)
+	return n, nil
+}
+
+// load brings chunk seq into memory. A chunk that is missing or of the wrong
+// length is an error: a download is whole or visibly cut.
+func (c *content) load(seq int64) error {
+	if c.seq == seq && len(c.chunk) > 0 {
+		return nil
+	}
+	c.chunk = c.chunk[:0]
+	rows, err := c.shard.chunk.Query(c.blob.id<<seqBits | seq)
+	if err != nil {
+		return translate(err)
+	}
+	defer rows.Close()
+	var data sql.RawBytes
+	if rows.Next() {
+		err = rows.Scan(&data)
+	}
+	if err = cmp.Or(err, rows.Err()); err != nil {
+		return translate(err)
+	}
+	if want := min(chunkSize, c.blob.size-seq*chunkSize); int64(len(data)) != want {
+		return fmt.Errorf("%w: chunk %d of content %d has %d bytes, not %d", errCorrupt, seq, c.blob.id, len(data), want)
+	}
+	c.chunk, c.seq = append(c.chunk, data...), seq
+	return nil
+}
+
+func (c *content) Seek(offset int64, whence int) (int64, error) {
+	switch whence {
+	case io.SeekCurrent:
+		offset += c.offset
+	case io.SeekEnd:
+		offset += c.blob.size
+	}
+	if offset < 0 {
+		return 0, errors.New("seek before the start")
+	}
+	c.offset = offset
+	return offset, nil
+}
+
+// ============================================================================
+// Upkeep
+//
+// One goroutine per store reclaims space: it finds contents nobody refers to
+// or reads, deletes them a few chunks at a time through the batcher, between
+// the writes, and returns free pages to the file system when the shard is
+// idle. It also keeps the reserve: a file that is given up on a full disk so
+// that deletes have room, and that must be back before other writes go on.
+// ============================================================================
+
+// litter says that there may be something to sweep.
+func (s *shard) litter() {
+	s.garbage.Store(true)
+	select {
+	case s.store.untidy <- struct{}{}:
+	default: // said already
+	}
+}
+
+func (st *store) upkeep() {
+	tick := time.NewTicker(sweepInterval)
+	defer tick.Stop()
+	for {
+		for _, s := range st.shards {
+			if s.broken == nil && s.garbage.Swap(false) {
+				if err := s.tidy(); err != nil && !errors.Is(err, errStopping) {
+					s.garbage.Store(true) // again at the next tick
+					st.log.Warn("reclaiming space failed, will try again", "shard", s.index, "error", err)
+				}
+			}
+		}
+		if !st.reserved.Load() {
+			st.takeReserve()
+		}
+		select {
+		case <-st.stop:
+			return
+		case <-tick.C:
+		case <-st.untidy:
+		}
+	}
+}
+
+// tidy sweeps the shard's orphans and returns its free pages, in slices, and
+// pauses after each for as long as it took.
+func (s *shard) tidy() error {
+	for {
+		id, err := s.victim()
+		if err != nil {
+			return err
+		}
+		if id == 0 {
+			break
+		}
+		if err := s.slice(func(w *writer) error { return w.sweep(id) }); err != nil {
+			return err
+		}
+	}
+	// A few free pages stay for the next writes, unless space is short.
+	pressed := s.store.full.Load() || !s.store.reserved.Load()
+	vacuumed := false
+	for more := true; more; {
+		err := s.slice(func(w *writer) error {
+			var free int64
+			if err := w.freePages.QueryRow().Scan(&free); err != nil {
+				return err
+			}
+			more = free > vacuumPages || pressed && free > 0
+			if !more {
+				return nil
+			}
+			vacuumed = true
+			_, err := w.returnPages.Exec()
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if !vacuumed && !pressed {
+		return nil
+	}
+	// The file shrinks with the checkpoint.
+	return s.slice(func(w *writer) error {
+		if pressed {
+			_, err := w.checkpoint2.Exec()
+			return err
+		}
+		_, err := w.checkpoint.Exec()
+		return err
+	})
+}
+
+// victim returns an orphan that nobody reads or uploads, or 0. Under the
+// exclusive lookups lock every reader that found the content holds it, no new
+// one can find it, and an upload that has published it is no orphan any more.
+func (s *shard) victim() (victim int64, err error) {
+	s.lookups.Lock()
+	defer s.lookups.Unlock()
+	rows, err := s.readers.Query("SELECT id FROM orphans")
+	if err != nil {
+		return 0, translate(err)
+	}
+	defer rows.Close()
+	s.heldMu.Lock()
+	defer s.heldMu.Unlock()
+	for rows.Next() {
+		var id int64
+		if err := rows.Scan(&id); err != nil {
+			return 0, translate(err)
+		}
+		if s.held[id] == 0 {
+			return id, nil
+		}
+	}
+	return 0, translate(rows.Err())
+}
+
+// slice runs one piece of upkeep on the batcher's goroutine, with head-room
+// if the disk is full, and pauses.
+func (s *shard) slice(f func(*writer) error) error {
+	var took time.Duration
+	o := &op{urgent: true, alone: func(w *writer) error {
+		start := time.Now()
+		err := translate(f(w))
+		if errors.Is(err, errFull) {
+			s.makeRoom()
+			err = f(w)
+		}
+		took = time.Since(start)
+		return err
+	}}
+	if !s.batcher.add(o) {
+		return errStopping
+	}
+	<-o.done
+	select {
+	case <-s.store.stop:
+		return errStopping
+	case <-time.After(took):
+	}
+	return o.err
+}
+
+// makeRoom gives up the reserve and the space of the shard's WAL, for a
+// delete or a sweep. It runs on the batcher's goroutine, outside a
+// transaction.
+func (s *shard) makeRoom() {
+	s.store.giveReserve()
+	s.writer.checkpoint2.Exec() // what it can; the retry tells
+	s.litter()
+}
+
+// room reports whether writes other than deletes may use the disk: not while
+// the reserve is gone and cannot be had back.
+func (st *store) room() error {
+	if st.reserved.Load() || st.takeReserve() {
+		return nil
+	}
+	return errFull
+}
+
+// takeReserve writes the reserve file; false when there is no room for it.
+func (st *store) takeReserve() bool {
+	st.reserveMu.Lock()
+	defer st.reserveMu.Unlock()
+	if st.reserved.Load() {
+		return true
+	}
+	noise := make([]byte, reserveBytes) // of which no file system makes a hole
+	rand.Read(noise)
+	path := filepath.Join(st.dir, reserveFile)
+	if err := os.WriteFile(path, noise, 0o644); err != nil {
+		os.Remove(path)
+		return false
+	}
+	st.reserved.Store(true)
+	return true
+}
+
+// giveReserve removes the reserve file.
+func (st *store) giveReserve() {
+	st.reserveMu.Lock()
+	defer st.reserveMu.Unlock()
+	st.reserved.Store(false)
+	os.Remove(filepath.Join(st.dir, reserveFile)) // missing is as good
+}
