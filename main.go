@@ -124,7 +124,7 @@ const (
 	// cacheBytes bounds the committed contents kept for readers, over all
 	// shards; a hit saves a third of a small GET. cacheItem is the largest
 	// one worth keeping: beyond it the socket costs more than SQLite does.
-	cacheBytes = 32 << 20
+	cacheBytes = 96 << 20
 	cacheItem  = 32 << 10
 
 	readersPerShard = 8       // connections; each reads for microseconds
@@ -140,7 +140,7 @@ const (
 	drainTimeout    = 15 * time.Second // finishing requests after SIGTERM
 	busyTimeout     = 5 * time.Second  // another process holds a SQLite lock
 	sweepInterval   = time.Second
-	progressGrain   = time.Second // deadlines are moved at most this often
+	progressGrain   = 60 // deadlines are moved at most this often per stallTimeout
 )
 
 // The errors a client is told apart by; statusOf maps each to its code. An
@@ -199,8 +199,8 @@ type blob struct {
 	contentType      string
 	created, updated int64 // Unix milliseconds
 	version          int64
-	data             []byte      // content, or, when chunked and being written, its last chunk
-	header           http.Header // of an answer that carries this blob, made once
+	data             []byte    // content, or, when chunked and being written, its last chunk
+	header           [6]string // values of an answer that carries this blob: see setHeader
 }
 
 // chunked reports whether the content lies in the chunks table. Size alone
@@ -566,11 +566,12 @@ func fileExists(name string) bool {
 type server struct {
 	store    *store
 	log      *slog.Logger
+	stall    time.Duration  // without progress a client is cut off
 	requests sync.WaitGroup // handlers running
 }
 
 func newServer(st *store, log *slog.Logger) *server {
-	return &server{store: st, log: log}
+	return &server{store: st, log: log, stall: stallTimeout}
 }
 
 // routes returns the handler of everything. The mux would answer a path that
@@ -771,14 +772,17 @@ func (s *server) serve(ctx context.Context, stop func(), ln net.Listener) error 
 	hs := &http.Server{
 		Handler:           s.routes(),
 		ReadHeaderTimeout: headerTimeout,
-		ReadTimeout:       stallTimeout,
-		WriteTimeout:      stallTimeout,
+		ReadTimeout:       s.stall,
+		WriteTimeout:      s.stall,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    64 << 10,
-		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			return context.WithValue(ctx, connKey{}, c)
+		},
+		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 	}
 	failed := make(chan error, 1)
-	go func() { failed <- hs.Serve(ln) }()
+	go func() { failed <- hs.Serve(corkedListener{ln}) }()
 	select {
 	case err := <-failed:
 		return fmt.Errorf("serving: %w", err)
@@ -797,27 +801,89 @@ func (s *server) serve(ctx context.Context, stop func(), ln net.Listener) error 
 	return nil
 }
 
+// corkedConn gathers what is written between cork and uncork, up to corkBytes,
+// and sends it with one system call. net/http sends the header of an answer
+// and a body of more than its 4 KiB buffer in two, each of which wakes the
+// client: for a small blob that is a quarter of the whole request.
+//
+// Only the goroutine that serves the connection's request may cork, and it
+// uncorks before it returns.
+type corkedConn struct {
+	net.Conn
+	corked bool
+	held   []byte
+}
+
+const corkBytes = 64 << 10
+
+type connKey struct{}
+
+// cork gathers the answer to r, where its connection can, until the returned
+// function is called.
+func cork(r *http.Request) (uncork func()) {
+	c, ok := r.Context().Value(connKey{}).(*corkedConn)
+	if !ok || r.ProtoMajor != 1 {
+		return func() {}
+	}
+	c.corked = true
+	return func() { c.uncork() } // an error stays with the connection, for the next write to meet
+}
+
+func (c *corkedConn) uncork() error {
+	c.corked = false
+	if len(c.held) == 0 {
+		return nil
+	}
+	_, err := c.Conn.Write(c.held)
+	c.held = c.held[:0]
+	return err
+}
+
+func (c *corkedConn) Write(p []byte) (int, error) {
+	if c.corked && len(c.held)+len(p) <= corkBytes {
+		c.held = append(c.held, p...)
+		return len(p), nil
+	}
+	if c.corked {
+		if err := c.uncork(); err != nil {
+			return 0, err
+		}
+	}
+	return c.Conn.Write(p)
+}
+
+// corkedListener makes every connection a corkedConn.
+type corkedListener struct{ net.Listener }
+
+func (l corkedListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return &corkedConn{Conn: c}, nil
+}
+
 // progress moves the deadlines of a request's connection while bytes flow, so
-// that a client is cut off stallTimeout after its last progress and not
-// before. It belongs to the request's goroutine.
+// that a client is cut off a stall after its last progress and not before. It belongs to the request's goroutine.
 type progress struct {
 	rc    *http.ResponseController
+	stall time.Duration
 	moved time.Time
 }
 
-func newProgress(w http.ResponseWriter) *progress {
-	return &progress{http.NewResponseController(w), time.Now()}
+func (s *server) newProgress(w http.ResponseWriter) *progress {
+	return &progress{http.NewResponseController(w), s.stall, time.Now()}
 }
 
 // made notes progress. Errors are left to the read or write that follows.
 func (p *progress) made() {
 	now := time.Now()
-	if now.Sub(p.moved) < progressGrain {
+	if now.Sub(p.moved) < p.stall/progressGrain {
 		return
 	}
 	p.moved = now
-	p.rc.SetReadDeadline(now.Add(stallTimeout))
-	p.rc.SetWriteDeadline(now.Add(stallTimeout))
+	p.rc.SetReadDeadline(now.Add(p.stall))
+	p.rc.SetWriteDeadline(now.Add(p.stall))
 }
 
 // ============================================================================
@@ -846,23 +912,40 @@ func keyOf(r *http.Request) (string, error) {
 
 func etagOf(b *blob) string { return `"` + hex.EncodeToString(b.sum[:]) + `"` }
 
-// newHeader returns the headers of an answer that carries b, all but those
-// that http.ServeContent adds. Readers of one blob share it: copy, do not
-// change.
-func newHeader(b *blob) http.Header {
-	stamp := func(ms int64) []string {
-		return []string{time.UnixMilli(ms).UTC().Format("2006-01-02T15:04:05.000Z07:00")}
+// headerNames are the headers of an answer that carries a blob, beside those
+// that http.ServeContent adds, in the order of blob.header.
+var headerNames = [...]string{"Content-Type", "Etag", "Repr-Digest", "Blob-Created", "Blob-Updated", "Blob-Version"}
+
+// describe fills in b.header, once for all answers that carry b.
+func (b *blob) describe() {
+	stamp := func(ms int64) string { return time.UnixMilli(ms).UTC().Format("2006-01-02T15:04:05.000Z07:00") }
+	created := stamp(b.created)
+	b.header = [...]string{
+		b.contentType,
+		etagOf(b),
+		"sha-256=:" + base64.StdEncoding.EncodeToString(b.sum[:]) + ":",
+		created,
+		created,
+		strconv.FormatInt(b.version, 10),
 	}
-	return http.Header{
-		"Content-Type":            {b.contentType},
-		"Etag":                    {etagOf(b)},
-		"Repr-Digest":             {"sha-256=:" + base64.StdEncoding.EncodeToString(b.sum[:]) + ":"},
-		"Blob-Created":            stamp(b.created),
-		"Blob-Updated":            stamp(b.updated),
-		"Blob-Version":            {strconv.FormatInt(b.version, 10)},
-		"X-Content-Type-Options":  {"nosniff"},
-		"Content-Security-Policy": {"sandbox"}, // what others uploaded does not run under our name
+	if b.updated != b.created {
+		b.header[4] = stamp(b.updated)
 	}
+}
+
+// What others uploaded neither passes for another type nor runs under our name.
+var (
+	noSniff = []string{"nosniff"}
+	sandbox = []string{"sandbox"}
+)
+
+// setHeader describes b in h, without allocating: the values are b's own.
+func (b *blob) setHeader(h http.Header) {
+	for i, name := range headerNames {
+		h[name] = b.header[i : i+1 : i+1]
+	}
+	h["X-Content-Type-Options"] = noSniff
+	h["Content-Security-Policy"] = sandbox
 }
 
 // getBlob serves GET and HEAD. http.ServeContent decides on conditions and
@@ -878,11 +961,17 @@ func (s *server) getBlob(w http.ResponseWriter, r *http.Request) error {
 	}
 	defer c.close()
 	if c.blob.chunked() {
-		c.progress = newProgress(w)
+		c.progress = s.newProgress(w)
 	}
-	maps.Copy(w.Header(), c.blob.header)
+	c.blob.setHeader(w.Header())
+	defer cork(r)()
 	http.ServeContent(w, r, "", time.UnixMilli(c.blob.updated), c)
-	return c.err
+	if c.err != nil {
+		return c.err
+	}
+	http.NewResponseController(w).Flush() // into the cork; a client that is gone needs no answer
+	return nil
+
 }
 
 // putBlob serves PUT and POST.
@@ -900,7 +989,7 @@ func (s *server) putBlob(w http.ResponseWriter, r *http.Request) error {
 	if len(contentType) > maxContentTypeBytes || !utf8.ValidString(contentType) {
 		return fmt.Errorf("%w: the Content-Type is longer than %d bytes or not UTF-8", errBadRequest, maxContentTypeBytes)
 	}
-	body := &upload{body: r.Body, limit: s.store.maxBlob, progress: newProgress(w)}
+	body := &upload{body: r.Body, limit: s.store.maxBlob, progress: s.newProgress(w)}
 	if r.ContentLength > body.limit {
 		return body.tooLarge(w)
 	}
@@ -1121,15 +1210,15 @@ func openStore(cfg *config, log *slog.Logger) (_ *store, err error) {
 	if err := st.takeLock(); err != nil {
 		return nil, err
 	}
+	if err := discardUnfinished(dir); err != nil {
+		return nil, err
+	}
 	found, err := survey(dir)
 	if err != nil {
 		return nil, err
 	}
 	// Given up first, so that a full disk has room for what opening writes.
 	st.giveReserve()
-	if found, err = discardUnfinished(dir, found); err != nil {
-		return nil, err
-	}
 	if len(found) == 0 {
 		if err := createShards(dir, cfg); err != nil {
 			return nil, fmt.Errorf("cannot create the shards in %s: %w", dir, err)
@@ -1148,8 +1237,8 @@ func openStore(cfg *config, log *slog.Logger) (_ *store, err error) {
 // takeLock holds an SQLite file in an exclusive transaction: a lock that works
 // on every platform and ends with the process.
 func (st *store) takeLock() error {
-	st.lock = openDB(filepath.Join(st.dir, lockFile), "")
-	st.lock.SetMaxOpenConns(1) // never closed before the store: the transaction is the lock
+	st.lock = openDB(filepath.Join(st.dir, lockFile), "_pragma=journal_mode(memory)") // a full disk can still be locked
+	st.lock.SetMaxOpenConns(1)                                                        // never closed before the store: the transaction is the lock
 	_, err := st.lock.Exec("BEGIN EXCLUSIVE")
 	if errors.Is(translate(err), errBusy) {
 		return fmt.Errorf("data directory %s is in use by another blobnom; stop that one first", st.dir)
@@ -1218,49 +1307,25 @@ func readHead(path string, n int64) ([]byte, error) {
 }
 
 // discardUnfinished removes what a creation left that did not come to its
-// end: new files, and, as shard 0 gets its name last, empty shards without a
-// shard 0.
-func discardUnfinished(dir string, found map[int]bool) (map[int]bool, error) {
-	leftover, err := filepath.Glob(filepath.Join(globEscape(dir), "shard_*.db"+newSuffix+"*"))
-	if err != nil {
-		return nil, err
+// end. shard_0.db.new is the first file that a creation makes and the last
+// that it renames: while it exists, no blob was ever stored.
+func discardUnfinished(dir string) error {
+	if !fileExists(filepath.Join(dir, shardName(0)+newSuffix)) {
+		return nil
 	}
-	if _, ok := found[0]; !ok {
-		for i, intact := range found {
-			path := filepath.Join(dir, shardName(i))
-			if empty, err := isEmptyShard(path); !intact || err != nil || !empty {
-				return found, nil // shard 0 is lost: for openShards to refuse
+	entries, err := os.ReadDir(dir)
+	for _, e := range slices.Backward(entries) { // shard_0.db.new goes last
+		if name, _, _ := strings.Cut(e.Name(), newSuffix); err == nil {
+			if _, ok := shardIndex(name); ok {
+				err = os.Remove(filepath.Join(dir, e.Name()))
 			}
-			leftover = append(leftover, path)
-		}
-		clear(found)
-	}
-	for _, path := range leftover {
-		if err := os.Remove(path); err != nil {
-			return nil, err
 		}
 	}
-	return found, nil
+	return err
 }
 
-// globEscape quotes the characters of dir that filepath.Match would expand.
-func globEscape(dir string) string {
-	if runtime.GOOS == "windows" {
-		return dir // where no such quoting exists
-	}
-	return strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`).Replace(dir)
-}
-
-func isEmptyShard(path string) (empty bool, err error) {
-	db := openDB(path, "mode=ro")
-	defer db.Close()
-	err = db.QueryRow("SELECT NOT EXISTS (SELECT 1 FROM blobs)").Scan(&empty)
-	return empty, err
-}
-
-// createShards makes a new directory's shards. Each is complete before it
-// gets its name, and shard 0 gets its name last: without shard 0 a directory
-// never held a blob.
+// createShards makes a new directory's shards, each complete before it gets
+// its name; shard 0 is begun first and named last: see discardUnfinished.
 func createShards(dir string, cfg *config) error {
 	id := rand.Text()
 	for i := range int(cfg.NumShards) {
@@ -1311,18 +1376,20 @@ func syncDir(dir string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
-// openShards opens every shard and compares the directory's record with cfg.
+// openShards opens every shard and compares what it says of the directory
+// with cfg. found is what survey saw before any was created.
 func (st *store) openShards(cfg *config, found map[int]bool) error {
 	var first *record
-	for i := range max(int(cfg.NumShards), len(found)) {
+	for i := range int(cfg.NumShards) {
 		path := filepath.Join(st.dir, shardName(i))
-		if _, ok := found[i]; !ok && len(found) > 0 {
-			if first == nil || first.NumShards > int64(i) {
-				return fmt.Errorf("%s is missing; restore it, or the whole directory, from a backup", path)
-			}
-			break // fewer shards than configured: said below
+		intact, exists := found[i]
+		if !exists && len(found) > 0 {
+			return fmt.Errorf("%s is missing; restore it, or the whole directory, from a backup", path)
 		}
-		sh, r, err := openShard(st, i, path, cfg)
+		sh, r, err := &shard{store: st, index: i}, (*record)(nil), fmt.Errorf("%w: %s is no SQLite file", errCorrupt, path)
+		if intact || len(found) == 0 {
+			sh, r, err = openShard(st, i, path, cfg)
+		}
 		st.shards = append(st.shards, sh)
 		switch {
 		case errors.Is(err, errCorrupt):
@@ -1331,24 +1398,25 @@ func (st *store) openShards(cfg *config, found map[int]bool) error {
 			continue
 		case err != nil:
 			return err
-		}
-		if first == nil {
+		case first == nil:
 			first = r
 		}
 		if r.NumShards != cfg.NumShards || r.Hash != cfg.Hash {
-			return fmt.Errorf("data directory %s holds %d shards placed by %s, the configuration asks for num_shards = %d and hash = %q; set them as they were, or copy the blobs with: blobnom migrate %s",
+			return fmt.Errorf("data directory %s holds %d shards placed by %s, the configuration asks for num_shards = %d and hash = %q; set them as they were, or copy the blobs into a new data_dir with: blobnom migrate %s",
 				st.dir, r.NumShards, r.Hash, cfg.NumShards, cfg.Hash, st.dir)
 		}
 		if r.Shard != int64(i) || r.Directory != first.Directory {
-			return fmt.Errorf("%s belongs to another data directory or place (shard %d of directory %s, not shard %d of %s); put the right file back from a backup",
+			return fmt.Errorf("%s belongs elsewhere: it is shard %d of directory %s, not shard %d of %s; put the right file back from a backup",
 				path, r.Shard, r.Directory, i, first.Directory)
 		}
 	}
-	switch {
-	case first == nil:
+	if first == nil {
 		return fmt.Errorf("no shard in %s can be read; restore the directory from a backup", st.dir)
-	case len(st.shards) > int(cfg.NumShards) || len(found) > 0 && len(found) != int(cfg.NumShards):
-		return fmt.Errorf("data directory %s has %d shard files but was made with num_shards = %d; take away what does not belong there", st.dir, len(found), first.NumShards)
+	}
+	for i := range found {
+		if i >= int(cfg.NumShards) {
+			return fmt.Errorf("%s does not belong to a directory of %d shards; take it away", filepath.Join(st.dir, shardName(i)), cfg.NumShards)
+		}
 	}
 	return nil
 }
@@ -1576,7 +1644,7 @@ func (s *shard) lookup(stmt *sql.Stmt, key string) (*blob, error) {
 		}
 		b.data = bytes.Clone(data)
 	}
-	b.header = newHeader(b)
+	b.describe()
 	return b, nil
 }
 
@@ -2267,7 +2335,7 @@ type cache struct {
 
 	mu      sync.Mutex // guards the rest
 	bytes   int
-	entries map[string]*blob // a blob without header is a reserved place
+	entries map[string]*blob // one of negative size is a reserved place
 }
 
 func newCache(limit int) *cache {
@@ -2278,7 +2346,7 @@ func newCache(limit int) *cache {
 func (c *cache) get(key string) *blob {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if b := c.entries[key]; b != nil && b.header != nil {
+	if b := c.entries[key]; b != nil && b.size >= 0 {
 		return b
 	}
 	return nil
@@ -2291,7 +2359,7 @@ func (c *cache) reserve(key string) *blob {
 	if c.entries[key] != nil {
 		return nil
 	}
-	place := &blob{}
+	place := &blob{size: -1}
 	c.entries[key] = place
 	return place
 }
@@ -2314,7 +2382,7 @@ func (c *cache) fill(key string, place, b *blob) {
 		if c.bytes+entryBytes(key, b) <= c.limit {
 			break
 		}
-		if v.header != nil {
+		if v.size >= 0 {
 			c.bytes -= entryBytes(victim, v)
 			delete(c.entries, victim)
 		}
@@ -2330,16 +2398,17 @@ func (c *cache) drop(key string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if b := c.entries[key]; b != nil {
-		if b.header != nil {
+		if b.size >= 0 {
 			c.bytes -= entryBytes(key, b)
 		}
 		delete(c.entries, key)
 	}
 }
 
-// entryBytes is about what an entry holds: a header costs about 1,200 bytes.
+// entryBytes is about what an entry holds: blob, header values
+// and the map's share come to about 700 bytes beside key and content.
 func entryBytes(key string, b *blob) int {
-	return len(key) + len(b.data) + len(b.contentType) + 1200
+	return len(key) + len(b.data) + len(b.contentType) + 700
 }
 
 // content is an io.ReadSeeker over a blob, for one request's goroutine. Of a

@@ -1,0 +1,1985 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"database/sql"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"mime"
+	"mime/multipart"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// ============================================================================
+// Harness
+//
+// A server under test is a real listener over a real directory, in this process
+// (newTestServer) or, where it is to be killed, as the program itself
+// (startProgram): TestMain runs main when told so by the environment. Every
+// directory is verified with plain SQL when its test ends.
+// ============================================================================
+
+const asProgram = "BLOBNOM_TEST_AS_PROGRAM"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asProgram) != "" {
+		main()
+	}
+	os.Exit(m.Run())
+}
+
+var (
+	soak = flag.Int("soak", 3, "rounds of the crash test")
+	seed = flag.Uint64("seed", 0, "seed of the model test; 0 takes a random one")
+)
+
+// testServer is a running server; base is its URL up to the path.
+type testServer struct {
+	t     testing.TB
+	store *store
+	log   *syncBuffer
+	base  string
+	stop  func() error // drains and closes; the error of both
+}
+
+type syncBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (s *syncBuffer) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(p)
+}
+
+func (s *syncBuffer) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.String()
+}
+
+func testConfig(t testing.TB, change ...func(*config)) *config {
+	cfg := defaultConfig()
+	cfg.DataDir, cfg.NumShards, cfg.BatchSize, cfg.Durability = filepath.Join(t.TempDir(), "data"), 4, 64, "normal"
+	for _, f := range change {
+		f(cfg)
+	}
+	return cfg
+}
+
+func newTestServer(t testing.TB, change ...func(*config)) *testServer {
+	t.Helper()
+	return serveConfig(t, testConfig(t, change...), stallTimeout)
+}
+
+func serveConfig(t testing.TB, cfg *config, stall time.Duration) *testServer {
+	t.Helper()
+	s := &testServer{t: t, log: &syncBuffer{}}
+	log := slog.New(slog.NewTextHandler(s.log, nil))
+	var err error
+	if s.store, err = openStore(cfg, log); err != nil {
+		t.Fatal(err)
+	}
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.base = "http://" + ln.Addr().String()
+	ctx, cancel := context.WithCancel(context.Background())
+	served := make(chan error, 1)
+	srv := newServer(s.store, log)
+	srv.stall = stall
+	go func() { served <- srv.serve(ctx, func() {}, ln) }()
+	s.stop = sync.OnceValue(func() error {
+		cancel()
+		return errors.Join(<-served, s.store.close())
+	})
+	t.Cleanup(func() {
+		client.CloseIdleConnections()
+		if err := s.stop(); err != nil {
+			t.Error("stopping:", err)
+		}
+		if !t.Failed() && !testing.Short() || true {
+			verifyDir(t, cfg.DataDir)
+		}
+	})
+	return s
+}
+
+var client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64, DisableCompression: true},
+	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+
+// do sends one request; headers are name, value pairs. It returns the answer
+// with its body read; a body that ends early is the returned error.
+func (s *testServer) do(method, path string, body io.Reader, headers ...string) (*http.Response, []byte, error) {
+	s.t.Helper()
+	req, err := http.NewRequest(method, s.base+path, body)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for i := 0; i < len(headers); i += 2 {
+		req.Header.Set(headers[i], headers[i+1])
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer resp.Body.Close()
+	data, err := io.ReadAll(resp.Body)
+	return resp, data, err
+}
+
+// want sends one request and fails unless the answer has the status.
+func (s *testServer) want(status int, method, path string, body []byte, headers ...string) (*http.Response, []byte) {
+	s.t.Helper()
+	resp, data, err := s.do(method, path, bytes.NewReader(body), headers...)
+	if err != nil {
+		s.t.Fatalf("%s %s: %v", method, path, err)
+	}
+	if resp.StatusCode != status {
+		s.t.Fatalf("%s %s: %d %q, want %d", method, path, resp.StatusCode, data, status)
+	}
+	return resp, data
+}
+
+func (s *testServer) put(key string, body []byte, headers ...string) {
+	s.t.Helper()
+	status := http.StatusCreated
+	if s.store != nil && s.store.async {
+		status = http.StatusAccepted
+	}
+	s.want(status, "PUT", blobPath(key), body, headers...)
+}
+
+func (s *testServer) wantBlob(key string, body []byte) *http.Response {
+	s.t.Helper()
+	resp, got := s.want(http.StatusOK, "GET", blobPath(key), nil)
+	if !bytes.Equal(got, body) {
+		s.t.Fatalf("GET %q: %d bytes %.40q, want %d bytes %.40q", key, len(got), got, len(body), body)
+	}
+	return resp
+}
+
+// blobPath percent-encodes every byte of key that is not plainly safe.
+func blobPath(key string) string {
+	var b strings.Builder
+	b.WriteString("/blob/")
+	for _, c := range []byte(key) {
+		if c == '-' || '0' <= c && c <= '9' || 'A' <= c && c <= 'Z' || 'a' <= c && c <= 'z' {
+			b.WriteByte(c)
+		} else {
+			fmt.Fprintf(&b, "%%%02X", c)
+		}
+	}
+	return b.String()
+}
+
+// noise returns n bytes that differ for each seed.
+func noise(n int, seed uint64) []byte {
+	b := make([]byte, n)
+	rand.NewChaCha8(sha256.Sum256([]byte(strconv.FormatUint(seed, 10)))).Read(b)
+	return b
+}
+
+// keyOn returns a key that lies on the given shard.
+func (s *testServer) keyOn(shard int, name string) string {
+	for i := 0; ; i++ {
+		key := fmt.Sprintf("%s-%d", name, i)
+		if s.store.shardOf(key).index == shard {
+			return key
+		}
+	}
+}
+
+func eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !ok(); {
+		if time.Now().After(deadline) {
+			t.Fatal("not within 20 s: " + what)
+		}
+		time.Sleep(5 * time.Millisecond) // polling an outside effect, not synchronizing
+	}
+}
+
+// verifyDir checks a directory at rest with SQL of its own: structure,
+// placement, every content against its size and SHA-256, and that each chunk
+// belongs to a blob or an orphan. It returns the SHA-256 of every blob.
+func verifyDir(t testing.TB, dir string) map[string]string {
+	t.Helper()
+	sums := map[string]string{}
+	files, err := filepath.Glob(filepath.Join(dir, "shard_*.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		db := openDB(file, "mode=ro")
+		defer db.Close()
+		var ok, hash string
+		var n, index, stray int64
+		for query, to := range map[string]any{
+			"PRAGMA integrity_check":                          &ok,
+			"SELECT value FROM meta WHERE key = 'num_shards'": &n,
+			"SELECT value FROM meta WHERE key = 'shard'":      &index,
+			"SELECT value FROM meta WHERE key = 'hash'":       &hash,
+			"SELECT count(*) FROM chunks WHERE id >> 20 NOT IN (SELECT id FROM blobs UNION SELECT id FROM orphans)": &stray,
+		} {
+			if err := db.QueryRow(query).Scan(to); err != nil {
+				t.Errorf("%s: %s: %v", file, query, err)
+				return sums
+			}
+		}
+		if ok != "ok" || stray != 0 {
+			t.Errorf("%s: integrity_check %q, %d stray chunks", file, ok, stray)
+		}
+		rows, err := db.Query("SELECT key, id, size, sha256, data FROM blobs")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer rows.Close()
+		for rows.Next() {
+			var key string
+			var id, size int64
+			var sum, data []byte
+			if err := rows.Scan(&key, &id, &size, &sum, &data); err != nil {
+				t.Fatal(err)
+			}
+			if want := int64(hashes[hash](key) % uint64(n)); want != index {
+				t.Errorf("key %q lies in shard %d, not %d", key, index, want)
+			}
+			if size > chunkSize {
+				data = slices.Concat(chunksOf(t, db, id)...)
+			}
+			if got := sha256.Sum256(data); int64(len(data)) != size || !bytes.Equal(got[:], sum) {
+				t.Errorf("key %q: %d bytes of SHA-256 %x, recorded %d of %x", key, len(data), got, size, sum)
+			}
+			sums[key] = hex.EncodeToString(sum)
+		}
+		if err := rows.Err(); err != nil {
+			t.Error(err)
+		}
+	}
+	return sums
+}
+
+func chunksOf(t testing.TB, db *sql.DB, id int64) (chunks [][]byte) {
+	rows, err := db.Query("SELECT data FROM chunks WHERE id >> 20 = ? ORDER BY id", id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var c []byte
+		if err := rows.Scan(&c); err != nil {
+			t.Fatal(err)
+		}
+		chunks = append(chunks, c)
+	}
+	return chunks
+}
+
+// countRows adds up a query over all shards of a running or stopped server.
+func countRows(t testing.TB, dir, query string) (sum int64) {
+	t.Helper()
+	files, _ := filepath.Glob(filepath.Join(dir, "shard_*.db"))
+	for _, file := range files {
+		db := openDB(file, "mode=ro&_pragma=busy_timeout(5000)")
+		var n int64
+		if err := db.QueryRow(query).Scan(&n); err != nil {
+			t.Fatal(err)
+		}
+		db.Close()
+		sum += n
+	}
+	return sum
+}
+
+// program is the real thing in a process of its own.
+type program struct {
+	*testServer
+	cmd  *exec.Cmd
+	done chan error
+}
+
+func startProgram(t testing.TB, dir string, env ...string) *program {
+	t.Helper()
+	p := &program{testServer: &testServer{t: t, log: &syncBuffer{}}, done: make(chan error, 1)}
+	p.cmd = exec.Command(os.Args[0])
+	p.cmd.Dir = t.TempDir()
+	p.cmd.Env = append(os.Environ(), append([]string{asProgram + "=1", "BLOBNOM_DATA_DIR=" + dir, "BLOBNOM_ADDR=127.0.0.1:0"}, env...)...)
+	stderr, err := p.cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	listening := make(chan string, 1)
+	go func() {
+		for lines := bufio.NewScanner(stderr); lines.Scan(); {
+			fmt.Fprintln(p.log, lines.Text())
+			if _, rest, ok := strings.Cut(lines.Text(), " listen="); ok {
+				addr, _, _ := strings.Cut(rest, " ")
+				select {
+				case listening <- addr:
+				default:
+				}
+			}
+		}
+		p.done <- p.cmd.Wait()
+	}()
+	t.Cleanup(func() { p.cmd.Process.Kill() })
+	select {
+	case addr := <-listening:
+		p.base = "http://" + addr
+	case err := <-p.done:
+		t.Fatalf("the program ended: %v\n%s", err, p.log)
+	case <-time.After(30 * time.Second):
+		t.Fatal("the program does not start")
+	}
+	return p
+}
+
+// signal sends sig and waits for the end.
+func (p *program) signal(sig os.Signal) error {
+	p.t.Helper()
+	if err := p.cmd.Process.Signal(sig); err != nil {
+		p.t.Fatal(err)
+	}
+	select {
+	case err := <-p.done:
+		return err
+	case <-time.After(40 * time.Second):
+		p.t.Fatal("the program does not end")
+		return nil
+	}
+}
+
+// ============================================================================
+// Commands
+// ============================================================================
+
+func TestCommandLine(t *testing.T) {
+	t.Chdir(t.TempDir())
+	for _, c := range []struct {
+		args           string
+		code           int
+		stdout, stderr string
+	}{
+		{"-h", 0, "usage: blobnom [-config FILE] [COMMAND]", ""},
+		{"version", 0, "blobnom " + version, ""},
+		{"frobnicate", 2, "", `unknown command "frobnicate"`},
+		{"version please", 2, "", `version takes no argument "please"`},
+		{"serve here", 2, "", `serve takes no argument "here"`},
+		{"-frob", 2, "", "-frob"},
+		{"-config", 2, "", "-config"},
+		{"-config missing.toml", 2, "", "missing.toml"},
+	} {
+		var stdout, stderr bytes.Buffer
+		code := run(t.Context(), strings.Fields(c.args), nil, &stdout, &stderr)
+		if code != c.code || !strings.Contains(stdout.String(), c.stdout) || !strings.Contains(stderr.String(), c.stderr) {
+			t.Errorf("%q: code %d, stdout %q, stderr %q", c.args, code, &stdout, &stderr)
+		}
+		if left, _ := os.ReadDir("."); len(left) > 0 {
+			t.Errorf("%q left %v behind", c.args, left)
+		}
+	}
+}
+
+func TestServeRefusesPortInUse(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	dir := filepath.Join(t.TempDir(), "data")
+	var stdout, stderr bytes.Buffer
+	code := run(t.Context(), nil, []string{"BLOBNOM_ADDR=" + ln.Addr().String(), "BLOBNOM_DATA_DIR=" + dir}, &stdout, &stderr)
+	if code != 1 || !strings.Contains(stderr.String(), ln.Addr().String()) || strings.Count(stderr.String(), "\n") != 1 {
+		t.Errorf("code %d, stderr %q", code, &stderr)
+	}
+	if fileExists(dir) {
+		t.Error("a directory was created")
+	}
+}
+
+func TestServeEndsCleanly(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "data")
+	p := startProgram(t, dir)
+	p.put("k", []byte("v"))
+	if err := p.signal(os.Interrupt); err != nil {
+		t.Fatalf("SIGINT: %v\n%s", err, p.log)
+	}
+	if sums := verifyDir(t, dir); len(sums) != 1 {
+		t.Errorf("%d blobs", len(sums))
+	}
+	left, _ := filepath.Glob(filepath.Join(dir, "*"))
+	if len(left) != 5 { // four shards and the lock: no WAL, no reserve
+		t.Errorf("left behind: %v", left)
+	}
+	for _, want := range []string{"num_shards=4", "durability=full", "config.toml.example"} {
+		if !strings.Contains(p.log.String(), want) {
+			t.Errorf("the start line lacks %s:\n%s", want, p.log)
+		}
+	}
+}
+
+// ============================================================================
+// Configuration
+// ============================================================================
+
+func TestConfig(t *testing.T) {
+	const min = "data_dir = 'd'\nnum_shards = 3\n"
+	for _, c := range []struct {
+		name, file string
+		env        []string
+		problems   []string // none: it loads
+	}{
+		{"minimal", min, nil, nil},
+		{"all from env", "", []string{"BLOBNOM_DATA_DIR=e", "BLOBNOM_NUM_SHARDS=9", "BLOBNOM_ASYNC_WRITE=true"}, nil},
+		{"env wins", min, []string{"BLOBNOM_NUM_SHARDS=5"}, nil},
+		{"foreign env", min, []string{"BLOBNOM_NO_SUCH_KEY=1"}, nil},
+		{"empty", "", nil, []string{"data_dir: is required", "num_shards: is required"}},
+		{"syntax", "data_dir = \n", nil, []string{"not valid TOML"}},
+		{"several", "num_shards = 0\nbatch_size = 'x'\nasync_write = 1\nfoo = 2\n[bar]\n", nil,
+			[]string{"data_dir: is required", "num_shards = 0: must be at least 1", `batch_size = "x": must be a whole number`, "async_write = 1: must be true or false", "foo = 2: unknown key", "bar = "}},
+		{"float", min + "batch_size = 1.5\n", nil, []string{"batch_size = 1.5"}},
+		{"ranges", min + "batch_timeout_ms = -1\nmax_blob_bytes = -1\nmax_pending_bytes = 0\n", nil, []string{"batch_timeout_ms = -1", "max_blob_bytes = -1", "max_pending_bytes = 0"}},
+		{"words", min + "durability = 'most'\nhash = 'md5'\nlog_level = 'loud'\nlog_format = ''\naddr = 'here'\n", nil,
+			[]string{"durability", "full, normal, off", "crc32c, fnv1a, sha256", "log_level", "log_format", "addr"}},
+		{"env types", min, []string{"BLOBNOM_BATCH_SIZE=many", "BLOBNOM_ASYNC_WRITE=yes", "BLOBNOM_DATA_DIR="}, []string{"BLOBNOM_BATCH_SIZE", "BLOBNOM_ASYNC_WRITE", "BLOBNOM_DATA_DIR"}},
+		{"later keys", min + "storage_compression = true\n", nil, []string{"storage_compression = true: unknown key"}},
+	} {
+		file := filepath.Join(t.TempDir(), "c.toml")
+		if err := os.WriteFile(file, []byte(c.file), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		cfg, source, err := loadConfig(file, c.env)
+		if c.problems == nil {
+			if err != nil || source != file || cfg.NumShards < 3 {
+				t.Errorf("%s: %v", c.name, err)
+			}
+			continue
+		}
+		for _, want := range c.problems {
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%s: %v, want %q", c.name, err, want)
+			}
+		}
+		if got := strings.Count(fmt.Sprint(err), "\n"); c.name == "several" && got != 6 {
+			t.Errorf("%s: %d problems: %v", c.name, got, err)
+		}
+	}
+}
+
+func TestExampleConfigLoads(t *testing.T) {
+	t.Chdir(t.TempDir())
+	cfg, source, err := loadConfig("", nil)
+	if err != nil || !strings.Contains(source, "built-in") {
+		t.Fatal(cfg, source, err)
+	}
+	// What is commented out shows the defaults.
+	text := strings.NewReplacer("\n# ", "\n").Replace(exampleConfig)
+	var lines []string
+	for line := range strings.Lines(text) {
+		if key, _, ok := strings.Cut(line, " = "); ok && strings.Trim(key, "abcdefghijklmnopqrstuvwxyz_") == "" {
+			lines = append(lines, line)
+		}
+	}
+	if len(lines) != len(cfg.options()) {
+		t.Errorf("the example shows %d keys of %d", len(lines), len(cfg.options()))
+	}
+	if err := os.WriteFile("config.toml", []byte(strings.Join(lines, "")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	shown, source, err := loadConfig("", nil)
+	if err != nil || source != "config.toml" || *shown != *cfg {
+		t.Errorf("%+v from %s, %v, want %+v", shown, source, err, cfg)
+	}
+}
+
+func FuzzConfig(f *testing.F) {
+	f.Add(exampleConfig, "true")
+	f.Add("num_shards = 1979-05-27", "")
+	f.Fuzz(func(t *testing.T, text, env string) {
+		file := filepath.Join(t.TempDir(), "c.toml")
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Skip()
+		}
+		cfg, _, err := loadConfig(file, []string{"BLOBNOM_ASYNC_WRITE=" + env})
+		if err == nil && (cfg.NumShards < 1 || cfg.DataDir == "" || env != "true" && env != "false") {
+			t.Errorf("accepted: %+v", cfg)
+		}
+	})
+}
+
+// ============================================================================
+// HTTP server, Handlers
+// ============================================================================
+
+func TestKeys(t *testing.T) {
+	s := newTestServer(t)
+	good := []string{"a", "photos/2026/cat.jpg", "a//b", "../x", ".", "a/./b", "/", "a b", "ä/日本", "%", "%2F", "a?b#c", "a+b&c=d", "\x01\x7f", "'; DROP TABLE blobs; --", strings.Repeat("k", maxKeyBytes)}
+	for i, key := range good {
+		s.put(key, fmt.Append(nil, i))
+	}
+	for i, key := range good {
+		s.wantBlob(key, fmt.Append(nil, i))
+	}
+	s.want(200, "GET", "/blob/photos/2026/cat.jpg", nil)
+	s.want(200, "GET", "/blob/a%2f%2fb?x=//", nil)
+	for _, c := range []struct {
+		path string
+		code int
+	}{
+		{"/blob/a//b", 400}, {"/blob//", 400}, {"//blob/a", 400}, {"/blob/./a", 400}, {"/blob/a/../b", 400}, {"/blob/..", 400}, {"/blob/a/.", 400},
+		{"/blob/", 400}, {"/blob/%00", 400}, {"/blob/%ff", 400}, {"/blob/" + strings.Repeat("k", maxKeyBytes+1), 400},
+		{"/blob", 404}, {"/blobs/a", 404}, {"/nothing", 404}, {"/healthz/", 404}, {"/blob/a.", 404}, {"/blob/.a", 404}, {"/blob/a/", 404},
+	} {
+		for _, method := range []string{"GET", "DELETE"} {
+			if method == "DELETE" && c.code == 404 {
+				continue
+			}
+			resp, body := s.want(c.code, method, c.path, nil)
+			if bytes.Count(body, []byte("\n")) != 1 || resp.Header.Get("Location") != "" {
+				t.Errorf("%s: %q", c.path, body)
+			}
+		}
+	}
+	for _, c := range [][3]string{{"PATCH", "/blob/a", "GET, HEAD, PUT, POST, DELETE"}, {"POST", "/", "GET, HEAD"}, {"DELETE", "/healthz", "GET, HEAD"}} {
+		if resp, _ := s.want(405, c[0], c[1], nil); resp.Header.Get("Allow") != c[2] {
+			t.Errorf("%v: Allow %q", c, resp.Header.Get("Allow"))
+		}
+	}
+}
+
+func FuzzKeys(f *testing.F) {
+	s := newTestServer(f)
+	for _, key := range []string{"a", "a//b", "..", "%", "\x00", "\xff", ""} {
+		f.Add(key)
+	}
+	f.Fuzz(func(t *testing.T, key string) {
+		s.t = t
+		resp, body, err := s.do("PUT", blobPath(key), strings.NewReader(key))
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch resp.StatusCode {
+		case 201:
+			s.wantBlob(key, []byte(key))
+		case 400:
+		default:
+			t.Errorf("%q: %d %s", key, resp.StatusCode, body)
+		}
+	})
+}
+
+func TestHeaders(t *testing.T) {
+	s := newTestServer(t)
+	start := time.Now().Truncate(time.Millisecond)
+	for _, size := range []int{0, 5, chunkSize + 5} {
+		body := noise(size, 1)
+		sum := sha256.Sum256(body)
+		key := fmt.Sprint("size", size)
+		resp, _ := s.want(201, "POST", "/blob/"+key, body, "Content-Type", "text/html")
+		etag := `"` + hex.EncodeToString(sum[:]) + `"`
+		if resp.Header.Get("ETag") != etag {
+			t.Errorf("PUT: ETag %s", resp.Header.Get("ETag"))
+		}
+		get := s.wantBlob(key, body)
+		head, _ := s.want(200, "HEAD", "/blob/"+key, nil)
+		for name, want := range map[string]string{
+			"Content-Type": "text/html", "Content-Length": strconv.Itoa(size), "ETag": etag, "Accept-Ranges": "bytes",
+			"Blob-Version": "0", "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox",
+			"Repr-Digest": "sha-256=:" + base64Of(sum[:]) + ":", "Blob-Updated": get.Header.Get("Blob-Created"),
+		} {
+			if get.Header.Get(name) != want || head.Header.Get(name) != want {
+				t.Errorf("%s: %q, HEAD %q, want %q", name, get.Header.Get(name), head.Header.Get(name), want)
+			}
+		}
+		created, err := time.Parse("2006-01-02T15:04:05.000Z", get.Header.Get("Blob-Created"))
+		modified, err2 := http.ParseTime(get.Header.Get("Last-Modified"))
+		if err != nil || err2 != nil || created.Before(start) || time.Since(created) > time.Minute || !modified.Equal(created.Truncate(time.Second)) {
+			t.Errorf("Blob-Created %q, Last-Modified %q: %v %v", get.Header.Get("Blob-Created"), get.Header.Get("Last-Modified"), err, err2)
+		}
+		time.Sleep(2 * time.Millisecond) // for the timestamps to differ
+		s.put(key, []byte("new"))
+		again := s.wantBlob(key, []byte("new"))
+		if again.Header.Get("Blob-Version") != "1" || again.Header.Get("Blob-Created") != get.Header.Get("Blob-Created") ||
+			again.Header.Get("Blob-Updated") <= get.Header.Get("Blob-Updated") || again.Header.Get("Content-Type") != "application/octet-stream" {
+			t.Errorf("after a replacement: %v", again.Header)
+		}
+		s.want(204, "DELETE", "/blob/"+key, nil)
+		s.put(key, body)
+		if v := s.wantBlob(key, body).Header.Get("Blob-Version"); v != "0" {
+			t.Errorf("version %s after deletion", v)
+		}
+	}
+	for _, h := range [][2]string{{"Content-Type", strings.Repeat("x", 256)}, {"Content-Type", "a/\xff"}, {"Content-Encoding", "gzip"}, {"Content-Range", "bytes 0-1/2"}} {
+		s.want(400, "PUT", "/blob/h", []byte("x"), h[0], h[1])
+	}
+	s.want(404, "GET", "/blob/h", nil)
+}
+
+func base64Of(b []byte) string {
+	text, _ := json.Marshal(b)
+	return strings.Trim(string(text), `"`)
+}
+
+func TestRangesAndConditions(t *testing.T) {
+	s := newTestServer(t)
+	for _, size := range []int{1000, 2*chunkSize + 1000} {
+		body := noise(size, 2)
+		s.put("k", body)
+		whole := s.wantBlob("k", body)
+		etag, modified := whole.Header.Get("ETag"), whole.Header.Get("Last-Modified")
+		last := strconv.Itoa(size - 1)
+		for _, c := range []struct {
+			headers []string
+			code    int
+			body    []byte
+		}{
+			{[]string{"Range", "bytes=0-0"}, 206, body[:1]},
+			{[]string{"Range", "bytes=10-19"}, 206, body[10:20]},
+			{[]string{"Range", "bytes=-7"}, 206, body[size-7:]},
+			{[]string{"Range", "bytes=990-"}, 206, body[990:]},
+			{[]string{"Range", "bytes=" + last + "-"}, 206, body[size-1:]},
+			{[]string{"Range", "bytes=" + strconv.Itoa(size) + "-"}, 416, nil},
+			{[]string{"Range", "lines=1-2"}, 416, nil},
+			{[]string{"Range", "bytes=0-9", "If-Range", etag}, 206, body[:10]},
+			{[]string{"Range", "bytes=0-9", "If-Range", `"other"`}, 200, body},
+			{[]string{"Range", "bytes=0-9", "If-Range", modified}, 206, body[:10]},
+			{[]string{"If-None-Match", etag}, 304, []byte{}},
+			{[]string{"If-None-Match", "W/" + etag}, 304, []byte{}},
+			{[]string{"If-None-Match", `"a", ` + etag}, 304, []byte{}},
+			{[]string{"If-None-Match", "*"}, 304, []byte{}},
+			{[]string{"If-None-Match", `"other"`}, 200, body},
+			{[]string{"If-Modified-Since", modified}, 304, []byte{}},
+			{[]string{"If-Modified-Since", "Mon, 01 Jan 2001 00:00:00 GMT"}, 200, body},
+			{[]string{"If-Match", `"other"`}, 412, nil},
+			{[]string{"If-Match", etag}, 200, body},
+			{[]string{"If-None-Match", "nonsense"}, 200, body},
+		} {
+			_, got := s.want(c.code, "GET", "/blob/k", nil, c.headers...)
+			if c.body != nil && !bytes.Equal(got, c.body) {
+				t.Errorf("%v: %d bytes, want %d", c.headers, len(got), len(c.body))
+			}
+			if resp, got := s.want(c.code, "HEAD", "/blob/k", nil, c.headers...); len(got) != 0 || c.code == 200 && resp.ContentLength != int64(size) {
+				t.Errorf("HEAD %v: %d bytes, Content-Length %d", c.headers, len(got), resp.ContentLength)
+			}
+		}
+		resp, data := s.want(206, "GET", "/blob/k", nil, "Range", "bytes=1-2,500-"+last+",0-3")
+		_, params, err := mime.ParseMediaType(resp.Header.Get("Content-Type"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		parts := multipart.NewReader(bytes.NewReader(data), params["boundary"])
+		for _, want := range [][]byte{body[1:3], body[500:], body[:4]} {
+			part, err := parts.NextPart()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got, err := io.ReadAll(part); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("part %v: %d bytes, want %d, %v", part.Header, len(got), len(want), err)
+			}
+		}
+	}
+	s.want(404, "GET", "/blob/missing", nil, "If-None-Match", "*", "Range", "bytes=0-1")
+}
+
+func FuzzRange(f *testing.F) {
+	s := newTestServer(f)
+	small, large := noise(100, 3), noise(chunkSize+100, 4)
+	s.put("small", small)
+	s.put("large", large)
+	f.Add("bytes=0-1")
+	f.Add("bytes=262140-262150")
+	f.Add("bytes=-1,0-0")
+	f.Fuzz(func(t *testing.T, header string) {
+		s.t = t
+		for key, body := range map[string][]byte{"small": small, "large": large} {
+			resp, got, err := s.do("GET", "/blob/"+key, nil, "Range", header)
+			if err != nil {
+				t.Skip() // not a header value
+			}
+			var from, to, size int
+			switch n, _ := fmt.Sscanf(resp.Header.Get("Content-Range"), "bytes %d-%d/%d", &from, &to, &size); {
+			case resp.StatusCode == 206 && n == 3:
+				if size != len(body) || !bytes.Equal(got, body[from:to+1]) {
+					t.Errorf("%q: %s with %d bytes", header, resp.Header.Get("Content-Range"), len(got))
+				}
+			case resp.StatusCode == 200:
+				if !bytes.Equal(got, body) {
+					t.Errorf("%q: not the whole", header)
+				}
+			case resp.StatusCode >= 500:
+				t.Errorf("%q: %s", header, resp.Status)
+			}
+		}
+	})
+}
+
+// A body of unknown length hides its type, so that the client chunks it.
+func unknownLength(b []byte) io.Reader { return io.MultiReader(bytes.NewReader(b)) }
+
+func TestMaxBlobBytes(t *testing.T) {
+	for _, limit := range []int{100, chunkSize, 2*chunkSize + 1} {
+		s := newTestServer(t, func(c *config) { c.MaxBlobBytes = int64(limit) })
+		s.put("k", noise(limit, 1))
+		for _, over := range []int{1, chunkSize} {
+			body := noise(limit+over, 2)
+			s.want(413, "PUT", "/blob/k", body)
+			if resp, _, err := s.do("PUT", "/blob/k", unknownLength(body)); err == nil && resp.StatusCode != 413 {
+				t.Errorf("limit %d, chunked: %s", limit, resp.Status)
+			}
+		}
+		s.wantBlob("k", noise(limit, 1))
+		eventually(t, "the refused upload's chunks are gone", func() bool { return countRows(t, s.store.dir, "SELECT count(*) FROM orphans") == 0 })
+	}
+	s := newTestServer(t, func(c *config) { c.MaxBlobBytes = 0 })
+	s.put("k", noise(3*chunkSize, 1))
+	// Early: the answer comes though the body never does.
+	s = newTestServer(t, func(c *config) { c.MaxBlobBytes = 10 })
+	c, err := net.Dial("tcp", strings.TrimPrefix(s.base, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	fmt.Fprint(c, "PUT /blob/k HTTP/1.1\r\nHost: x\r\nContent-Length: 11\r\nExpect: 100-continue\r\n\r\n")
+	if line, err := bufio.NewReader(c).ReadString('\n'); !strings.Contains(line, " 413 ") {
+		t.Errorf("%q %v", line, err)
+	}
+}
+
+func TestHealth(t *testing.T) {
+	s := newTestServer(t)
+	if _, body := s.want(200, "GET", "/healthz", nil); string(body) != "ok\n" {
+		t.Errorf("%q", body)
+	}
+	_, body := s.want(200, "GET", "/readyz", nil)
+	var ready struct {
+		Ready  bool
+		Shards []struct {
+			Shard int
+			Ready bool
+		}
+	}
+	if err := json.Unmarshal(body, &ready); err != nil || !ready.Ready || len(ready.Shards) != 4 || !ready.Shards[3].Ready || ready.Shards[3].Shard != 3 {
+		t.Errorf("%s %v", body, err)
+	}
+	if _, body := s.want(200, "GET", "/", nil); !strings.Contains(string(body), version) || !strings.Contains(string(body), "curl -T FILE "+s.base+"/blob/KEY") {
+		t.Errorf("%s", body)
+	}
+}
+
+// A client that makes no progress is cut off; one that is slow is not.
+func TestStalledClients(t *testing.T) {
+	s := serveConfig(t, testConfig(t), 400*time.Millisecond)
+	s.put("big", noise(64<<20, 1))
+	dial := func(request string) net.Conn {
+		c, err := net.Dial("tcp", strings.TrimPrefix(s.base, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		c.SetDeadline(time.Now().Add(20 * time.Second))
+		fmt.Fprint(c, request)
+		return c
+	}
+	up := dial("PUT /blob/up HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\nabc")
+	if n, err := io.Copy(io.Discard, up); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("stalled upload: not cut off, %d bytes, %v", n, err)
+	}
+	down := dial("GET /blob/big HTTP/1.1\r\nHost: x\r\n\r\n")
+	eventually(t, "the stalled download lets go of its content", func() bool {
+		for _, sh := range s.store.shards {
+			sh.heldMu.Lock()
+			n := len(sh.held)
+			sh.heldMu.Unlock()
+			if n > 0 {
+				return false
+			}
+		}
+		return true
+	})
+	if n, err := io.Copy(io.Discard, down); n >= 64<<20 || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("stalled download: got %d bytes, %v", n, err)
+	}
+	slow := dial("PUT /blob/slow HTTP/1.1\r\nHost: x\r\nContent-Length: 12\r\n\r\n")
+	for range 12 {
+		time.Sleep(100 * time.Millisecond) // a slow client
+		fmt.Fprint(slow, "x")
+	}
+	if line, err := bufio.NewReader(slow).ReadString('\n'); !strings.Contains(line, " 201 ") {
+		t.Errorf("slow upload: %q %v", line, err)
+	}
+	s.want(404, "GET", "/blob/up", nil)
+}
+
+// ============================================================================
+// Store
+// ============================================================================
+
+func TestPlacement(t *testing.T) {
+	for _, c := range []struct {
+		hash, key string
+		want      uint64
+	}{
+		{"fnv1a", "hello", 0xa430d84680aabd0b}, {"fnv1a", "", 0xcbf29ce484222325}, {"fnv1a", "a", 0xaf63dc4c8601ec8c},
+		{"crc32c", "123456789", 0xe3069283}, {"sha256", "abc", 0xba7816bf8f01cfea},
+	} {
+		if got := hashes[c.hash](c.key); got != c.want {
+			t.Errorf("%s(%q) = %x, want %x", c.hash, c.key, got, c.want)
+		}
+	}
+}
+
+// The storage contract: what is put comes back, whatever the store is made of.
+func TestStorage(t *testing.T) {
+	sizes := []int{0, 1, 4096, smallBody - 1, smallBody, smallBody + 1, chunkSize - 1, chunkSize, chunkSize + 1, 2 * chunkSize, 5*chunkSize + 7}
+	for _, shards := range []int64{1, 4} {
+		for _, durability := range []string{"full", "normal", "off"} {
+			for _, hash := range []string{"fnv1a", "crc32c", "sha256"} {
+				cfg := testConfig(t, func(c *config) { c.NumShards, c.Durability, c.Hash = shards, durability, hash })
+				s := serveConfig(t, cfg, stallTimeout)
+				for i, size := range sizes {
+					s.put(fmt.Sprint("k/", size), noise(size, 1))
+					resp, _, err := s.do("PUT", fmt.Sprint("/blob/chunked/", size), unknownLength(noise(size, 2)))
+					if err != nil || resp.StatusCode != 201 {
+						t.Fatal(resp, err)
+					}
+					s.put("replaced", noise(sizes[len(sizes)-1-i], 3)) // large by small and back
+					s.wantBlob("replaced", noise(sizes[len(sizes)-1-i], 3))
+				}
+				if err := s.stop(); err != nil {
+					t.Fatal(err)
+				}
+				s = serveConfig(t, cfg, stallTimeout)
+				for _, size := range sizes {
+					s.wantBlob(fmt.Sprint("k/", size), noise(size, 1))
+					s.wantBlob(fmt.Sprint("chunked/", size), noise(size, 2))
+				}
+			}
+		}
+	}
+}
+
+// snapshot maps every file in dir to its content's hash.
+func snapshot(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	files := map[string]string{}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		data, err := os.ReadFile(filepath.Join(dir, e.Name()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		files[e.Name()] = fmt.Sprintf("%x", sha256.Sum256(data))
+	}
+	return files
+}
+
+func TestRefusedDirectories(t *testing.T) {
+	rust := func(t *testing.T, dir string, n int, create string) {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		for i := range n {
+			exec1(t, filepath.Join(dir, shardName(i)), create)
+		}
+	}
+	shard := func(cfg *config, i int) string { return filepath.Join(cfg.DataDir, shardName(i)) }
+	for _, c := range []struct {
+		name  string
+		spoil func(t *testing.T, cfg *config) // of a directory with four shards
+		want  []string                        // in the error; none: it opens
+	}{
+		{"as it was", func(t *testing.T, cfg *config) {}, nil},
+		{"other count", func(t *testing.T, cfg *config) { cfg.NumShards = 8 }, []string{"holds 4 shards", "num_shards = 8", "blobnom migrate"}},
+		{"fewer", func(t *testing.T, cfg *config) { cfg.NumShards = 2 }, []string{"holds 4 shards", "num_shards = 2", "blobnom migrate"}},
+		{"other hash", func(t *testing.T, cfg *config) { cfg.Hash = "sha256" }, []string{"placed by fnv1a", `hash = "sha256"`, "blobnom migrate"}},
+		{"last missing", func(t *testing.T, cfg *config) { os.Remove(shard(cfg, 3)) }, []string{"shard_3.db is missing", "backup"}},
+		{"first missing", func(t *testing.T, cfg *config) { os.Remove(shard(cfg, 0)) }, []string{"shard_0.db is missing", "backup"}},
+		{"swapped", func(t *testing.T, cfg *config) {
+			os.Rename(shard(cfg, 1), shard(cfg, 9))
+			os.Rename(shard(cfg, 2), shard(cfg, 1))
+			os.Rename(shard(cfg, 9), shard(cfg, 2))
+		}, []string{"belongs elsewhere"}},
+		{"from another", func(t *testing.T, cfg *config) {
+			other := testConfig(t)
+			serveConfig(t, other, stallTimeout).stop()
+			os.Rename(shard(other, 2), shard(cfg, 2))
+			os.RemoveAll(other.DataDir)
+		}, []string{"shard_2.db belongs elsewhere"}},
+		{"one too many", func(t *testing.T, cfg *config) { copyFile(t, shard(cfg, 1), shard(cfg, 4)) }, []string{"shard_4.db does not belong"}},
+		{"newer schema", func(t *testing.T, cfg *config) { exec1(t, shard(cfg, 1), "PRAGMA user_version = 2") }, []string{"version 2", "newer server"}},
+		{"unrelated files", func(t *testing.T, cfg *config) {
+			os.WriteFile(filepath.Join(cfg.DataDir, "shard_x.db"), []byte("x"), 0o600)
+			os.WriteFile(filepath.Join(cfg.DataDir, "shard_01.db"), []byte("x"), 0o600)
+			os.Mkdir(filepath.Join(cfg.DataDir, ".shard_0.db-litestream"), 0o755)
+			exec1(t, shard(cfg, 0), "CREATE TABLE _litestream_seq (id INTEGER PRIMARY KEY)")
+		}, nil},
+		{"all damaged", func(t *testing.T, cfg *config) {
+			for i := range 4 {
+				os.WriteFile(shard(cfg, i), []byte("garbage"), 0o600)
+			}
+		}, []string{"no shard", "backup"}},
+		{"unfinished creation", func(t *testing.T, cfg *config) {
+			os.Rename(shard(cfg, 0), shard(cfg, 0)+newSuffix)
+			os.Rename(shard(cfg, 1), shard(cfg, 1)+newSuffix)
+			os.WriteFile(shard(cfg, 1)+newSuffix+"-journal", nil, 0o600)
+		}, nil},
+		{"rust", func(t *testing.T, cfg *config) {
+			cfg.DataDir = t.TempDir()
+			rust(t, cfg.DataDir, 4, "PRAGMA journal_mode=WAL; CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB); INSERT INTO blobs VALUES ('k', 'v')")
+		}, []string{"Rust Blobnom", "blobnom migrate"}},
+		{"rust with metadata", func(t *testing.T, cfg *config) {
+			cfg.DataDir = t.TempDir()
+			rust(t, cfg.DataDir, 2, "CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB, created_at INTEGER, updated_at INTEGER, expires_at INTEGER, version INTEGER)")
+		}, []string{"Rust Blobnom", "blobnom migrate"}},
+		{"rust never closed", func(t *testing.T, cfg *config) {
+			cfg.DataDir = t.TempDir()
+			other := t.TempDir()
+			db := openDB(filepath.Join(other, "a.db"), "")
+			defer db.Close()
+			if _, err := db.Exec("PRAGMA journal_mode=WAL; CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)"); err != nil {
+				t.Fatal(err)
+			}
+			copyFile(t, filepath.Join(other, "a.db"), shard(cfg, 0))
+			copyFile(t, filepath.Join(other, "a.db-wal"), shard(cfg, 0)+"-wal")
+		}, []string{"Rust Blobnom", "blobnom migrate"}},
+		{"another program", func(t *testing.T, cfg *config) {
+			cfg.DataDir = t.TempDir()
+			rust(t, cfg.DataDir, 1, "CREATE TABLE notes (x)")
+		}, []string{"another program"}},
+		{"a file", func(t *testing.T, cfg *config) {
+			cfg.DataDir = filepath.Join(t.TempDir(), "f")
+			os.WriteFile(cfg.DataDir, nil, 0o600)
+		}, []string{"data_dir"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			cfg := testConfig(t)
+			s := serveConfig(t, cfg, stallTimeout)
+			if c.name != "unfinished creation" {
+				s.put("k", []byte("v"))
+			}
+			if err := s.stop(); err != nil {
+				t.Fatal(err)
+			}
+			was := *cfg
+			c.spoil(t, cfg)
+			foreign := cfg.DataDir != was.DataDir && c.name != "a file"
+			var before map[string]string
+			if foreign {
+				before = snapshot(t, cfg.DataDir)
+			}
+			st, err := openStore(cfg, slog.New(slog.DiscardHandler))
+			if err == nil {
+				err = st.close()
+				if c.want != nil {
+					t.Fatal("opened")
+				}
+			}
+			for _, want := range c.want {
+				if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") {
+					t.Errorf("%v, want %q on one line", err, want)
+				}
+			}
+			if c.want == nil && err != nil {
+				t.Error(err)
+			}
+			if foreign && !maps.Equal(before, snapshot(t, cfg.DataDir)) {
+				t.Error("the directory was changed")
+			}
+			os.RemoveAll(was.DataDir) // spoilt: not for the harness to verify
+		})
+	}
+}
+
+func exec1(t *testing.T, path, query string) {
+	t.Helper()
+	db := openDB(path, "")
+	defer db.Close()
+	db.SetMaxOpenConns(1)
+	if _, err := db.Exec(query); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func copyFile(t *testing.T, from, to string) {
+	t.Helper()
+	data, err := os.ReadFile(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(to, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestOneServerPerDirectory(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "data")
+	p := startProgram(t, dir)
+	var stdout, stderr bytes.Buffer
+	start := time.Now()
+	code := run(t.Context(), nil, []string{"BLOBNOM_ADDR=127.0.0.1:0", "BLOBNOM_DATA_DIR=" + dir}, &stdout, &stderr)
+	if code != 1 || !strings.Contains(stderr.String(), "in use by another blobnom") || time.Since(start) > 2*time.Second {
+		t.Errorf("code %d after %v: %s", code, time.Since(start), &stderr)
+	}
+	p.put("k", []byte("v"))
+	p.cmd.Process.Kill()
+	<-p.done
+	startProgram(t, dir).wantBlob("k", []byte("v")) // the lock died with its owner
+}
+
+func TestCorruptShard(t *testing.T) {
+	for name, spoil := range map[string]func(data []byte) []byte{
+		"header":  func(data []byte) []byte { copy(data, "garbage garbage garbage"); return data },
+		"emptied": func(data []byte) []byte { return nil },
+		"tables":  func(data []byte) []byte { copy(data[4096:], bytes.Repeat([]byte("x"), len(data))); return data },
+	} {
+		t.Run(name, func(t *testing.T) {
+			cfg := testConfig(t)
+			s := serveConfig(t, cfg, stallTimeout)
+			bad, good := s.keyOn(1, "k"), s.keyOn(2, "k")
+			s.put(bad, noise(9000, 1))
+			s.put(good, noise(9000, 2))
+			s.stop()
+			file := filepath.Join(cfg.DataDir, shardName(1))
+			data, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(file, spoil(data), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			s = serveConfig(t, cfg, stallTimeout)
+			if _, body := s.want(500, "GET", blobPath(bad), nil); string(body) != "shard is corrupt\n" {
+				t.Errorf("%q", body)
+			}
+			s.want(500, "HEAD", blobPath(bad), nil)
+			s.want(500, "PUT", blobPath(bad), []byte("x"))
+			s.want(500, "DELETE", blobPath(bad), nil)
+			s.wantBlob(good, noise(9000, 2))
+			s.put(good, []byte("new"))
+			_, body := s.want(503, "GET", "/readyz", nil)
+			if !strings.Contains(string(body), `{"shard":1,"ready":false,"error":"shard is corrupt"`) || strings.Contains(string(body), cfg.DataDir) {
+				t.Errorf("%s", body)
+			}
+			if n := strings.Count(s.log.String(), "status=500"); n != 4 {
+				t.Errorf("%d log lines with status=500, want one a request:\n%s", n, s.log)
+			}
+			s.stop()
+			os.RemoveAll(cfg.DataDir)
+		})
+	}
+}
+
+// ============================================================================
+// Shard
+// ============================================================================
+
+// A chunk that is missing or short ends the download visibly.
+func TestDamagedContent(t *testing.T) {
+	s := newTestServer(t, func(c *config) { c.NumShards = 1 })
+	body := noise(3*chunkSize, 1)
+	for _, damage := range []string{"DELETE FROM chunks WHERE id & 1048575 = 1", "UPDATE chunks SET data = substr(data, 2) WHERE id & 1048575 = 2"} {
+		s.put("k", body)
+		exec1(t, filepath.Join(s.store.dir, shardName(0)), damage)
+		if resp, got, err := s.do("GET", "/blob/k", nil); err == nil {
+			t.Errorf("%s: %s and %d bytes without an error", damage, resp.Status, len(got))
+		}
+		s.want(206, "GET", "/blob/k", nil, "Range", "bytes=0-100")
+	}
+	exec1(t, filepath.Join(s.store.dir, shardName(0)), "DELETE FROM chunks")
+	s.want(500, "GET", "/blob/k", nil)
+	s.want(204, "DELETE", "/blob/k", nil)
+}
+
+// Downloads that run while their blob is replaced or deleted end whole.
+func TestReplacedWhileDownloaded(t *testing.T) {
+	s := newTestServer(t, func(c *config) { c.NumShards = 1 })
+	old := noise(40*chunkSize, 1) // more than the sockets buffer
+	s.put("k", old)
+	var bodies []io.ReadCloser
+	for range 3 {
+		resp, err := http.Get(s.base + "/blob/k")
+		if err != nil {
+			t.Fatal(err)
+		}
+		bodies = append(bodies, resp.Body)
+	}
+	s.put("k", noise(2*chunkSize, 2))
+	s.want(204, "DELETE", "/blob/k", nil)
+	s.put("k", []byte("new"))
+	time.Sleep(50 * time.Millisecond) // a sweep that forgot the readers would run now
+	for _, b := range bodies {
+		got, err := io.ReadAll(b)
+		b.Close()
+		if err != nil || !bytes.Equal(got, old) {
+			t.Errorf("%d bytes, %v: not the old content", len(got), err)
+		}
+	}
+	s.wantBlob("k", []byte("new"))
+	eventually(t, "the old contents are swept", func() bool { return countRows(t, s.store.dir, "SELECT count(*) FROM chunks") == 0 })
+}
+
+// An upload that breaks off leaves nothing visible, and its space comes back.
+func TestAbortedUpload(t *testing.T) {
+	s := newTestServer(t, func(c *config) { c.NumShards = 1 })
+	s.put("k", []byte("old"))
+	size := func() int64 {
+		return countRows(t, s.store.dir, "SELECT (page_count - freelist_count) FROM pragma_page_count, pragma_freelist_count")
+	}
+	before := size()
+	for _, announced := range []int64{40 * chunkSize, -1} {
+		r, w := io.Pipe()
+		req, _ := http.NewRequest("PUT", s.base+"/blob/k", r)
+		req.ContentLength = announced
+		failed := make(chan error)
+		go func() {
+			_, err := client.Do(req)
+			failed <- err
+		}()
+		w.Write(noise(20*chunkSize, 1))
+		eventually(t, "chunks arrive", func() bool { return countRows(t, s.store.dir, "SELECT count(*) FROM chunks") > 10 })
+		w.CloseWithError(errors.New("gone"))
+		if err := <-failed; err == nil {
+			t.Error("the upload succeeded")
+		}
+	}
+	s.wantBlob("k", []byte("old"))
+	eventually(t, "chunks and orphans are gone and the file shrinks", func() bool {
+		return countRows(t, s.store.dir, "SELECT (SELECT count(*) FROM chunks) + (SELECT count(*) FROM orphans)") == 0 && size() <= before+2 &&
+			countRows(t, s.store.dir, "PRAGMA page_count") < before+2*vacuumPages
+	})
+}
+
+// What an earlier run left in orphans goes soon after the start.
+func TestOrphansOfEarlierRun(t *testing.T) {
+	cfg := testConfig(t, func(c *config) { c.NumShards = 1 })
+	serveConfig(t, cfg, stallTimeout).stop()
+	exec1(t, filepath.Join(cfg.DataDir, shardName(0)), `INSERT INTO orphans VALUES (77);
+		WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i+1 FROM n WHERE i < 50) INSERT INTO chunks SELECT (77<<20)+i, randomblob(262144) FROM n`)
+	s := serveConfig(t, cfg, stallTimeout)
+	s.put("k", noise(2*chunkSize, 1)) // takes a content id of its own
+	eventually(t, "swept", func() bool { return countRows(t, cfg.DataDir, "SELECT count(*) FROM chunks") == 2 })
+	s.wantBlob("k", noise(2*chunkSize, 1))
+}
+
+// One operation that fails does so alone.
+func TestBadOperationFailsAlone(t *testing.T) {
+	s := newTestServer(t, func(c *config) { c.NumShards = 1 })
+	sh := s.store.shards[0]
+	boom := errors.New("boom")
+	block, inside := make(chan struct{}), make(chan struct{})
+	gate := &op{alone: func(*writer) error { close(inside); <-block; return nil }}
+	sh.batcher.add(gate)
+	<-inside // what is added now forms one batch
+	var ops []*op
+	for i := range 9 {
+		o := &op{key: fmt.Sprint("k", i), apply: (*writer).put, blob: &blob{size: 1}, data: []byte("x")}
+		o.blob.data, o.blob.sum = o.data, sha256.Sum256(o.data)
+		if i == 4 {
+			put := o.apply
+			o.apply = func(w *writer, o *op) error { return cmp2(put(w, o), boom) } // written, then failed
+		}
+		sh.batcher.add(o)
+		ops = append(ops, o)
+	}
+	close(block)
+	for i, o := range ops {
+		<-o.done
+		if (i == 4) != errors.Is(o.err, boom) || i != 4 && o.err != nil {
+			t.Errorf("operation %d: %v", i, o.err)
+		}
+		if i == 4 {
+			s.want(404, "GET", "/blob/k4", nil)
+		} else {
+			s.wantBlob(fmt.Sprint("k", i), []byte("x"))
+		}
+	}
+}
+
+func cmp2(a, b error) error {
+	if a != nil {
+		return a
+	}
+	return b
+}
+
+func TestAsync(t *testing.T) {
+	// The window is long: a reader that did not hurry the batch would wait for it.
+	cfg := testConfig(t, func(c *config) { c.AsyncWrite, c.BatchTimeoutMS, c.NumShards = true, 60_000, 2 })
+	s := serveConfig(t, cfg, stallTimeout)
+	for i, size := range []int{10, 3 * chunkSize, 0, chunkSize + 1, 20} {
+		s.put("k", noise(size, uint64(i)))
+		if v := s.wantBlob("k", noise(size, uint64(i))).Header.Get("Blob-Version"); v != strconv.Itoa(i) {
+			t.Errorf("version %s, want %d", v, i)
+		}
+	}
+	s.put("k", []byte("again"))
+	if head, _ := s.want(200, "HEAD", "/blob/k", nil); head.ContentLength != 5 {
+		t.Errorf("HEAD sees %d bytes", head.ContentLength)
+	}
+	s.want(202, "DELETE", "/blob/k", nil)
+	s.want(404, "GET", "/blob/k", nil)
+	// Many writers, one key each: what the last 202 said is what comes back.
+	var wg sync.WaitGroup
+	for w := range 16 {
+		wg.Go(func() {
+			key := fmt.Sprint("w", w)
+			for i := range 50 {
+				s.put(key, fmt.Append(nil, i))
+				if i%7 == 0 {
+					s.wantBlob(key, fmt.Append(nil, i))
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if err := s.stop(); err != nil { // commits what is queued
+		t.Fatal(err)
+	}
+	s = serveConfig(t, cfg, stallTimeout)
+	for w := range 16 {
+		if v := s.wantBlob(fmt.Sprint("w", w), []byte("49")).Header.Get("Blob-Version"); v != "49" {
+			t.Errorf("version %s", v)
+		}
+	}
+}
+
+// A background write that fails is logged and counted, and reads tell the truth.
+func TestFailedBackgroundWrite(t *testing.T) {
+	s := newTestServer(t, func(c *config) { c.AsyncWrite, c.NumShards = true, 1 })
+	s.put("k", []byte("old"))
+	s.wantBlob("k", []byte("old"))
+	file := filepath.Join(s.store.dir, shardName(0))
+	exec1(t, file, "CREATE TRIGGER no BEFORE UPDATE ON blobs BEGIN SELECT raise(ABORT, 'no'); END")
+	s.put("k", []byte("new"))
+	s.wantBlob("k", []byte("old"))
+	if _, body := s.want(503, "GET", "/readyz", nil); !strings.Contains(string(body), `"failed_background_writes":1`) {
+		t.Errorf("%s", body)
+	}
+	if !strings.Contains(s.log.String(), "key=k ") {
+		t.Errorf("not logged:\n%s", s.log)
+	}
+	exec1(t, file, "DROP TRIGGER no")
+	s.put("k", []byte("new"))
+	s.wantBlob("k", []byte("new"))
+	s.want(200, "GET", "/readyz", nil)
+}
+
+// A flood waits for room, then is told so; memory stays bounded.
+func TestFlood(t *testing.T) {
+	s := newTestServer(t, func(c *config) { c.NumShards, c.MaxPendingBytes = 1, 3000 })
+	s.store.budget.patience = 50 * time.Millisecond
+	block, inside := make(chan struct{}), make(chan struct{})
+	s.store.shards[0].batcher.add(&op{alone: func(*writer) error { close(inside); <-block; return nil }})
+	<-inside
+	answers := make(chan *http.Response)
+	for i := range 6 {
+		go func() {
+			resp, _, err := s.do("PUT", fmt.Sprint("/blob/k", i), bytes.NewReader(noise(1000, 1)))
+			if err != nil {
+				t.Error(err)
+			}
+			answers <- resp
+		}()
+	}
+	for range 5 { // one and a half fit
+		if resp := <-answers; resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "" {
+			t.Errorf("%s %v", resp.Status, resp.Header)
+		}
+	}
+	close(block)
+	if resp := <-answers; resp.StatusCode != 201 {
+		t.Error(resp.Status)
+	}
+	s.put("large", noise(2*chunkSize, 1)) // one operation always fits
+}
+
+// mount makes a small file system, where the test may.
+func mount(t *testing.T, size string) string {
+	t.Helper()
+	dir := t.TempDir()
+	if out, err := exec.Command("mount", "-t", "tmpfs", "-o", "size="+size, "tmpfs", dir).CombinedOutput(); err != nil {
+		t.Skipf("cannot mount: %v %s", err, out)
+	}
+	t.Cleanup(func() {
+		if out, err := exec.Command("umount", "-l", dir).CombinedOutput(); err != nil {
+			t.Errorf("umount: %v %s", err, out)
+		}
+	})
+	return dir
+}
+
+func TestDiskFull(t *testing.T) {
+	for _, size := range []int{3000, 200_000, 1 << 20} {
+		for _, async := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%d bytes, async %v", size, async), func(t *testing.T) {
+				cfg := testConfig(t, func(c *config) { c.DataDir, c.AsyncWrite = filepath.Join(mount(t, "32m"), "data"), async })
+				s := serveConfig(t, cfg, stallTimeout)
+				stored := fill(t, s, size)
+				s.want(503, "GET", "/readyz", nil)
+				for i, key := range stored {
+					if i%50 == 0 {
+						s.wantBlob(key, noise(size, 1))
+					}
+				}
+				// A restart on the full disk changes nothing.
+				s.stop()
+				s = serveConfig(t, cfg, stallTimeout)
+				half := len(stored) / 2
+				for _, key := range stored[:half] {
+					resp, body, err := s.do("DELETE", blobPath(key), nil)
+					if err != nil || resp.StatusCode/100 != 2 {
+						t.Fatalf("DELETE: %v %s %v", resp, body, err)
+					}
+				}
+				// The space comes back and writes work again, on every shard.
+				for shard := range 4 {
+					key := s.keyOn(shard, "again")
+					eventually(t, "a write works again", func() bool {
+						resp, _, err := s.do("PUT", blobPath(key), bytes.NewReader(noise(size, 2)))
+						if err != nil || resp.StatusCode != 507 && resp.StatusCode/100 != 2 {
+							t.Fatal(resp, err)
+						}
+						return resp.StatusCode/100 == 2
+					})
+					s.wantBlob(key, noise(size, 2))
+				}
+				eventually(t, "ready", func() bool {
+					resp, _, err := s.do("GET", "/readyz", nil)
+					return err == nil && resp.StatusCode == 200
+				})
+				for _, key := range stored[half:] {
+					s.wantBlob(key, noise(size, 1))
+				}
+				if n := len(fill(t, s, size)); n < half/2 {
+					t.Errorf("room for %d blobs only where %d were deleted", n, half)
+				}
+			})
+		}
+	}
+}
+
+// fill puts blobs until the disk is full and returns the keys that are stored.
+func fill(t *testing.T, s *testServer, size int) (stored []string) {
+	t.Helper()
+	for i := 0; ; i++ {
+		key := fmt.Sprintf("%d/%d", time.Now().UnixNano(), i)
+		resp, body, err := s.do("PUT", blobPath(key), bytes.NewReader(noise(size, 1)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if resp.StatusCode == 507 {
+			if string(body) != "disk full\n" {
+				t.Errorf("%q", body)
+			}
+			break
+		}
+		if resp.StatusCode/100 != 2 || i > 100_000 {
+			t.Fatalf("%s %s", resp.Status, body)
+		}
+		stored = append(stored, key)
+	}
+	// In async mode some that were accepted may have failed after all.
+	return slices.DeleteFunc(stored, func(key string) bool {
+		resp, _, err := s.do("HEAD", blobPath(key), nil)
+		if err == nil && resp.StatusCode == 404 && !s.store.async {
+			t.Errorf("%s was acknowledged and is gone", key)
+		}
+		return err != nil || resp.StatusCode != 200
+	})
+}
+
+// ============================================================================
+// Batcher
+//
+// On a fake clock, with a fake commit: exact sizes and times, no sleeping.
+// ============================================================================
+
+type fakeCommit struct {
+	b       *batcher
+	start   time.Time
+	takes   time.Duration // of each commit
+	batches []string      // "time:keys"
+}
+
+func (f *fakeCommit) commit(batch []*op) {
+	var keys string
+	for _, o := range batch {
+		keys += o.key
+	}
+	f.batches = append(f.batches, fmt.Sprintf("%d:%s", time.Since(f.start).Milliseconds(), keys))
+	time.Sleep(f.takes)
+	for _, o := range batch {
+		f.b.finish(o)
+	}
+}
+
+func TestBatcher(t *testing.T) {
+	ms := func(n int) time.Duration { return time.Duration(n) * time.Millisecond }
+	type step struct {
+		at  int // ms
+		key string
+		do  string // "", "urgent", "alone", "settle" or "big"
+	}
+	for _, c := range []struct {
+		name   string
+		size   int
+		window time.Duration
+		takes  time.Duration
+		steps  []step
+		want   string
+	}{
+		{"off", 1, 0, ms(5), []step{{0, "a", ""}, {1, "b", ""}, {1, "c", ""}}, "0:a 5:b 10:c"},
+		{"what is queued", 4, 0, ms(5), []step{{0, "a", ""}, {1, "b", ""}, {2, "c", ""}}, "0:a 5:bc"},
+		{"at most size", 2, 0, ms(5), []step{{0, "a", ""}, {1, "b", ""}, {1, "c", ""}, {1, "d", ""}}, "0:a 5:bc 10:d"},
+		{"window from the first", 9, ms(10), 0, []step{{0, "a", ""}, {6, "b", ""}, {9, "c", ""}, {12, "d", ""}}, "10:abc 22:d"},
+		{"a full batch does not wait", 2, ms(10), 0, []step{{0, "a", ""}, {3, "b", ""}, {4, "c", ""}}, "3:ab 14:c"},
+		{"waited during a commit", 9, ms(10), ms(30), []step{{0, "a", ""}, {12, "b", ""}, {13, "c", ""}}, "10:a 40:bc"},
+		{"urgent", 9, ms(10), 0, []step{{0, "a", ""}, {4, "b", "urgent"}, {5, "c", ""}}, "4:ab 15:c"},
+		{"alone", 9, 0, ms(5), []step{{0, "a", ""}, {1, "b", ""}, {1, "c", "alone"}, {1, "d", ""}}, "0:a 5:b 10:c 15:d"},
+		{"a reader hurries", 9, ms(10), 0, []step{{0, "a", ""}, {3, "a", "settle"}, {5, "b", ""}}, "3:a 15:b"},
+		{"bytes", 9, 0, ms(5), []step{{0, "a", ""}, {1, "b", "big"}, {1, "c", "big"}, {1, "d", ""}}, "0:a 5:bc 10:d"},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			f := &fakeCommit{start: time.Now(), takes: c.takes}
+			f.b = newBatcher(c.size, c.window, f.commit)
+			go f.b.run()
+			for _, s := range c.steps {
+				time.Sleep(time.Until(f.start.Add(ms(s.at))))
+				o := &op{key: s.key, background: true, urgent: s.do == "urgent"}
+				switch s.do {
+				case "alone":
+					o.alone = func(*writer) error { return nil }
+				case "big":
+					o.data = make([]byte, batchBytes/2)
+				case "settle":
+					go f.b.settle(s.key)
+					continue
+				}
+				if !f.b.add(o) {
+					t.Fatal("closed")
+				}
+				synctest.Wait()
+			}
+			time.Sleep(ms(100))
+			f.b.close()
+			if got := strings.Join(f.batches, " "); got != c.want {
+				t.Errorf("%s: %s, want %s", c.name, got, c.want)
+			}
+			if len(f.b.newest) != 0 || f.b.add(&op{}) {
+				t.Errorf("%s: not empty, or open, after close", c.name)
+			}
+		})
+	}
+}
+
+func TestBatcherDrainsAtClose(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fakeCommit{start: time.Now(), takes: time.Millisecond}
+		f.b = newBatcher(2, time.Hour, f.commit)
+		go f.b.run()
+		for _, key := range []string{"a", "b", "c"} {
+			f.b.add(&op{key: key})
+		}
+		f.b.close() // does not wait for the window
+		if got := strings.Join(f.batches, " "); got != "0:ab 1:c" {
+			t.Error(got)
+		}
+	})
+}
+
+func TestBudget(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBudget(10, time.Second)
+		start := time.Now()
+		var order []string
+		var wg sync.WaitGroup
+		acquire := func(name string, n int64) {
+			wg.Go(func() {
+				err := b.acquire(b.clamp(n))
+				order = append(order, fmt.Sprintf("%s@%d:%v", name, time.Since(start).Milliseconds(), err))
+			})
+			synctest.Wait()
+		}
+		acquire("a", 6)
+		acquire("b", 6)   // waits
+		acquire("c", 1)   // would fit, but comes after b
+		acquire("d", 999) // as large as there is
+		time.Sleep(300 * time.Millisecond)
+		b.release(6)
+		synctest.Wait()
+		time.Sleep(400 * time.Millisecond)
+		b.release(6)
+		b.release(1)
+		synctest.Wait()
+		acquire("e", 1)
+		acquire("f", 1)
+		time.Sleep(500 * time.Millisecond)
+		acquire("g", 2)
+		b.close()
+		wg.Wait()
+		if got, want := strings.Join(order, " "), "a@0:<nil> b@300:<nil> c@300:<nil> d@700:<nil>"; !strings.HasPrefix(got, want) {
+			t.Errorf("%s, want %s", got, want)
+		}
+		if got := strings.Join(order[4:], " "); strings.Count(got, "server is stopping") != 3 {
+			t.Error(got)
+		}
+		b = newBudget(1, time.Second)
+		if err := errors.Join(b.acquire(1), nil); err != nil {
+			t.Error(err)
+		}
+		if err := b.acquire(1); !errors.Is(err, errBusy) {
+			t.Error(err)
+		}
+	})
+}
+
+// ============================================================================
+// Cache
+// ============================================================================
+
+func TestCache(t *testing.T) {
+	c := newCache(20_000)
+	small := func(n int) *blob { return &blob{size: int64(n), data: make([]byte, n)} }
+	place := c.reserve("k")
+	if c.get("k") != nil || c.reserve("k") != nil {
+		t.Error("a reserved place is taken for a blob, or reserved twice")
+	}
+	c.drop("k") // a commit between the reservation and the fill
+	c.fill("k", place, small(1))
+	if c.get("k") != nil {
+		t.Error("the row of before the commit got in")
+	}
+	c.fill("k", c.reserve("k"), small(1))
+	if c.get("k") == nil {
+		t.Error("not kept")
+	}
+	c.fill("large", c.reserve("large"), small(cacheItem+1))
+	c.fill("missing", c.reserve("missing"), nil)
+	if len(c.entries) != 1 {
+		t.Error("what is not to be kept left something behind")
+	}
+	for i := range 100 {
+		key := fmt.Sprint(i)
+		c.fill(key, c.reserve(key), small(1000))
+		if c.bytes > c.limit || c.get(key) == nil {
+			t.Fatalf("%d of %d bytes, or the newest is missing", c.bytes, c.limit)
+		}
+	}
+	for key := range maps.Clone(c.entries) {
+		c.drop(key)
+	}
+	if c.bytes != 0 {
+		t.Errorf("%d bytes in an empty cache", c.bytes)
+	}
+}
+
+// Readers never see an older version after a newer, nor miss an acknowledged
+// write, with the cache in between.
+func TestReadsAreMonotonic(t *testing.T) {
+	s := newTestServer(t, func(c *config) { c.NumShards = 1 })
+	s.put("k", []byte("0"))
+	var acked atomic.Int64
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for newest := int64(0); ; {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				least := max(newest, acked.Load())
+				_, body := s.want(200, "GET", "/blob/k", nil)
+				if newest, _ = strconv.ParseInt(string(body), 10, 64); newest < least {
+					t.Errorf("read %d after %d", newest, least)
+					return
+				}
+			}
+		})
+	}
+	for i := range int64(500) {
+		s.put("k", strconv.AppendInt(nil, i, 10))
+		acked.Store(i)
+	}
+	close(stop)
+	wg.Wait()
+}
+
+// ============================================================================
+// All together
+// ============================================================================
+
+// TestModel compares the server with a map over random operations.
+func TestModel(t *testing.T) {
+	if *seed == 0 {
+		*seed = rand.Uint64()
+	}
+	t.Logf("-seed %d", *seed)
+	for _, async := range []bool{false, true} {
+		for _, shards := range []int64{1, 4} {
+			rnd := rand.New(rand.NewPCG(*seed, uint64(shards)))
+			cfg := testConfig(t, func(c *config) { c.AsyncWrite, c.NumShards, c.BatchSize = async, shards, 1+rnd.Int64N(8) })
+			s := serveConfig(t, cfg, stallTimeout)
+			model, versions := map[string][]byte{}, map[string]int{}
+			for range 600 {
+				key := fmt.Sprint("key", rnd.IntN(12))
+				body, exists := model[key]
+				switch rnd.IntN(8) {
+				case 0, 1, 2:
+					body = noise([]int{rnd.IntN(100), rnd.IntN(20_000), rnd.IntN(4 * chunkSize)}[rnd.IntN(3)], rnd.Uint64())
+					s.put(key, body)
+					if model[key] = body; exists {
+						versions[key]++
+					} else {
+						versions[key] = 0
+					}
+				case 3:
+					if resp, _, err := s.do("DELETE", "/blob/"+key, nil); err != nil || resp.StatusCode != 204 && resp.StatusCode != 202 {
+						t.Fatal(resp, err)
+					}
+					delete(model, key)
+				case 4:
+					from, n := rnd.IntN(len(body)+1), 1+rnd.IntN(chunkSize)
+					if to := min(from+n, len(body)); from < to {
+						if _, got := s.want(206, "GET", "/blob/"+key, nil, "Range", fmt.Sprintf("bytes=%d-%d", from, to-1)); !bytes.Equal(got, body[from:to]) {
+							t.Fatalf("range %d-%d of %q", from, to, key)
+						}
+					}
+				case 5:
+					if rnd.IntN(20) == 0 {
+						if err := s.stop(); err != nil {
+							t.Fatal(err)
+						}
+						s = serveConfig(t, cfg, stallTimeout)
+					}
+				default:
+					if !exists {
+						s.want(404, "GET", "/blob/"+key, nil)
+					} else if v := s.wantBlob(key, body).Header.Get("Blob-Version"); v != strconv.Itoa(versions[key]) {
+						t.Fatalf("%q: version %s, want %d", key, v, versions[key])
+					}
+				}
+			}
+			s.stop()
+			if got := len(verifyDir(t, cfg.DataDir)); got != len(model) {
+				t.Errorf("%d blobs, want %d", got, len(model))
+			}
+		}
+	}
+}
+
+// TestCrash kills the program under load, again and again: every acknowledged
+// write is there, whole, or a later one that was under way.
+func TestCrash(t *testing.T) {
+	rounds := *soak
+	if testing.Short() {
+		rounds = 1
+	}
+	dir := filepath.Join(t.TempDir(), "data")
+	type state struct {
+		acked   string   // SHA-256 of the last acknowledged content, empty: deleted
+		flying  []string // of those sent since
+		current uint64
+	}
+	const writers, keys = 16, 4
+	states := make([][keys]state, writers)
+	for round := range rounds {
+		p := startProgram(t, dir, "BLOBNOM_BATCH_SIZE=16")
+		var wg sync.WaitGroup
+		var acks atomic.Int64
+		for w := range writers {
+			wg.Go(func() {
+				rnd := rand.New(rand.NewPCG(uint64(round), uint64(w)))
+				for {
+					k := rnd.IntN(keys)
+					st, path := &states[w][k], fmt.Sprintf("/blob/w%d/k%d", w, k)
+					method, body, sum := "PUT", []byte(nil), ""
+					if rnd.IntN(5) == 0 {
+						method = "DELETE"
+					} else {
+						body = noise([]int{0, 100, 4096, rnd.IntN(3 << 20)}[rnd.IntN(4)], rnd.Uint64())
+						digest := sha256.Sum256(body)
+						sum = hex.EncodeToString(digest[:])
+					}
+					st.flying = append(st.flying, sum)
+					resp, _, err := p.do(method, path, bytes.NewReader(body))
+					if err != nil {
+						return // killed
+					}
+					if resp.StatusCode != 201 && resp.StatusCode != 204 {
+						t.Errorf("%s: %s", method, resp.Status)
+						return
+					}
+					st.acked, st.flying = sum, nil
+					acks.Add(1)
+				}
+			})
+		}
+		before := acks.Load()
+		eventually(t, "acknowledged writes", func() bool { return acks.Load() > before+int64(100+rand.IntN(300)) })
+		p.cmd.Process.Kill()
+		<-p.done
+		wg.Wait()
+		p = startProgram(t, dir)
+		for w := range writers {
+			for k := range keys {
+				st, key := &states[w][k], fmt.Sprintf("w%d/k%d", w, k)
+				resp, body, err := p.do("GET", "/blob/"+key, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				sum := ""
+				if resp.StatusCode == 200 {
+					digest := sha256.Sum256(body)
+					sum = hex.EncodeToString(digest[:])
+				}
+				if sum != st.acked && !slices.Contains(st.flying, sum) {
+					t.Errorf("round %d, %s: %s with %q, acknowledged was %q", round, key, resp.Status, sum, st.acked)
+				}
+				st.acked, st.flying = sum, nil
+			}
+		}
+		eventually(t, "orphans are swept", func() bool { return countRows(t, dir, "SELECT count(*) FROM orphans") == 0 })
+		if err := p.signal(syscall.SIGTERM); err != nil {
+			t.Fatalf("SIGTERM: %v\n%s", err, p.log)
+		}
+		verifyDir(t, dir)
+	}
+}
+
+// TestDrain stops the program in async mode under load: every write answered
+// 202 is there after the restart.
+func TestDrain(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "data")
+	p := startProgram(t, dir, "BLOBNOM_ASYNC_WRITE=true", "BLOBNOM_BATCH_TIMEOUT_MS=30")
+	var mu sync.Mutex
+	acked := map[string]string{}
+	var wg sync.WaitGroup
+	for w := range 12 {
+		wg.Go(func() {
+			for i := 0; ; i++ {
+				key, body := fmt.Sprintf("w%d/%d", w, i), noise(i*977%(2*chunkSize), uint64(w*1000+i))
+				resp, _, err := p.do("PUT", "/blob/"+key, bytes.NewReader(body))
+				if err != nil || resp.StatusCode == 503 {
+					return
+				}
+				if resp.StatusCode != 202 {
+					t.Errorf("%s", resp.Status)
+					return
+				}
+				mu.Lock()
+				digest := sha256.Sum256(body)
+				acked[key] = hex.EncodeToString(digest[:])
+				mu.Unlock()
+			}
+		})
+	}
+	eventually(t, "load", func() bool { mu.Lock(); defer mu.Unlock(); return len(acked) > 500 })
+	if err := p.signal(syscall.SIGTERM); err != nil {
+		t.Fatalf("SIGTERM: %v\n%s", err, p.log)
+	}
+	wg.Wait()
+	sums := verifyDir(t, dir)
+	for key, sum := range acked {
+		if sums[key] != sum {
+			t.Errorf("%s was answered 202 and is %q, not %q", key, sums[key], sum)
+		}
+	}
+}
+
+// A second signal ends the program at once, whatever it waits for.
+func TestSecondSignal(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("no signals")
+	}
+	signal.Ignore(syscall.SIGPIPE)
+	p := startProgram(t, filepath.Join(t.TempDir(), "data"))
+	c, err := net.Dial("tcp", strings.TrimPrefix(p.base, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	fmt.Fprint(c, "PUT /blob/k HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nab") // never ends
+	p.want(200, "GET", "/healthz", nil)
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	eventually(t, "it stops accepting", func() bool { return strings.Contains(p.log.String(), "stopping") })
+	start := time.Now()
+	err = p.signal(syscall.SIGTERM)
+	if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) || time.Since(start) > 5*time.Second {
+		t.Errorf("%v after %v", err, time.Since(start))
+	}
+}
+
+// ============================================================================
+// Examples
+// ============================================================================
+
+// The quick start of the README.
+func Example() {
+	dir, err := os.MkdirTemp("", "blobnom")
+	if err != nil {
+		panic(err)
+	}
+	defer os.RemoveAll(dir)
+	cfg := defaultConfig()
+	cfg.DataDir, cfg.NumShards = dir, 4
+	st, err := openStore(cfg, slog.New(slog.DiscardHandler))
+	if err != nil {
+		panic(err)
+	}
+	defer st.close()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		panic(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error)
+	go func() { ended <- newServer(st, slog.New(slog.DiscardHandler)).serve(ctx, cancel, ln) }()
+	url := "http://" + ln.Addr().String() + "/blob/greetings/hello.txt"
+	request := func(method string, body io.Reader, headers ...string) {
+		req, _ := http.NewRequest(method, url, body)
+		for i := 0; i < len(headers); i += 2 {
+			req.Header.Set(headers[i], headers[i+1])
+		}
+		resp, err := client.Do(req)
+		if err != nil {
+			panic(err)
+		}
+		defer resp.Body.Close()
+		text, _ := io.ReadAll(resp.Body)
+		fmt.Printf("%s: %d %q\n", method, resp.StatusCode, text)
+	}
+	request("PUT", strings.NewReader("Hello, blob!\n"), "Content-Type", "text/plain")
+	request("GET", nil)
+	request("GET", nil, "Range", "bytes=7-10")
+	request("DELETE", nil)
+	request("GET", nil)
+	cancel()
+	<-ended
+	// Output:
+	// PUT: 201 ""
+	// GET: 200 "Hello, blob!\n"
+	// GET: 206 "blob"
+	// DELETE: 204 ""
+	// GET: 404 "not found: no blob under this key\n"
+}
+
+// ============================================================================
+// Benchmarks
+//
+// Each beside a bare net/http handler that moves the same bytes, same client,
+// same run: the ratio counts.
+// ============================================================================
+
+func BenchmarkGet(b *testing.B) { benchmark(b, "GET", []string{"full"}) }
+func BenchmarkPut(b *testing.B) { benchmark(b, "PUT", []string{"full", "normal", "off", "async"}) }
+
+func benchmark(b *testing.B, method string, modes []string) {
+	for _, size := range []int{100, 4 << 10, 64 << 10, 1 << 20} {
+		body := noise(size, 1)
+		bare := bareServer(b, body)
+		b.Run(fmt.Sprintf("%d/bare", size), func(b *testing.B) { drive(b, bare, method, body) })
+		for _, mode := range modes {
+			for _, batch := range []int64{1, 64} {
+				if method == "GET" && batch == 1 {
+					continue
+				}
+				b.Run(fmt.Sprintf("%d/%s-batch%d", size, mode, batch), func(b *testing.B) {
+					s := newTestServer(b, func(c *config) {
+						c.BatchSize, c.Durability, c.AsyncWrite = batch, mode, mode == "async"
+						if c.AsyncWrite {
+							c.Durability = "full"
+						}
+					})
+					if method == "GET" {
+						for i := range benchKeys {
+							s.put(fmt.Sprint(i), body)
+						}
+					}
+					drive(b, s.base, method, body)
+				})
+			}
+		}
+	}
+}
+
+const benchKeys = 256
+
+func bareServer(b *testing.B, body []byte) string {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	hs := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == "GET" {
+			w.Write(body)
+			return
+		}
+		io.Copy(io.Discard, r.Body)
+		w.WriteHeader(http.StatusCreated)
+	})}
+	go hs.Serve(ln)
+	b.Cleanup(func() { hs.Close() })
+	return "http://" + ln.Addr().String()
+}
+
+// drive sends requests over 32 connections.
+func drive(b *testing.B, base, method string, body []byte) {
+	b.SetBytes(int64(len(body)))
+	b.SetParallelism(max(1, 32/runtime.GOMAXPROCS(0)))
+	b.ResetTimer()
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			u, _ := url.Parse(fmt.Sprintf("%s/blob/%d", base, rand.IntN(benchKeys)))
+			req := &http.Request{Method: method, URL: u, Header: http.Header{}}
+			if method == "PUT" {
+				req.Body, req.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
+			}
+			resp, err := client.Do(req)
+			if err != nil {
+				b.Error(err)
+				return
+			}
+			if n, err := io.Copy(io.Discard, resp.Body); err != nil || resp.StatusCode/100 != 2 || method == "GET" && n != int64(len(body)) {
+				b.Errorf("%s, %d bytes, %v", resp.Status, n, err)
+			}
+			resp.Body.Close()
+		}
+	})
+}
