@@ -116,10 +116,10 @@ const (
 	// anything; a whole chunk is taken only once that much has arrived.
 	smallBody = 16 << 10
 
-	// batchBytes bounds the content in one transaction to about what SQLite
-	// checkpoints at a time (1,000 pages), so that a batch of large chunks
-	// does not make the small writes beside it wait.
-	batchBytes = 4 << 20
+	// batchBytes bounds the content in one transaction, so that a batch of
+	// large chunks does not make the small writes beside it wait, nor the WAL
+	// outgrow the reserve.
+	batchBytes = 1 << 20
 
 	// cacheBytes bounds the committed contents kept for readers, over all
 	// shards; a hit saves a third of a small GET. cacheItem is the largest
@@ -130,7 +130,7 @@ const (
 	readersPerShard = 8       // connections; each reads for microseconds
 	readerCacheKiB  = 512     // page cache of each; holds the upper index pages
 	opOverhead      = 512     // what a queued write costs beside key and content
-	reserveBytes    = 2 << 20 // head-room for DELETE on a full disk
+	reserveBytes    = 6 << 20 // head-room on a full disk: more than a shard's WAL, see Upkeep
 	sweepChunks     = 4       // chunks deleted per slice of the sweep: about 1 ms
 	vacuumPages     = 256     // free pages returned per slice, and left alone
 	headerTimeout   = 15 * time.Second
@@ -140,7 +140,8 @@ const (
 	drainTimeout    = 15 * time.Second // finishing requests after SIGTERM
 	busyTimeout     = 5 * time.Second  // another process holds a SQLite lock
 	sweepInterval   = time.Second
-	progressGrain   = 60 // deadlines are moved at most this often per stallTimeout
+	reserveInterval = 100 * time.Millisecond // between attempts to have the reserve back
+	progressGrain   = 60                     // deadlines are moved at most this often per stallTimeout
 )
 
 // The errors a client is told apart by; statusOf maps each to its code. An
@@ -962,6 +963,11 @@ func (s *server) getBlob(w http.ResponseWriter, r *http.Request) error {
 	defer c.close()
 	if c.blob.chunked() {
 		c.progress = s.newProgress(w)
+		if r.Method == http.MethodGet && r.Header.Get("Range") == "" {
+			if err := c.load(0); err != nil { // while it can still be a 500
+				return err
+			}
+		}
 	}
 	c.blob.setHeader(w.Header())
 	defer cork(r)()
@@ -1152,7 +1158,8 @@ type store struct {
 	// full is set while the last put failed for lack of space; reserved while
 	// the reserve file exists, without which only deletes may use the disk.
 	full, reserved atomic.Bool
-	reserveMu      sync.Mutex // guards the reserve file
+	reserveMu      sync.Mutex // guards the reserve file and reserveTried
+	reserveTried   time.Time
 
 	untidy  chan struct{} // capacity 1: some shard has something to sweep
 	stop    chan struct{} // closed by close
@@ -1427,12 +1434,14 @@ func (st *store) close() error {
 	close(st.stop)
 	st.budget.close()
 	st.stopped.Wait()
+	if st.lock != nil {
+		st.giveReserve() // a directory at rest is its shards, and their checkpoint may need the room
+	}
 	var errs []error
 	for _, sh := range st.shards {
 		errs = append(errs, sh.close())
 	}
 	if st.lock != nil {
-		st.giveReserve() // a directory at rest is its shards
 		errs = append(errs, st.lock.Close())
 	}
 	return errors.Join(errs...)
@@ -1510,7 +1519,9 @@ type shard struct {
 
 	failure      atomic.Pointer[error] // of the last write, other than a full disk
 	failedWrites atomic.Int64          // writes that failed after their 202
-	garbage      atomic.Bool           // the sweep has something to look for
+	garbage      atomic.Bool           // upkeep has something to look for
+	writes       atomic.Int64          // committed
+	seenWrites   int64                 // of writes, when upkeep last looked; upkeep's own
 }
 
 const blobColumns = `id, size, sha256, content_type, created_at, updated_at, version`
@@ -1579,7 +1590,7 @@ func (s *shard) health() error {
 	if failure := s.failure.Load(); failure != nil {
 		return *failure
 	}
-	if s.store.full.Load() || !s.store.reserved.Load() {
+	if s.store.pressed() {
 		return errFull
 	}
 	var n int
@@ -1782,7 +1793,8 @@ func (s *shard) commit(batch []*op) {
 		return
 	}
 	if errors.Is(err, errFull) && first.data == nil { // a delete: it frees more than it takes
-		s.makeRoom()
+		s.store.giveReserve()
+		s.litter()
 		err = translate(s.writer.transact(batch))
 	}
 	for _, o := range batch {
@@ -1808,6 +1820,8 @@ func (s *shard) finish(o *op, err error) {
 		s.failure.Store(&err)
 	case o.alone == nil:
 		s.failure.Store(nil)
+		s.garbage.Store(true) // it may have freed pages
+		s.writes.Add(1)
 		if o.data != nil {
 			s.store.full.Store(false)
 		}
@@ -2121,16 +2135,16 @@ type writer struct {
 	now   func() time.Time
 	room  func() error // whether writes other than deletes may use the disk
 
-	begin, end, rollback                 *sql.Stmt
-	find, insert, update, drop           *sql.Stmt
-	insertChunk, orphan, adopt           *sql.Stmt
-	isOrphan, dropChunks, freePages      *sql.Stmt
-	returnPages, checkpoint, checkpoint2 *sql.Stmt
+	begin, end, rollback              *sql.Stmt
+	find, insert, update, drop        *sql.Stmt
+	insertChunk, orphan, adopt        *sql.Stmt
+	isOrphan, dropChunks, freePages   *sql.Stmt
+	returnPages, checkpoint, truncate *sql.Stmt
 }
 
 func openWriter(path, durability string) (_ *writer, err error) {
 	w := &writer{db: openDB(path, fmt.Sprintf("mode=rw&_pragma=busy_timeout(%d)&_pragma=synchronous(%s)&_pragma=temp_store(memory)&_pragma=journal_size_limit(%d)",
-		busyTimeout.Milliseconds(), durability, 2*batchBytes))}
+		busyTimeout.Milliseconds(), durability, reserveBytes))}
 	w.db.SetMaxOpenConns(1)
 	defer func() {
 		if err != nil {
@@ -2160,7 +2174,7 @@ func openWriter(path, durability string) (_ *writer, err error) {
 		&w.freePages:   "PRAGMA freelist_count",
 		&w.returnPages: fmt.Sprintf("PRAGMA incremental_vacuum(%d)", vacuumPages),
 		&w.checkpoint:  "PRAGMA wal_checkpoint(PASSIVE)",
-		&w.checkpoint2: "PRAGMA wal_checkpoint(TRUNCATE)",
+		&w.truncate:    "PRAGMA wal_checkpoint(TRUNCATE)",
 	} {
 		if *stmt, err = w.db.Prepare(text); err != nil {
 			return nil, err
@@ -2494,11 +2508,17 @@ func (c *content) Seek(offset int64, whence int) (int64, error) {
 // One goroutine per store reclaims space: it finds contents nobody refers to
 // or reads, deletes them a few chunks at a time through the batcher, between
 // the writes, and returns free pages to the file system when the shard is
-// idle. It also keeps the reserve: a file that is given up on a full disk so
-// that deletes have room, and that must be back before other writes go on.
+// idle.
+//
+// It also keeps the reserve, a file that makes a full disk survivable. A
+// delete has to write to the WAL, and the WAL gives its space back only once
+// all of it is copied into the database, which may have to grow for that. So
+// there is a file larger than a shard's WAL. It is given up for a delete that
+// finds no room, and for the checkpoint of one shard after the other, each of
+// which frees more than it took; and until it is back no other write goes on.
 // ============================================================================
 
-// litter says that there may be something to sweep.
+// litter tells upkeep not to wait for its next tick.
 func (s *shard) litter() {
 	s.garbage.Store(true)
 	select {
@@ -2507,13 +2527,16 @@ func (s *shard) litter() {
 	}
 }
 
+// pressed reports whether space is short.
+func (st *store) pressed() bool { return st.full.Load() || !st.reserved.Load() }
+
 func (st *store) upkeep() {
 	tick := time.NewTicker(sweepInterval)
 	defer tick.Stop()
 	for {
 		for _, s := range st.shards {
-			if s.broken == nil && s.garbage.Swap(false) {
-				if err := s.tidy(); err != nil && !errors.Is(err, errStopping) {
+			if s.broken == nil && (s.garbage.Swap(false) || st.pressed()) {
+				if err := s.tidy(st.pressed()); err != nil && !errors.Is(err, errStopping) {
 					s.garbage.Store(true) // again at the next tick
 					st.log.Warn("reclaiming space failed, will try again", "shard", s.index, "error", err)
 				}
@@ -2531,9 +2554,15 @@ func (st *store) upkeep() {
 	}
 }
 
-// tidy sweeps the shard's orphans and returns its free pages, in slices, and
-// pauses after each for as long as it took.
-func (s *shard) tidy() error {
+// tidy sweeps the shard's orphans and returns its free pages to the file
+// system. A busy shard will reuse its free pages, and some stay for it when
+// it is idle; not so when pressed.
+func (s *shard) tidy(pressed bool) error {
+	if pressed {
+		if err := s.slice(s.truncateWAL); err != nil {
+			return err
+		}
+	}
 	for {
 		id, err := s.victim()
 		if err != nil {
@@ -2546,39 +2575,47 @@ func (s *shard) tidy() error {
 			return err
 		}
 	}
-	// A few free pages stay for the next writes, unless space is short.
-	pressed := s.store.full.Load() || !s.store.reserved.Load()
-	vacuumed := false
-	for more := true; more; {
+	if writes := s.writes.Load(); writes != s.seenWrites && !pressed {
+		s.seenWrites = writes
+		s.garbage.Store(true) // to look again at the next tick
+		return nil
+	}
+	for returned := false; ; returned = true {
+		var free int64
 		err := s.slice(func(w *writer) error {
-			var free int64
-			if err := w.freePages.QueryRow().Scan(&free); err != nil {
+			err := w.freePages.QueryRow().Scan(&free)
+			if err != nil || free == 0 || free <= vacuumPages && !pressed {
+				free = 0
 				return err
 			}
-			more = free > vacuumPages || pressed && free > 0
-			if !more {
-				return nil
-			}
-			vacuumed = true
-			_, err := w.returnPages.Exec()
+			_, err = w.returnPages.Exec()
 			return err
 		})
 		if err != nil {
 			return err
 		}
-	}
-	if !vacuumed && !pressed {
+		if free > 0 {
+			continue
+		}
+		switch { // the file shrinks with the checkpoint
+		case pressed:
+			return s.slice(s.truncateWAL)
+		case returned:
+			return s.slice(func(w *writer) error { _, err := w.checkpoint.Exec(); return err })
+		}
 		return nil
 	}
-	// The file shrinks with the checkpoint.
-	return s.slice(func(w *writer) error {
-		if pressed {
-			_, err := w.checkpoint2.Exec()
-			return err
-		}
-		_, err := w.checkpoint.Exec()
+}
+
+// truncateWAL gives the WAL's space back to a disk that has none left.
+func (s *shard) truncateWAL(w *writer) error {
+	if info, err := os.Stat(filepath.Join(s.store.dir, shardName(s.index)) + "-wal"); err != nil || info.Size() == 0 {
 		return err
-	})
+	}
+	s.store.giveReserve()
+	_, err := w.truncate.Exec()
+	s.store.takeReserve()
+	return err
 }
 
 // victim returns an orphan that nobody reads or uploads, or 0. Under the
@@ -2606,15 +2643,15 @@ func (s *shard) victim() (victim int64, err error) {
 	return 0, translate(rows.Err())
 }
 
-// slice runs one piece of upkeep on the batcher's goroutine, with head-room
-// if the disk is full, and pauses.
+// slice runs one piece of upkeep on the batcher's goroutine, between the
+// writes, and then pauses for as long as it took.
 func (s *shard) slice(f func(*writer) error) error {
 	var took time.Duration
 	o := &op{urgent: true, alone: func(w *writer) error {
 		start := time.Now()
 		err := translate(f(w))
 		if errors.Is(err, errFull) {
-			s.makeRoom()
+			s.store.giveReserve()
 			err = f(w)
 		}
 		took = time.Since(start)
@@ -2632,17 +2669,7 @@ func (s *shard) slice(f func(*writer) error) error {
 	return o.err
 }
 
-// makeRoom gives up the reserve and the space of the shard's WAL, for a
-// delete or a sweep. It runs on the batcher's goroutine, outside a
-// transaction.
-func (s *shard) makeRoom() {
-	s.store.giveReserve()
-	s.writer.checkpoint2.Exec() // what it can; the retry tells
-	s.litter()
-}
-
-// room reports whether writes other than deletes may use the disk: not while
-// the reserve is gone and cannot be had back.
+// room reports whether writes other than deletes may use the disk.
 func (st *store) room() error {
 	if st.reserved.Load() || st.takeReserve() {
 		return nil
@@ -2650,22 +2677,23 @@ func (st *store) room() error {
 	return errFull
 }
 
-// takeReserve writes the reserve file; false when there is no room for it.
+// takeReserve writes the reserve file, now and then; false when there is none.
 func (st *store) takeReserve() bool {
 	st.reserveMu.Lock()
 	defer st.reserveMu.Unlock()
-	if st.reserved.Load() {
-		return true
+	if st.reserved.Load() || time.Since(st.reserveTried) < reserveInterval {
+		return st.reserved.Load()
 	}
-	noise := make([]byte, reserveBytes) // of which no file system makes a hole
-	rand.Read(noise)
+	noise := make([]byte, reserveBytes)
+	rand.Read(noise) // of which no file system makes a hole
 	path := filepath.Join(st.dir, reserveFile)
-	if err := os.WriteFile(path, noise, 0o644); err != nil {
+	err := os.WriteFile(path, noise, 0o644)
+	if err != nil {
 		os.Remove(path)
-		return false
+		st.reserveTried = time.Now()
 	}
-	st.reserved.Store(true)
-	return true
+	st.reserved.Store(err == nil)
+	return err == nil
 }
 
 // giveReserve removes the reserve file.
