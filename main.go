@@ -1730,11 +1730,11 @@ func (s *shard) upload(body io.Reader, buf []byte, size *int64) (id int64, last 
 		}
 		buf, spare = next, buf
 	}
-	recycle(spare)
-	if err != nil {
+	if err != nil { // the buffers are left to the collector: next may be spare
 		s.release(id)
 		return 0, nil, err
 	}
+	recycle(spare)
 	return id, buf, nil
 }
 
@@ -1865,7 +1865,6 @@ func readChunk(r io.Reader, buf []byte, length int64) ([]byte, error) {
 			return buf, nil
 		}
 		if err != nil {
-			recycle(buf)
 			return nil, err
 		}
 	}
