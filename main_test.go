@@ -1702,9 +1702,8 @@ func TestCrash(t *testing.T) {
 	}
 	dir := filepath.Join(t.TempDir(), "data")
 	type state struct {
-		acked   string   // SHA-256 of the last acknowledged content, empty: deleted
-		flying  []string // of those sent since
-		current uint64
+		acked  string   // SHA-256 of the last acknowledged content, empty: deleted
+		flying []string // of those sent since
 	}
 	const writers, keys = 16, 4
 	states := make([][keys]state, writers)
