@@ -73,6 +73,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"reflect"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -306,6 +307,8 @@ func cmdServe(ctx context.Context, c *call) (err error) {
 		return err
 	}
 	log := newLogger(cfg, c.stderr)
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	defer stop()
 	// The port before the directory: a server that cannot listen leaves no trace.
 	ln, err := net.Listen("tcp", cfg.Addr)
 	if err != nil {
@@ -322,8 +325,6 @@ func cmdServe(ctx context.Context, c *call) (err error) {
 	if host := ln.Addr().(*net.TCPAddr).IP; !host.IsLoopback() {
 		log.Warn("anyone who can reach this address can read, replace and delete every blob; set addr to 127.0.0.1 or keep it behind a firewall", "listen", ln.Addr().String())
 	}
-	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
-	defer stop()
 	return newServer(st, log).serve(ctx, stop, ln)
 }
 
@@ -437,17 +438,9 @@ func defaultConfig() *config {
 }
 
 // logArgs is the effective configuration for the start line.
-func (c *config) logArgs() []any {
-	var args []any
+func (c *config) logArgs() (args []any) {
 	for _, o := range c.options() {
-		switch p := o.to.(type) {
-		case *string:
-			args = append(args, o.key, *p)
-		case *int64:
-			args = append(args, o.key, *p)
-		case *bool:
-			args = append(args, o.key, *p)
-		}
+		args = append(args, o.key, reflect.ValueOf(o.to).Elem().Interface())
 	}
 	return args
 }
@@ -1695,6 +1688,11 @@ func (s *shard) put(key, contentType string, body io.Reader, length int64) (_ *b
 		if b.id, buf, err = s.upload(body, buf, &b.size); err != nil {
 			return nil, false, err
 		}
+	}
+	if s.store.async { // a queue of whole buffers would hold more than its budget
+		recycled := buf
+		buf = bytes.Clone(buf)
+		recycle(recycled)
 	}
 	b.data = buf
 	b.size += int64(len(buf))
