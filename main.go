@@ -123,10 +123,10 @@ const (
 	batchBytes = 1 << 20
 
 	// cacheBytes bounds the committed contents kept for readers, over all
-	// shards; a hit saves a third of a small GET. cacheItem is the largest
-	// one worth keeping: beyond it the socket costs more than SQLite does.
+	// shards: 20,000 of 4 KiB. A hit takes 25 µs where SQLite makes it 60.
+	// cacheItem is the largest one that gets in.
 	cacheBytes = 96 << 20
-	cacheItem  = 32 << 10
+	cacheItem  = 64 << 10
 
 	readersPerShard = 8       // connections; each reads for microseconds
 	readerCacheKiB  = 512     // page cache of each; holds the upper index pages
@@ -1667,7 +1667,7 @@ func (s *shard) release(id int64) {
 		delete(s.held, id)
 	}
 	s.heldMu.Unlock()
-	s.litter()
+	s.garbage.Store(true)
 }
 
 // put stores body under key and returns what it stored, and whether that is
@@ -2029,7 +2029,7 @@ func (b *batcher) take(now time.Time) (batch []*op, wait time.Duration) {
 		return nil, 0
 	case n == 0:
 		n = 1 // alone
-	case n == len(b.queue) && n < b.size && !b.hurry && !b.closed:
+	case n == len(b.queue) && n < b.size && bytes < batchBytes && !b.hurry && !b.closed:
 		if wait := b.window - now.Sub(b.queue[0].queued); wait > 0 {
 			return nil, wait
 		}

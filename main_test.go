@@ -1471,6 +1471,7 @@ func TestBatcher(t *testing.T) {
 		{"alone", 9, 0, ms(5), []step{{0, "a", ""}, {1, "b", ""}, {1, "c", "alone"}, {1, "d", ""}}, "0:a 5:b 10:c 15:d"},
 		{"a reader hurries", 9, ms(10), 0, []step{{0, "a", ""}, {3, "a", "settle"}, {5, "b", ""}}, "3:a 15:b"},
 		{"bytes", 9, 0, ms(5), []step{{0, "a", ""}, {1, "b", "big"}, {1, "c", "big"}, {1, "d", ""}}, "0:a 5:bc 10:d"},
+		{"bytes end the window", 9, ms(10), 0, []step{{0, "a", "big"}, {3, "b", "big"}, {4, "c", ""}}, "3:ab 14:c"},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			f := &fakeCommit{start: time.Now(), takes: c.takes}
