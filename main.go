@@ -72,6 +72,7 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
+	"path"
 	"path/filepath"
 	"reflect"
 	"runtime"
@@ -117,9 +118,8 @@ const (
 	// anything; a whole chunk is taken only once that much has arrived.
 	smallBody = 16 << 10
 
-	// batchBytes bounds the content in one transaction, so that a batch of
-	// large chunks does not make the small writes beside it wait, nor the WAL
-	// outgrow the reserve.
+	// batchBytes is where a batch is closed: a batch of large chunks does not
+	// make the small writes beside it wait, nor the WAL outgrow the reserve.
 	batchBytes = 1 << 20
 
 	// cacheBytes bounds the committed contents kept for readers, over all
@@ -130,7 +130,7 @@ const (
 
 	readersPerShard = 8       // connections; each reads for microseconds
 	readerCacheKiB  = 512     // page cache of each; holds the upper index pages
-	opOverhead      = 512     // what a queued write costs beside key and content
+	opOverhead      = 2 << 10 // what a queued write counts for beside key and content, in memory and in the WAL
 	reserveBytes    = 6 << 20 // head-room on a full disk: more than a shard's WAL, see Upkeep
 	sweepChunks     = 4       // chunks deleted per slice of the sweep: about 1 ms
 	vacuumPages     = 256     // free pages returned per slice, and left alone
@@ -145,19 +145,31 @@ const (
 	progressGrain   = 60                     // deadlines are moved at most this often per stallTimeout
 )
 
-// The errors a client is told apart by; statusOf maps each to its code. An
-// error may wrap one of them together with its cause: the client sees the
-// first, the log the whole.
+// kind is an error that means something to a client: the one place where an
+// error becomes a status code. An error may wrap a kind together with its
+// cause: of a status of 500 and above the client sees the kind alone, the log
+// all of it.
+type kind struct {
+	status int
+	text   string
+}
+
+func (k *kind) Error() string { return k.text }
+
 var (
-	errBadRequest = errors.New("bad request")
-	errNotFound   = errors.New("not found")
-	errMethod     = errors.New("method not allowed")
-	errTooLarge   = errors.New("blob too large")
-	errFull       = errors.New("disk full")
-	errBusy       = errors.New("too busy, try again")
-	errStopping   = errors.New("server is stopping")
-	errCorrupt    = errors.New("shard is corrupt")
-	errClientGone = errors.New("client went away")
+	errBadRequest = &kind{http.StatusBadRequest, "bad request"}
+	errNotFound   = &kind{http.StatusNotFound, "not found"}
+	errMethod     = &kind{http.StatusMethodNotAllowed, "method not allowed"}
+	errCondition  = &kind{http.StatusPreconditionFailed, "precondition failed"}
+	errTooLarge   = &kind{http.StatusRequestEntityTooLarge, "blob too large"}
+	errRange      = &kind{http.StatusRequestedRangeNotSatisfiable, "range not satisfiable"}
+	errCorrupt    = &kind{http.StatusInternalServerError, "shard is corrupt"}
+	errBusy       = &kind{http.StatusServiceUnavailable, "too busy, try again"}
+	errStopping   = &kind{http.StatusServiceUnavailable, "server is stopping"}
+	errFull       = &kind{http.StatusInsufficientStorage, "disk full"}
+	errInternal   = &kind{http.StatusInternalServerError, "internal error"} // of what has no kind
+
+	errClientGone = errors.New("client went away") // nobody to answer
 )
 
 // applicationID marks our files in the SQLite header ("Blob"), schemaVersion
@@ -460,19 +472,19 @@ func (e *configError) Error() string {
 // is a *configError.
 func loadConfig(file string, environ []string) (*config, string, error) {
 	text, source := exampleConfig, "built-in config.toml.example"
+	values, problems := map[string]any{}, []string(nil)
 	if name := cmp.Or(file, "config.toml"); file != "" || fileExists(name) {
 		data, err := os.ReadFile(name)
 		if err != nil {
-			return nil, name, &configError{name, []string{err.Error()}}
+			problems = append(problems, err.Error())
 		}
 		text, source = string(data), name
 	}
-	values := map[string]any{}
 	if _, err := toml.Decode(text, &values); err != nil {
-		return nil, source, &configError{source, []string{"not valid TOML: " + err.Error()}}
+		problems = append(problems, "not valid TOML: "+err.Error())
 	}
+	unread := problems != nil
 	c := defaultConfig()
-	var problems []string
 	for _, o := range c.options() {
 		value, given := values[o.key]
 		delete(values, o.key)
@@ -481,7 +493,7 @@ func loadConfig(file string, environ []string) (*config, string, error) {
 			value, given, name = env, true, "BLOBNOM_"+strings.ToUpper(o.key)
 		}
 		if !given {
-			if o.required {
+			if o.required && !unread {
 				problems = append(problems, name+": is required and missing")
 			}
 			continue
@@ -491,6 +503,9 @@ func loadConfig(file string, environ []string) (*config, string, error) {
 		}
 	}
 	for _, key := range slices.Sorted(maps.Keys(values)) {
+		if key == "auth_token" { // perhaps a newer server's, and a secret
+			values[key] = "…"
+		}
 		problems = append(problems, fmt.Sprintf("%s = %#v: unknown key", key, values[key]))
 	}
 	if problems != nil {
@@ -573,7 +588,7 @@ func newServer(st *store, log *slog.Logger) *server {
 // before the mux sees it.
 func (s *server) routes() http.Handler {
 	mux := http.NewServeMux()
-	handle := func(pattern string, h func(http.ResponseWriter, *http.Request) error) {
+	handle := func(pattern string, h handler) {
 		mux.Handle(pattern, s.adapt(h))
 	}
 	handle("GET /blob/{key...}", s.getBlob)
@@ -581,7 +596,7 @@ func (s *server) routes() http.Handler {
 	handle("POST /blob/{key...}", s.putBlob)
 	handle("DELETE /blob/{key...}", s.deleteBlob)
 	handle("/blob/{key...}", allowOnly("GET, HEAD, PUT, POST, DELETE"))
-	for path, h := range map[string]func(http.ResponseWriter, *http.Request) error{
+	for path, h := range map[string]handler{
 		"/{$}": s.about, "/healthz": s.healthz, "/readyz": s.readyz,
 	} {
 		handle("GET "+path, h)
@@ -589,10 +604,12 @@ func (s *server) routes() http.Handler {
 	}
 	handle("/blob", notFound) // else the mux redirects it to /blob/
 	handle("/", notFound)
-	unclean := s.adapt(func(http.ResponseWriter, *http.Request) error {
+	unclean := s.adapt(func(*response, *http.Request) error {
 		return fmt.Errorf(`%w: the path has an empty, "." or ".." segment; percent-encode what belongs to a key, / as %%2F and . as %%2E`, errBadRequest)
 	})
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		r.URL.Path = cmp.Or(r.URL.Path, "/") // GET http://host HTTP/1.1
+		r.URL.RawPath = escapeRaw(r.URL.RawPath)
 		if needsCleaning(r.URL.EscapedPath()) {
 			unclean.ServeHTTP(w, r)
 			return
@@ -601,82 +618,86 @@ func (s *server) routes() http.Handler {
 	})
 }
 
-// needsCleaning reports whether the mux would redirect path, as sent, to a
-// cleaner one.
-func needsCleaning(path string) bool {
-	if !strings.Contains(path, "//") && !strings.Contains(path, "/.") {
-		return false // the common case, without a walk
-	}
-	segments := strings.Split(path, "/")
-	for i, s := range segments[1:] {
-		if s == "." || s == ".." || s == "" && i < len(segments)-2 {
-			return true
+// escapeRaw percent-encodes what a client should have in a path that has
+// escapes too: else net/url, to make it valid, takes %2F for a plain slash.
+func escapeRaw(p string) string {
+	var b strings.Builder
+	for _, c := range []byte(p) {
+		if c <= ' ' || c >= 0x7f || strings.IndexByte("\"<>\\^`{|}", c) >= 0 {
+			fmt.Fprintf(&b, "%%%02X", c)
+		} else {
+			b.WriteByte(c)
 		}
 	}
-	return false
+	return b.String()
 }
 
-func notFound(http.ResponseWriter, *http.Request) error {
+// needsCleaning reports whether the mux would redirect p, a path as it was
+// sent, to a cleaner one.
+func needsCleaning(p string) bool {
+	clean := path.Clean(p)
+	return p != "" && p != clean && (p != clean+"/" || clean == "/")
+}
+
+func notFound(*response, *http.Request) error {
 	return fmt.Errorf("%w: blobs are at /blob/KEY", errNotFound)
 }
 
-func allowOnly(methods string) func(http.ResponseWriter, *http.Request) error {
-	return func(w http.ResponseWriter, _ *http.Request) error {
+func allowOnly(methods string) handler {
+	return func(w *response, _ *http.Request) error {
 		w.Header().Set("Allow", methods)
 		return fmt.Errorf("%w: allowed are %s", errMethod, methods)
 	}
 }
 
-// statusOf is the one place where an error becomes a status code.
-func statusOf(err error) int {
-	switch {
-	case errors.Is(err, errBadRequest):
-		return http.StatusBadRequest
-	case errors.Is(err, errNotFound):
-		return http.StatusNotFound
-	case errors.Is(err, errMethod):
-		return http.StatusMethodNotAllowed
-	case errors.Is(err, errTooLarge):
-		return http.StatusRequestEntityTooLarge
-	case errors.Is(err, errFull):
-		return http.StatusInsufficientStorage
-	case errors.Is(err, errBusy), errors.Is(err, errStopping):
-		return http.StatusServiceUnavailable
-	default:
-		return http.StatusInternalServerError
-	}
+// kindOf returns what err means to a client.
+func kindOf(err error) *kind {
+	k := errInternal
+	errors.As(err, &k)
+	return k
 }
 
 // publicText is what a client is told of err: all of a 4xx, which is about
 // the request; of a 5xx only its kind.
 func publicText(err error) string {
-	if statusOf(err) < 500 {
-		return err.Error()
+	if k := kindOf(err); k.status >= 500 {
+		return k.text
 	}
-	for _, kind := range []error{errFull, errBusy, errStopping, errCorrupt} {
-		if errors.Is(err, kind) {
-			return kind.Error()
-		}
-	}
-	return "internal error"
+	return err.Error()
 }
 
+// handler answers one request, or returns why not.
+type handler func(w *response, r *http.Request) error
+
 // response notes what was answered, for the log and so that an error after
-// the first byte is not appended to half a blob.
+// the first byte is not appended to half a blob. While it is guarded, an
+// answer of 412 or 416, which http.ServeContent makes, is kept in refused.
 type response struct {
 	http.ResponseWriter
-	status int
-	bytes  int64
+	status  int
+	bytes   int64
+	guarded bool
+	refused error
 }
 
 func (w *response) WriteHeader(status int) {
-	if w.status == 0 && status >= 200 {
+	switch {
+	case w.guarded && status == http.StatusPreconditionFailed:
+		w.refused = errCondition
+		return
+	case w.guarded && status == http.StatusRequestedRangeNotSatisfiable:
+		w.refused = errRange
+		return
+	case w.status == 0 && status >= 200:
 		w.status = status
 	}
 	w.ResponseWriter.WriteHeader(status)
 }
 
 func (w *response) Write(p []byte) (int, error) {
+	if w.guarded && w.refused != nil {
+		return len(p), nil
+	}
 	if w.status == 0 {
 		w.status = http.StatusOK
 	}
@@ -700,7 +721,7 @@ func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 // adapt makes an http.Handler of h: it answers the error, logs the request
 // and turns a panic into a logged 500.
-func (s *server) adapt(h func(http.ResponseWriter, *http.Request) error) http.Handler {
+func (s *server) adapt(h handler) http.Handler {
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		s.requests.Add(1)
 		defer s.requests.Done()
@@ -730,19 +751,18 @@ func (s *server) fail(w *response, r *http.Request, err error) {
 		s.log.Debug("request cut off", "method", r.Method, "path", r.URL.EscapedPath(), "error", err)
 		panic(http.ErrAbortHandler)
 	}
-	status := statusOf(err)
+	status := kindOf(err).status
 	if status >= 500 {
 		s.log.Error("request failed", "method", r.Method, "path", r.URL.EscapedPath(), "status", status, "error", err)
 	}
 	if w.status != 0 {
 		panic(http.ErrAbortHandler)
 	}
-	h := w.Header()
-	for _, name := range []string{"Etag", "Last-Modified", "Content-Length"} {
-		h.Del(name)
-	}
-	if status == http.StatusServiceUnavailable {
-		h.Set("Retry-After", "1")
+	switch status {
+	case http.StatusServiceUnavailable:
+		w.Header().Set("Retry-After", "1")
+	case http.StatusRequestEntityTooLarge: // what the client still sends is not worth reading
+		w.Header().Set("Connection", "close")
 	}
 	writeText(w, status, publicText(err)+"\n")
 }
@@ -777,12 +797,14 @@ func (s *server) serve(ctx context.Context, stop func(), ln net.Listener) error 
 	}
 	failed := make(chan error, 1)
 	go func() { failed <- hs.Serve(corkedListener{ln}) }()
+	var err error
 	select {
-	case err := <-failed:
-		return fmt.Errorf("serving: %w", err)
+	case err = <-failed:
+		failed <- err
 	case <-ctx.Done():
 	}
 	stop()
+	s.store.hurry()
 	s.log.Info("stopping: finishing requests and committing what is queued")
 	late, cancel := context.WithTimeout(context.Background(), drainTimeout)
 	defer cancel()
@@ -792,7 +814,7 @@ func (s *server) serve(ctx context.Context, stop func(), ln net.Listener) error 
 	}
 	<-failed // http.ErrServerClosed
 	s.requests.Wait()
-	return nil
+	return err
 }
 
 // corkedConn gathers what is written between cork and uncork, up to corkBytes,
@@ -820,7 +842,11 @@ func cork(r *http.Request) (uncork func()) {
 		return func() {}
 	}
 	c.corked = true
-	return func() { c.uncork() } // an error stays with the connection, for the next write to meet
+	return func() {
+		if c.uncork() != nil {
+			c.Close() // else the next answer would follow a part of this one
+		}
+	}
 }
 
 func (c *corkedConn) uncork() error {
@@ -844,6 +870,15 @@ func (c *corkedConn) Write(p []byte) (int, error) {
 		}
 	}
 	return c.Conn.Write(p)
+}
+
+// CloseWrite lets net/http end an answer that the client is too busy sending
+// to read.
+func (c *corkedConn) CloseWrite() error {
+	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return c.Close()
 }
 
 // corkedListener makes every connection a corkedConn.
@@ -944,7 +979,7 @@ func (b *blob) setHeader(h http.Header) {
 
 // getBlob serves GET and HEAD. http.ServeContent decides on conditions and
 // ranges and pulls the content, which holds no connection between chunks.
-func (s *server) getBlob(w http.ResponseWriter, r *http.Request) error {
+func (s *server) getBlob(w *response, r *http.Request) error {
 	key, err := keyOf(r)
 	if err != nil {
 		return err
@@ -954,27 +989,36 @@ func (s *server) getBlob(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	defer c.close()
-	if c.blob.chunked() {
+	if c.blob.size > smallBody {
 		c.progress = s.newProgress(w)
-		if r.Method == http.MethodGet && r.Header.Get("Range") == "" {
-			if err := c.load(0); err != nil { // while it can still be a 500
-				return err
-			}
+	}
+	if c.blob.chunked() && r.Method == http.MethodGet && r.Header.Get("Range") == "" {
+		if err := c.shard.note(c.load(0)); err != nil { // while it can still be a 500
+			return err
 		}
+	}
+	if c.blob.size == 0 {
+		r.Header.Del("Range") // of which net/http makes bytes 0--1/0
 	}
 	c.blob.setHeader(w.Header())
 	defer cork(r)()
+	w.guarded = true
 	http.ServeContent(w, r, "", time.UnixMilli(c.blob.updated), c)
-	if c.err != nil {
-		return c.err
+	w.guarded = false
+	if w.refused != nil {
+		for _, name := range append(headerNames[:], "Last-Modified", "Accept-Ranges") {
+			w.Header().Del(name)
+		}
+	}
+	if err := cmp.Or(w.refused, c.close()); err != nil {
+		return err
 	}
 	http.NewResponseController(w).Flush() // into the cork; a client that is gone needs no answer
 	return nil
-
 }
 
 // putBlob serves PUT and POST.
-func (s *server) putBlob(w http.ResponseWriter, r *http.Request) error {
+func (s *server) putBlob(w *response, r *http.Request) error {
 	key, err := keyOf(r)
 	if err != nil {
 		return err
@@ -990,23 +1034,19 @@ func (s *server) putBlob(w http.ResponseWriter, r *http.Request) error {
 	}
 	body := &upload{body: r.Body, limit: s.store.maxBlob, progress: s.newProgress(w)}
 	if r.ContentLength > body.limit {
-		return body.tooLarge(w)
+		return body.tooLarge()
 	}
 	b, queued, err := s.store.shardOf(key).put(key, contentType, body, r.ContentLength)
-	if errors.Is(err, errTooLarge) {
-		return body.tooLarge(w)
-	}
 	if err != nil {
 		return err
 	}
 	w.Header()["Etag"] = []string{etagOf(b)}
-	w.Header()["Content-Length"] = []string{"0"}
 	w.WriteHeader(writeStatus(queued, http.StatusCreated))
 	return nil
 }
 
 // deleteBlob serves DELETE. Whether the key existed makes no difference.
-func (s *server) deleteBlob(w http.ResponseWriter, r *http.Request) error {
+func (s *server) deleteBlob(w *response, r *http.Request) error {
 	key, err := keyOf(r)
 	if err != nil {
 		return err
@@ -1038,7 +1078,7 @@ type upload struct {
 func (u *upload) Read(p []byte) (int, error) {
 	n, err := u.body.Read(p)
 	if u.n += int64(n); u.n > u.limit {
-		return n, errTooLarge
+		return n, u.tooLarge()
 	}
 	if n > 0 {
 		u.progress.made()
@@ -1049,14 +1089,11 @@ func (u *upload) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// tooLarge is the answer to a body over the limit. What the client still
-// sends is not worth reading, so the connection ends with the answer.
-func (u *upload) tooLarge(w http.ResponseWriter) error {
-	w.Header().Set("Connection", "close")
+func (u *upload) tooLarge() error {
 	return fmt.Errorf("%w: at most %d bytes are allowed", errTooLarge, u.limit)
 }
 
-func (s *server) about(w http.ResponseWriter, r *http.Request) error {
+func (s *server) about(w *response, r *http.Request) error {
 	base := "http://" + r.Host + "/blob/"
 	writeText(w, http.StatusOK, "Blobnom "+version+", a small sharded blob server\n\n"+
 		"  curl -T FILE "+base+"KEY          store or replace\n"+
@@ -1068,13 +1105,13 @@ func (s *server) about(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-func (s *server) healthz(w http.ResponseWriter, _ *http.Request) error {
+func (s *server) healthz(w *response, _ *http.Request) error {
 	writeText(w, http.StatusOK, "ok\n")
 	return nil
 }
 
 // readyz asks every shard. It names shards by number and failures by kind.
-func (s *server) readyz(w http.ResponseWriter, _ *http.Request) error {
+func (s *server) readyz(w *response, _ *http.Request) error {
 	type row struct {
 		Shard        int    `json:"shard"`
 		Ready        bool   `json:"ready"`
@@ -1188,9 +1225,9 @@ func openStore(cfg *config, log *slog.Logger) (_ *store, err error) {
 	st := &store{
 		dir: dir, hash: hashes[cfg.Hash], async: cfg.AsyncWrite, now: time.Now, log: log,
 		maxBlob: min(cmp.Or(cfg.MaxBlobBytes, hardMaxBlob), hardMaxBlob),
-		budget:  newBudget(cfg.MaxPendingBytes, queueTimeout),
 		untidy:  make(chan struct{}, 1), stop: make(chan struct{}),
 	}
+	st.budget = newBudget(cfg.MaxPendingBytes, queueTimeout, st.stop)
 	defer func() {
 		if err != nil {
 			st.close()
@@ -1210,25 +1247,31 @@ func openStore(cfg *config, log *slog.Logger) (_ *store, err error) {
 	if err := st.takeLock(); err != nil {
 		return nil, err
 	}
-	if err := discardUnfinished(dir); err != nil {
-		return nil, err
+	if err := finishCreation(dir); err != nil {
+		return nil, fmt.Errorf("cannot finish creating the shards in %s: %w", dir, err)
 	}
 	found, err := survey(dir)
 	if err != nil {
 		return nil, err
 	}
-	// Given up first, so that a full disk has room for what opening writes.
-	st.giveReserve()
 	if len(found) == 0 {
 		if err := createShards(dir, cfg); err != nil {
 			return nil, fmt.Errorf("cannot create the shards in %s: %w", dir, err)
 		}
 	}
-	if err := st.openShards(cfg, found); err != nil {
+	if info, err := os.Stat(filepath.Join(dir, reserveFile)); err == nil && info.Size() == reserveBytes {
+		st.reserved.Store(true)
+	}
+	err = st.openShards(cfg, found)
+	if errors.Is(err, errFull) { // even opening writes: with the reserve's room it can
+		st.dropReserve()
+		err = errors.Join(st.closeShards(), st.openShards(cfg, found))
+	}
+	if err != nil {
 		return nil, err
 	}
-	if !st.takeReserve() {
-		log.Warn("the disk is full: only reads and deletes will work until there is space", "data_dir", dir)
+	if err := st.takeReserve(); err != nil {
+		log.Warn("no room for the reserve: only reads and deletes will work until there is", "bytes", reserveBytes, "error", err)
 	}
 	st.stopped.Go(st.upkeep)
 	return st, nil
@@ -1237,31 +1280,34 @@ func openStore(cfg *config, log *slog.Logger) (_ *store, err error) {
 // takeLock holds an SQLite file in an exclusive transaction: a lock that works
 // on every platform and ends with the process.
 func (st *store) takeLock() error {
-	st.lock = openDB(filepath.Join(st.dir, lockFile), "_pragma=journal_mode(memory)") // a full disk can still be locked
-	st.lock.SetMaxOpenConns(1)                                                        // never closed before the store: the transaction is the lock
-	_, err := st.lock.Exec("BEGIN EXCLUSIVE")
+	lock := openDB(filepath.Join(st.dir, lockFile), "_pragma=journal_mode(memory)") // no file to make on a full disk
+	lock.SetMaxOpenConns(1)                                                         // kept open: the transaction is the lock
+	_, err := lock.Exec("BEGIN EXCLUSIVE")
+	if err == nil {
+		st.lock = lock
+		return nil
+	}
+	lock.Close()
 	if errors.Is(translate(err), errBusy) {
 		return fmt.Errorf("data directory %s is in use by another blobnom; stop that one first", st.dir)
 	}
-	if err != nil {
-		return fmt.Errorf("cannot lock data directory %s, is it writable? %w", st.dir, err)
-	}
-	return nil
+	return fmt.Errorf("cannot lock data directory %s, is it writable? %w", st.dir, err)
 }
 
 // survey returns the shard files in dir, index to whether its header is ours;
-// one that is no SQLite file at all counts as a damaged one of ours. It reads
-// the files themselves, so nobody in this process may have them open. A
-// database of another program is an error.
+// one that is not counts as damaged when it stands beside others of ours, or
+// is no database at all. It reads the files themselves, so nobody in this
+// process may have them open. A directory of another program is an error.
 func survey(dir string) (map[int]bool, error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("cannot read data_dir: %w", err)
 	}
 	found := map[int]bool{}
+	var foreign error
 	for _, e := range entries {
 		i, ok := shardIndex(e.Name())
-		if !ok {
+		if !ok || e.IsDir() {
 			continue
 		}
 		path := filepath.Join(dir, e.Name())
@@ -1274,16 +1320,17 @@ func survey(dir string) (map[int]bool, error) {
 			return nil, fmt.Errorf("cannot read shard: %w", err)
 		}
 		isSQLite := len(head) >= 100 && bytes.HasPrefix(head, []byte("SQLite format 3\x00"))
+		found[i] = isSQLite && binary.BigEndian.Uint32(head[68:]) == applicationID
 		switch {
-		case isSQLite && binary.BigEndian.Uint32(head[68:]) == applicationID:
-			found[i] = true
+		case found[i]:
 		case (isSQLite || len(head) == 0) && bytes.Contains(append(head, wal...), []byte("blobs")):
-			return nil, fmt.Errorf("%s was written by the Rust Blobnom or Blobasaur; nothing was changed: set data_dir to a new directory and run: blobnom migrate %s", path, dir)
+			foreign = fmt.Errorf("%s was written by the Rust Blobnom or Blobasaur; nothing was changed: set data_dir to a new directory and run: blobnom migrate %s", path, dir)
 		case isSQLite:
-			return nil, fmt.Errorf("%s is a database of another program; nothing was changed: set data_dir to another directory", path)
-		default:
-			found[i] = false
+			foreign = fmt.Errorf("%s is a database of another program; nothing was changed: set data_dir to another directory", path)
 		}
+	}
+	if foreign != nil && !slices.Contains(slices.Collect(maps.Values(found)), true) {
+		return nil, foreign
 	}
 	return found, nil
 }
@@ -1306,26 +1353,36 @@ func readHead(path string, n int64) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, n))
 }
 
-// discardUnfinished removes what a creation left that did not come to its
-// end. shard_0.db.new is the first file that a creation makes and the last
-// that it renames: while it exists, no blob was ever stored.
-func discardUnfinished(dir string) error {
-	if !fileExists(filepath.Join(dir, shardName(0)+newSuffix)) {
-		return nil
-	}
+// finishCreation makes good for a creation that did not come to its end. As
+// long as no shard has its name, the new files may be incomplete, and go; once
+// one has, all of them are complete, and get theirs.
+func finishCreation(dir string) error {
 	entries, err := os.ReadDir(dir)
-	for _, e := range slices.Backward(entries) { // shard_0.db.new goes last
-		if name, _, _ := strings.Cut(e.Name(), newSuffix); err == nil {
-			if _, ok := shardIndex(name); ok {
-				err = os.Remove(filepath.Join(dir, e.Name()))
-			}
+	if err != nil {
+		return err
+	}
+	named := slices.ContainsFunc(entries, func(e fs.DirEntry) bool { _, ok := shardIndex(e.Name()); return ok })
+	for _, e := range entries {
+		name, rest, isNew := strings.Cut(e.Name(), newSuffix)
+		if _, ok := shardIndex(name); !ok || !isNew {
+			continue
+		}
+		from, to := filepath.Join(dir, e.Name()), filepath.Join(dir, name)
+		switch {
+		case !named:
+			err = os.Remove(from)
+		case rest == "" && !fileExists(to):
+			err = os.Rename(from, to)
+		}
+		if err != nil {
+			return err
 		}
 	}
-	return err
+	return nil
 }
 
-// createShards makes a new directory's shards, each complete before it gets
-// its name; shard 0 is begun first and named last: see discardUnfinished.
+// createShards makes a new directory's shards, all of them complete before
+// the first gets its name: see finishCreation.
 func createShards(dir string, cfg *config) error {
 	id := rand.Text()
 	for i := range int(cfg.NumShards) {
@@ -1334,7 +1391,7 @@ func createShards(dir string, cfg *config) error {
 		}
 	}
 	for i := range int(cfg.NumShards) {
-		path := filepath.Join(dir, shardName(int(cfg.NumShards)-1-i))
+		path := filepath.Join(dir, shardName(i))
 		if err := os.Rename(path+newSuffix, path); err != nil {
 			return err
 		}
@@ -1350,13 +1407,9 @@ func createShard(path string, r record) (err error) {
 	if _, err := db.Exec("PRAGMA auto_vacuum = INCREMENTAL; BEGIN; " + schema); err != nil {
 		return err
 	}
-	for _, kv := range []struct {
-		key   string
-		value any
-	}{{"num_shards", r.NumShards}, {"shard", r.Shard}, {"hash", r.Hash}, {"directory", r.Directory}} {
-		if _, err := db.Exec("INSERT INTO meta VALUES (?, ?)", kv.key, kv.value); err != nil {
-			return err
-		}
+	if _, err := db.Exec("INSERT INTO meta VALUES ('num_shards', ?), ('shard', ?), ('hash', ?), ('directory', ?)",
+		r.NumShards, r.Shard, r.Hash, r.Directory); err != nil {
+		return err
 	}
 	// WAL comes last, so that all of this stands in the main file, where survey looks.
 	_, err = db.Exec(fmt.Sprintf("PRAGMA application_id = %d; PRAGMA user_version = %d; COMMIT; PRAGMA journal_mode = WAL", applicationID, schemaVersion))
@@ -1386,7 +1439,7 @@ func (st *store) openShards(cfg *config, found map[int]bool) error {
 		if !exists && len(found) > 0 {
 			return fmt.Errorf("%s is missing; restore it, or the whole directory, from a backup", path)
 		}
-		sh, r, err := &shard{store: st, index: i}, (*record)(nil), fmt.Errorf("%w: %s is no SQLite file", errCorrupt, path)
+		sh, r, err := &shard{store: st, index: i}, (*record)(nil), fmt.Errorf("%w: %s has lost its header", errCorrupt, path)
 		if intact || len(found) == 0 {
 			sh, r, err = openShard(st, i, path, cfg)
 		}
@@ -1425,19 +1478,47 @@ func (st *store) openShards(cfg *config, found map[int]bool) error {
 // store any more.
 func (st *store) close() error {
 	close(st.stop)
-	st.budget.close()
 	st.stopped.Wait()
-	if st.lock != nil {
-		st.giveReserve() // a directory at rest is its shards, and their checkpoint may need the room
+	if st.lock == nil { // not ours
+		return nil
 	}
+	return errors.Join(st.closeShards(), st.lock.Close())
+}
+
+// closeShards commits what is queued, gives up the reserve, whose room the
+// closing checkpoints may need, and closes the databases.
+func (st *store) closeShards() error {
+	for _, sh := range st.shards {
+		if sh.batcher != nil {
+			sh.batcher.close()
+		}
+	}
+	st.dropReserve()
 	var errs []error
 	for _, sh := range st.shards {
 		errs = append(errs, sh.close())
 	}
-	if st.lock != nil {
-		errs = append(errs, st.lock.Close())
-	}
+	st.shards = nil
 	return errors.Join(errs...)
+}
+
+// hurry ends all waiting for more operations: the server is stopping.
+func (st *store) hurry() {
+	for _, sh := range st.shards {
+		if sh.batcher != nil {
+			sh.batcher.endWindow()
+		}
+	}
+}
+
+// stopping reports whether close has been called.
+func (st *store) stopping() bool {
+	select {
+	case <-st.stop:
+		return true
+	default:
+		return false
+	}
 }
 
 // openDB returns a pool for the database at path; nothing is opened yet.
@@ -1461,23 +1542,16 @@ func translate(err error) error {
 	if !errors.As(err, &e) {
 		return err
 	}
-	kind := error(nil)
-	switch e.Code() & 0xff {
-	case sqlite3.SQLITE_FULL:
-		kind = errFull
-	case sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB:
-		kind = errCorrupt
-	case sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED:
-		kind = errBusy
-	case sqlite3.SQLITE_IOERR:
-		if e.Code() == sqlite3.SQLITE_IOERR_SHMSIZE { // the -shm file could not grow
-			kind = errFull
-		}
+	code := e.Code() & 0xff
+	switch {
+	case code == sqlite3.SQLITE_FULL, e.Code() == sqlite3.SQLITE_IOERR_SHMSIZE: // the -shm file could not grow
+		return fmt.Errorf("%w: %w", errFull, err)
+	case code == sqlite3.SQLITE_CORRUPT, code == sqlite3.SQLITE_NOTADB:
+		return fmt.Errorf("%w: %w", errCorrupt, err)
+	case code == sqlite3.SQLITE_BUSY, code == sqlite3.SQLITE_LOCKED:
+		return fmt.Errorf("%w: %w", errBusy, err)
 	}
-	if kind == nil {
-		return err
-	}
-	return fmt.Errorf("%w: %w", kind, err)
+	return err
 }
 
 // ============================================================================
@@ -1494,8 +1568,8 @@ type shard struct {
 	index   int
 	broken  error // set at open, for good: nothing else of the shard works
 	readers *sql.DB
-	full    *sql.Stmt // a row with its content
-	meta    *sql.Stmt // a row without it
+	whole   *sql.Stmt // a row by key
+	head    *sql.Stmt // a row by key, without its content
 	chunk   *sql.Stmt
 	writer  *writer
 	batcher *batcher
@@ -1510,6 +1584,7 @@ type shard struct {
 	heldMu  sync.Mutex
 	held    map[int64]int // uses by content id; guarded by heldMu
 
+	corrupt      atomic.Bool           // seen by a read or a write; stays
 	failure      atomic.Pointer[error] // of the last write, other than a full disk
 	failedWrites atomic.Int64          // writes that failed after their 202
 	garbage      atomic.Bool           // upkeep has something to look for
@@ -1546,8 +1621,8 @@ func openShard(st *store, i int, path string, cfg *config) (_ *shard, _ *record,
 	s.readers.SetMaxOpenConns(readersPerShard)
 	s.readers.SetMaxIdleConns(readersPerShard)
 	for stmt, text := range map[**sql.Stmt]string{
-		&s.full:  "SELECT " + blobColumns + ", data FROM blobs WHERE key = ?",
-		&s.meta:  "SELECT " + blobColumns + ", NULL FROM blobs WHERE key = ?",
+		&s.whole: "SELECT " + blobColumns + ", data FROM blobs WHERE key = ?",
+		&s.head:  "SELECT " + blobColumns + ", NULL FROM blobs WHERE key = ?",
 		&s.chunk: "SELECT data FROM chunks WHERE id = ?",
 	} {
 		if *stmt, err = s.readers.Prepare(text); err != nil {
@@ -1560,12 +1635,9 @@ func openShard(st *store, i int, path string, cfg *config) (_ *shard, _ *record,
 	return s, r, nil
 }
 
-// close commits what is queued and closes the database.
+// close closes the database; its batcher has ended.
 func (s *shard) close() error {
 	var errs []error
-	if s.batcher != nil {
-		s.batcher.close()
-	}
 	if s.readers != nil { // before the writer, whose close then checkpoints
 		errs = append(errs, s.readers.Close())
 	}
@@ -1575,10 +1647,21 @@ func (s *shard) close() error {
 	return errors.Join(errs...)
 }
 
+// note translates err and remembers a corruption, for health.
+func (s *shard) note(err error) error {
+	if err = translate(err); errors.Is(err, errCorrupt) {
+		s.corrupt.Store(true)
+	}
+	return err
+}
+
 // health reads from the shard and reports how its last write went.
 func (s *shard) health() error {
 	if s.broken != nil {
 		return s.broken
+	}
+	if s.corrupt.Load() {
+		return errCorrupt
 	}
 	if failure := s.failure.Load(); failure != nil {
 		return *failure
@@ -1603,14 +1686,14 @@ func (s *shard) read(key string, headOnly bool) (*content, error) {
 	s.lookups.RLock()
 	defer s.lookups.RUnlock()
 	if headOnly {
-		b, err := s.lookup(s.meta, key)
-		return &content{blob: b}, err
+		b, err := s.lookup(s.head, key)
+		return &content{blob: b}, s.note(err)
 	}
 	place := s.cache.reserve(key) // before the row is read: see cache
-	b, err := s.lookup(s.full, key)
+	b, err := s.lookup(s.whole, key)
 	s.cache.fill(key, place, b)
 	if err != nil {
-		return nil, err
+		return nil, s.note(err)
 	}
 	c := &content{blob: b}
 	if b.chunked() {
@@ -1642,7 +1725,7 @@ func (s *shard) lookup(stmt *sql.Stmt, key string) (*blob, error) {
 		return nil, fmt.Errorf("%w: a SHA-256 of %d bytes", errCorrupt, len(sum))
 	}
 	b.contentType = string(contentType)
-	if stmt == s.full && !b.chunked() {
+	if stmt == s.whole && !b.chunked() {
 		if int64(len(data)) != b.size {
 			return nil, fmt.Errorf("%w: %d bytes of content where %d were stored", errCorrupt, len(data), b.size)
 		}
@@ -1780,20 +1863,35 @@ func (s *shard) submit(o *op) error {
 func (s *shard) commit(batch []*op) {
 	first := batch[0]
 	if first.alone != nil {
-		s.finish(first, translate(first.alone(s.writer)))
+		s.finish(first, first.alone(s.writer))
 		return
 	}
+	for _, o := range batch {
+		s.cache.block(o.key)
+	}
 	err := translate(s.writer.transact(batch))
+	for try := 1; errors.Is(err, errBusy); try++ {
+		// Another process has the lock: no operation's fault. Who waits is
+		// told; what was answered 202 is tried for as long as we may.
+		waits := func(o *op) bool { return !o.background }
+		for _, o := range batch {
+			if waits(o) {
+				s.finish(o, err)
+			}
+		}
+		if batch = slices.DeleteFunc(batch, waits); len(batch) == 0 || try > 3 && s.store.stopping() {
+			break
+		}
+		err = translate(s.writer.transact(batch))
+	}
 	if err != nil && len(batch) > 1 {
 		for i := range batch {
 			s.commit(batch[i : i+1])
 		}
 		return
 	}
-	if errors.Is(err, errFull) && first.data == nil { // a delete: it frees more than it takes
-		s.store.giveReserve()
-		s.litter()
-		err = translate(s.writer.transact(batch))
+	if errors.Is(err, errFull) && len(batch) == 1 && batch[0].data == nil { // a delete: it frees more than it takes
+		err = s.store.lendReserve(func() error { return translate(s.writer.transact(batch)) })
 	}
 	for _, o := range batch {
 		s.finish(o, err)
@@ -1803,20 +1901,19 @@ func (s *shard) commit(batch []*op) {
 // finish settles one operation: what readers and the writer's client see next
 // is its outcome.
 func (s *shard) finish(o *op, err error) {
-	o.err = err
-	if o.key != "" {
-		s.cache.drop(o.key) // after COMMIT and before anybody is told
-	}
+	o.err = s.note(err)
+	s.cache.drop(o.key) // after COMMIT and before anybody is told
 	if o.blob != nil && o.key != "" && o.blob.chunked() {
 		s.release(o.blob.id)
 	}
 	switch {
+	case o.alone != nil: // upkeep's affair
 	case errors.Is(err, errFull):
 		s.store.full.Store(true)
 		s.litter()
 	case err != nil:
 		s.failure.Store(&err)
-	case o.alone == nil:
+	default:
 		s.failure.Store(nil)
 		s.garbage.Store(true) // it may have freed pages
 		s.writes.Add(1)
@@ -1906,12 +2003,12 @@ type op struct {
 
 type batcher struct {
 	size   int
-	window time.Duration
 	commit func([]*op) // calls finish for each
 	wake   chan struct{}
 	ended  chan struct{} // closed by run
 
 	mu     sync.Mutex // guards the rest
+	window time.Duration
 	queue  []*op
 	newest map[string]*op // background operations not yet committed
 	hurry  bool           // somebody waits for the queue: no window
@@ -1975,6 +2072,14 @@ func (b *batcher) finish(o *op) {
 	close(o.done)
 }
 
+// endWindow makes this and all later batches wait for nothing.
+func (b *batcher) endWindow() {
+	b.mu.Lock()
+	b.window = 0
+	b.signal()
+	b.mu.Unlock()
+}
+
 // close commits what is queued and ends run.
 func (b *batcher) close() {
 	b.mu.Lock()
@@ -2019,7 +2124,7 @@ func (b *batcher) take(now time.Time) (batch []*op, wait time.Duration) {
 	defer b.mu.Unlock()
 	n, bytes := 0, 0
 	for n < len(b.queue) && n < b.size && bytes < batchBytes && b.queue[n].alone == nil {
-		bytes += len(b.queue[n].data)
+		bytes += len(b.queue[n].data) + opOverhead
 		n++
 	}
 	switch {
@@ -2046,7 +2151,7 @@ func (b *batcher) take(now time.Time) (batch []*op, wait time.Duration) {
 type budget struct {
 	size     int64
 	patience time.Duration
-	closed   chan struct{}
+	stop     <-chan struct{} // closed when nobody is to wait any more
 
 	mu      sync.Mutex // guards the rest
 	free    int64
@@ -2055,11 +2160,11 @@ type budget struct {
 
 type claim struct {
 	bytes   int64
-	granted chan struct{} // closed by release
+	granted chan struct{} // closed by grant
 }
 
-func newBudget(size int64, patience time.Duration) *budget {
-	return &budget{size: size, patience: patience, free: size, closed: make(chan struct{})}
+func newBudget(size int64, patience time.Duration, stop <-chan struct{}) *budget {
+	return &budget{size: size, patience: patience, stop: stop, free: size}
 }
 
 // clamp makes one operation, however large, fit into the whole budget.
@@ -2085,7 +2190,7 @@ func (b *budget) acquire(n int64) error {
 		return nil
 	case <-timeout.C:
 		err = errBusy
-	case <-b.closed:
+	case <-b.stop:
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -2115,8 +2220,6 @@ func (b *budget) grant() {
 	}
 }
 
-func (b *budget) close() { close(b.closed) }
-
 // ============================================================================
 // Writer
 //
@@ -2132,11 +2235,10 @@ type writer struct {
 	now   func() time.Time
 	room  func() error // whether writes other than deletes may use the disk
 
-	begin, end, rollback              *sql.Stmt
-	find, upsert, drop                *sql.Stmt
-	insertChunk, orphan, adopt        *sql.Stmt
-	isOrphan, dropChunks, freePages   *sql.Stmt
-	returnPages, checkpoint, truncate *sql.Stmt
+	begin, end, rollback          *sql.Stmt
+	find, upsert, drop            *sql.Stmt
+	insertChunk, orphan, unorphan *sql.Stmt
+	isOrphan, dropChunks          *sql.Stmt
 }
 
 func openWriter(path, durability string) (_ *writer, err error) {
@@ -2166,13 +2268,9 @@ func openWriter(path, durability string) (_ *writer, err error) {
 		&w.drop:        "DELETE FROM blobs WHERE id = ?",
 		&w.insertChunk: "INSERT INTO chunks (id, data) VALUES (?, ?)",
 		&w.orphan:      "INSERT INTO orphans (id) VALUES (?)",
-		&w.adopt:       "DELETE FROM orphans WHERE id = ?",
+		&w.unorphan:    "DELETE FROM orphans WHERE id = ?",
 		&w.isOrphan:    "SELECT EXISTS (SELECT 1 FROM orphans WHERE id = ?)",
 		&w.dropChunks:  "DELETE FROM chunks WHERE id IN (SELECT id FROM chunks WHERE id >= ?1 << 20 AND id < (?1 + 1) << 20 LIMIT ?2)",
-		&w.freePages:   "PRAGMA freelist_count",
-		&w.returnPages: fmt.Sprintf("PRAGMA incremental_vacuum(%d)", vacuumPages),
-		&w.checkpoint:  "PRAGMA wal_checkpoint(PASSIVE)",
-		&w.truncate:    "PRAGMA wal_checkpoint(TRUNCATE)",
 	} {
 		if *stmt, err = w.db.Prepare(text); err != nil {
 			return nil, err
@@ -2264,7 +2362,7 @@ func (w *writer) put(o *op) error {
 	if _, err := w.insertChunk.Exec(b.id<<seqBits|b.lastSeq(), b.data); err != nil {
 		return err
 	}
-	if _, err := w.adopt.Exec(b.id); err != nil {
+	if _, err := w.unorphan.Exec(b.id); err != nil {
 		return err
 	}
 	_, err = w.insert(b.id, o.key, b, created, now, version, nil)
@@ -2340,7 +2438,7 @@ func (w *writer) sweep(id int64) error {
 		if n, err := r.RowsAffected(); err != nil || n == sweepChunks {
 			return err
 		}
-		_, err = w.adopt.Exec(id)
+		_, err = w.unorphan.Exec(id)
 		return err
 	})
 }
@@ -2353,12 +2451,13 @@ func (w *writer) sweep(id int64) error {
 // ============================================================================
 
 // cache maps keys to committed small blobs, at most limit bytes of them. It
-// is right because the shard has one writer, which drops a key after each
-// commit that touches it and before anybody is told, and because a reader
-// reserves the key's place before it reads the row: if a commit comes in
-// between, drop removes the place, and what the reader found, perhaps the row
-// before that commit, does not get in. Victims are random: there is nothing
-// to maintain on a hit, and a scan over more than fits does not empty it.
+// is right because the shard has one writer, which blocks the keys of a batch
+// before its transaction and drops them after the COMMIT, before anybody is
+// told; and because a reader reserves the key's place before it reads the row
+// and fills that very place or none: block and drop take it away. So while a
+// transaction may change a key, its readers see the database, and what they
+// saw before it is not kept. Victims are random: there is nothing to maintain
+// on a hit, and a scan over more than fits does not empty it.
 type cache struct {
 	limit int
 
@@ -2422,6 +2521,12 @@ func (c *cache) fill(key string, place, b *blob) {
 	}
 }
 
+// block forgets key, and keeps readers from saying anything of it until drop.
+func (c *cache) block(key string) {
+	c.drop(key)
+	c.reserve(key) // for nobody
+}
+
 // drop forgets key and what readers are about to say of it.
 func (c *cache) drop(key string) {
 	c.mu.Lock()
@@ -2440,39 +2545,57 @@ func entryBytes(key string, b *blob) int {
 	return len(key) + len(b.data) + len(b.contentType) + 700
 }
 
-// content is an io.ReadSeeker over a blob, for one request's goroutine. Of a
-// chunked blob it has one chunk in memory and takes the next by a query of
-// its own, so that a slow client holds neither connection nor transaction.
+// content is an io.ReadSeeker over a blob, for one request. Of a chunked blob
+// it has one chunk in memory and takes the next by a query of its own, so that
+// a slow client holds neither connection nor transaction. The content of a
+// HEAD has no data and is not to be read.
 type content struct {
 	blob     *blob
-	shard    *shard // of a chunked blob, whose id is held; else nil
-	progress *progress
+	shard    *shard    // of a chunked blob, whose id is held; else nil
+	progress *progress // nil where one write sends it all
 	offset   int64
 	chunk    []byte // chunk number seq, when not empty
 	seq      int64
-	err      error // the first, for the handler: ServeContent keeps it to itself
+
+	// For several ranges http.ServeContent reads in a goroutine of its own,
+	// which may outlive it when the client goes away.
+	mu     sync.Mutex // held by Read and close
+	closed bool
+	err    error // the last of Read: ServeContent keeps it to itself
 }
 
-func (c *content) close() {
-	if c.shard != nil {
+// close lets go of the content and returns what Read failed with. It may be
+// called twice.
+func (c *content) close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.shard != nil && !c.closed {
 		c.shard.release(c.blob.id)
 	}
+	c.closed = true
+	return c.err
 }
 
 func (c *content) Read(p []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return 0, fs.ErrClosed
+	}
 	if c.offset >= c.blob.size {
 		return 0, io.EOF
 	}
-	if c.shard == nil {
-		n := copy(p, c.blob.data[c.offset:])
-		c.offset += int64(n)
-		return n, nil
+	if c.progress != nil {
+		c.progress.made() // the client took the piece before
 	}
-	if c.err = c.load(c.offset / chunkSize); c.err != nil {
-		return 0, c.err
+	data := c.blob.data
+	if c.shard != nil {
+		if c.err = c.shard.note(c.load(c.offset / chunkSize)); c.err != nil {
+			return 0, c.err
+		}
+		data = c.chunk
 	}
-	c.progress.made() // we are called again because the client took the last piece
-	n := copy(p, c.chunk[c.offset%chunkSize:])
+	n := copy(p, data[c.offset%chunkSize:])
 	c.offset += int64(n)
 	return n, nil
 }
@@ -2528,9 +2651,9 @@ func (c *content) Seek(offset int64, whence int) (int64, error) {
 // It also keeps the reserve, a file that makes a full disk survivable. A
 // delete has to write to the WAL, and the WAL gives its space back only once
 // all of it is copied into the database, which may have to grow for that. So
-// there is a file larger than a shard's WAL. It is given up for a delete that
-// finds no room, and for the checkpoint of one shard after the other, each of
-// which frees more than it took; and until it is back no other write goes on.
+// there is a file larger than a shard's WAL. It is lent to a delete that finds
+// no room, and to the checkpoint of one shard after the other, each of which
+// frees more than it took; and until it is back no other write begins.
 // ============================================================================
 
 // litter tells upkeep not to wait for its next tick.
@@ -2557,9 +2680,7 @@ func (st *store) upkeep() {
 				}
 			}
 		}
-		if !st.reserved.Load() {
-			st.takeReserve()
-		}
+		st.takeReserve() // if it is gone; again at the next tick if it cannot be had
 		select {
 		case <-st.stop:
 			return
@@ -2598,12 +2719,12 @@ func (s *shard) tidy(pressed bool) error {
 	for returned := false; ; returned = true {
 		var free int64
 		err := s.slice(func(w *writer) error {
-			err := w.freePages.QueryRow().Scan(&free)
+			err := w.db.QueryRow("PRAGMA freelist_count").Scan(&free)
 			if err != nil || free == 0 || free <= vacuumPages && !pressed {
 				free = 0
 				return err
 			}
-			_, err = w.returnPages.Exec()
+			_, err = w.db.Exec(fmt.Sprintf("PRAGMA incremental_vacuum(%d)", vacuumPages))
 			return err
 		})
 		if err != nil {
@@ -2616,7 +2737,7 @@ func (s *shard) tidy(pressed bool) error {
 		case pressed:
 			return s.slice(s.truncateWAL)
 		case returned:
-			return s.slice(func(w *writer) error { _, err := w.checkpoint.Exec(); return err })
+			return s.slice(func(w *writer) error { _, err := w.db.Exec("PRAGMA wal_checkpoint(PASSIVE)"); return err })
 		}
 		return nil
 	}
@@ -2627,10 +2748,10 @@ func (s *shard) truncateWAL(w *writer) error {
 	if info, err := os.Stat(filepath.Join(s.store.dir, shardName(s.index)) + "-wal"); err != nil || info.Size() == 0 {
 		return err
 	}
-	s.store.giveReserve()
-	_, err := w.truncate.Exec()
-	s.store.takeReserve()
-	return err
+	return s.store.lendReserve(func() error {
+		_, err := w.db.Exec("PRAGMA wal_checkpoint(TRUNCATE)") // what a reader keeps from it is for the next tick
+		return err
+	})
 }
 
 // victim returns an orphan that nobody reads or uploads, or 0. Under the
@@ -2664,12 +2785,11 @@ func (s *shard) slice(f func(*writer) error) error {
 	var took time.Duration
 	o := &op{urgent: true, alone: func(w *writer) error {
 		start := time.Now()
+		defer func() { took = time.Since(start) }()
 		err := translate(f(w))
-		if errors.Is(err, errFull) {
-			s.store.giveReserve()
-			err = f(w)
+		if errors.Is(err, errFull) && s.store.reserved.Load() {
+			err = s.store.lendReserve(func() error { return translate(f(w)) })
 		}
-		took = time.Since(start)
 		return err
 	}}
 	if !s.batcher.add(o) {
@@ -2686,35 +2806,46 @@ func (s *shard) slice(f func(*writer) error) error {
 
 // room reports whether writes other than deletes may use the disk.
 func (st *store) room() error {
-	if st.reserved.Load() || st.takeReserve() {
+	if st.reserved.Load() {
 		return nil
 	}
-	return errFull
+	return st.takeReserve()
 }
 
-// takeReserve writes the reserve file, now and then; false when there is none.
-func (st *store) takeReserve() bool {
+// takeReserve writes the reserve file if it is not there; errFull, if not for
+// want of space then with the cause, when it cannot be had.
+func (st *store) takeReserve() error {
 	st.reserveMu.Lock()
 	defer st.reserveMu.Unlock()
-	if st.reserved.Load() || time.Since(st.reserveTried) < reserveInterval {
-		return st.reserved.Load()
+	if st.reserved.Load() {
+		return nil
+	}
+	if time.Since(st.reserveTried) < reserveInterval {
+		return errFull
 	}
 	noise := make([]byte, reserveBytes)
 	rand.Read(noise) // of which no file system makes a hole
 	path := filepath.Join(st.dir, reserveFile)
-	err := os.WriteFile(path, noise, 0o644)
-	if err != nil {
+	if err := os.WriteFile(path, noise, 0o644); err != nil {
 		os.Remove(path)
 		st.reserveTried = time.Now()
+		return fmt.Errorf("%w: no room for the reserve: %w", errFull, err)
 	}
-	st.reserved.Store(err == nil)
-	return err == nil
+	st.reserved.Store(true)
+	return nil
 }
 
-// giveReserve removes the reserve file.
-func (st *store) giveReserve() {
+// lendReserve gives up the reserve and runs f, which frees space in the end,
+// before anybody can take it back.
+func (st *store) lendReserve(f func() error) error {
 	st.reserveMu.Lock()
 	defer st.reserveMu.Unlock()
+	st.dropReserve()
+	return f()
+}
+
+// dropReserve removes the reserve file.
+func (st *store) dropReserve() {
 	st.reserved.Store(false)
 	os.Remove(filepath.Join(st.dir, reserveFile)) // missing is as good
 }

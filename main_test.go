@@ -429,11 +429,17 @@ func TestServeRefusesPortInUse(t *testing.T) {
 
 func TestServeEndsCleanly(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "data")
-	p := startProgram(t, dir)
-	p.put("k", []byte("v"))
+	p := startProgram(t, dir, "BLOBNOM_BATCH_TIMEOUT_MS=60000")
+	answered := make(chan struct{})
+	go func() {
+		p.put("k", []byte("v")) // waits for its batch until the server stops
+		close(answered)
+	}()
+	time.Sleep(300 * time.Millisecond) // for the request to be in the queue, which shows nowhere
 	if err := p.signal(os.Interrupt); err != nil {
 		t.Fatalf("SIGINT: %v\n%s", err, p.log)
 	}
+	<-answered
 	left, _ := filepath.Glob(filepath.Join(dir, "*"))
 	if len(left) != 5 { // four shards and the lock: no WAL, no reserve
 		t.Errorf("left behind: %v", left)
@@ -464,7 +470,8 @@ func TestConfig(t *testing.T) {
 		{"env wins", min, []string{"BLOBNOM_NUM_SHARDS=5"}, nil},
 		{"foreign env", min, []string{"BLOBNOM_NO_SUCH_KEY=1"}, nil},
 		{"empty", "", nil, []string{"data_dir: is required", "num_shards: is required"}},
-		{"syntax", "data_dir = \n", nil, []string{"not valid TOML"}},
+		{"syntax", "data_dir = \n", []string{"BLOBNOM_HASH=md5"}, []string{"not valid TOML", "BLOBNOM_HASH"}},
+		{"token", min + "auth_token = 'sekret'\n", nil, []string{"auth_token"}},
 		{"several", "num_shards = 0\nbatch_size = 'x'\nasync_write = 1\nfoo = 2\n[bar]\n", nil,
 			[]string{"data_dir: is required", "num_shards = 0: must be at least 1", `batch_size = "x": must be a whole number`, "async_write = 1: must be true or false", "foo = 2: unknown key", "bar = "}},
 		{"float", min + "batch_size = 1.5\n", nil, []string{"batch_size = 1.5"}},
@@ -489,6 +496,9 @@ func TestConfig(t *testing.T) {
 			if err == nil || !strings.Contains(err.Error(), want) {
 				t.Errorf("%s: %v, want %q", c.name, err, want)
 			}
+		}
+		if strings.Contains(fmt.Sprint(err), "sekret") {
+			t.Error("a token is shown:", err)
 		}
 		if got := strings.Count(fmt.Sprint(err), "\n"); c.name == "several" && got != 6 {
 			t.Errorf("%s: %d problems: %v", c.name, got, err)
@@ -552,6 +562,17 @@ func TestKeys(t *testing.T) {
 	}
 	s.want(200, "GET", "/blob/photos/2026/cat.jpg", nil)
 	s.want(200, "GET", "/blob/a%2f%2fb?x=//", nil)
+	// What a client should have escaped does not change what it did escape.
+	s.put("ü//\"", []byte("raw"))
+	c, err := net.Dial("tcp", strings.TrimPrefix(s.base, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	fmt.Fprint(c, "GET /blob/ü%2F%2F\" HTTP/1.1\r\nHost: x\r\n\r\nGET http://x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+	if got, err := io.ReadAll(c); strings.Count(string(got), " 200 OK\r\n") != 2 {
+		t.Errorf("%s %v", got, err)
+	}
 	for _, c := range []struct {
 		path string
 		code int
@@ -684,7 +705,10 @@ func TestRangesAndConditions(t *testing.T) {
 			{[]string{"If-Match", etag}, 200, body},
 			{[]string{"If-None-Match", "nonsense"}, 200, body},
 		} {
-			_, got := s.want(c.code, "GET", "/blob/k", nil, c.headers...)
+			resp, got := s.want(c.code, "GET", "/blob/k", nil, c.headers...)
+			if c.code > 400 && (bytes.Count(got, []byte("\n")) != 1 || resp.Header.Get("Repr-Digest") != "") {
+				t.Errorf("%v: %q %v", c.headers, got, resp.Header)
+			}
 			if c.body != nil && !bytes.Equal(got, c.body) {
 				t.Errorf("%v: %d bytes, want %d", c.headers, len(got), len(c.body))
 			}
@@ -708,6 +732,8 @@ func TestRangesAndConditions(t *testing.T) {
 			}
 		}
 	}
+	s.put("empty", nil)
+	s.want(200, "GET", "/blob/empty", nil, "Range", "bytes=-1")
 	s.want(404, "GET", "/blob/missing", nil, "If-None-Match", "*", "Range", "bytes=0-1")
 }
 
@@ -950,9 +976,19 @@ func TestRefusedDirectories(t *testing.T) {
 			}
 		}, []string{"no shard", "backup"}},
 		{"unfinished creation", func(t *testing.T, cfg *config) {
-			os.Rename(shard(cfg, 0), shard(cfg, 0)+newSuffix)
-			os.Rename(shard(cfg, 1), shard(cfg, 1)+newSuffix)
+			for i := range 4 {
+				os.Rename(shard(cfg, i), shard(cfg, i)+newSuffix)
+			}
 			os.WriteFile(shard(cfg, 1)+newSuffix+"-journal", nil, 0o600)
+			os.Remove(shard(cfg, 3) + newSuffix)
+		}, nil},
+		{"half named", func(t *testing.T, cfg *config) {
+			os.Rename(shard(cfg, 2), shard(cfg, 2)+newSuffix)
+			os.Rename(shard(cfg, 3), shard(cfg, 3)+newSuffix)
+		}, nil},
+		{"a shard staged beside", func(t *testing.T, cfg *config) {
+			copyFile(t, shard(cfg, 0), shard(cfg, 0)+newSuffix)
+			os.Mkdir(shard(cfg, 7), 0o755)
 		}, nil},
 		{"rust", func(t *testing.T, cfg *config) {
 			cfg.DataDir = t.TempDir()
@@ -1000,6 +1036,11 @@ func TestRefusedDirectories(t *testing.T) {
 			}
 			st, err := openStore(cfg, slog.New(slog.DiscardHandler))
 			if err == nil {
+				if c.name != "unfinished creation" {
+					if _, err := st.shardOf("k").read("k", false); err != nil {
+						t.Error("the blob is gone:", err)
+					}
+				}
 				err = st.close()
 				if c.want != nil {
 					t.Fatal("opened")
@@ -1059,9 +1100,10 @@ func TestOneServerPerDirectory(t *testing.T) {
 
 func TestCorruptShard(t *testing.T) {
 	for name, spoil := range map[string]func(data []byte) []byte{
-		"header":  func(data []byte) []byte { copy(data, "garbage garbage garbage"); return data },
-		"emptied": func(data []byte) []byte { return nil },
-		"tables":  func(data []byte) []byte { copy(data[4096:], bytes.Repeat([]byte("x"), len(data))); return data },
+		"header":         func(data []byte) []byte { copy(data, "garbage garbage garbage"); return data },
+		"application id": func(data []byte) []byte { copy(data[40:100], noise(60, 1)); return data },
+		"emptied":        func(data []byte) []byte { return nil },
+		"tables":         func(data []byte) []byte { copy(data[4096:], bytes.Repeat([]byte("x"), len(data))); return data },
 	} {
 		t.Run(name, func(t *testing.T) {
 			cfg := testConfig(t)
@@ -1084,6 +1126,7 @@ func TestCorruptShard(t *testing.T) {
 			}
 			s.want(500, "HEAD", blobPath(bad), nil)
 			s.want(500, "PUT", blobPath(bad), []byte("x"))
+			s.want(503, "GET", "/readyz", nil)
 			s.want(500, "DELETE", blobPath(bad), nil)
 			s.wantBlob(good, noise(9000, 2))
 			s.put(good, []byte("new"))
@@ -1324,6 +1367,40 @@ func TestFlood(t *testing.T) {
 	s.put("large", noise(2*chunkSize, 1)) // one operation always fits
 }
 
+// Another process that holds a shard's lock delays what was answered 202; who
+// waits for an answer is told.
+func TestForeignLock(t *testing.T) {
+	for _, async := range []bool{true, false} {
+		s := newTestServer(t, func(c *config) { c.AsyncWrite, c.NumShards = async, 1 })
+		db := openDB(filepath.Join(s.store.dir, shardName(0)), "")
+		defer db.Close()
+		db.SetMaxOpenConns(1)
+		if _, err := db.Exec("BEGIN IMMEDIATE"); err != nil {
+			t.Fatal(err)
+		}
+		if !async {
+			resp, _ := s.want(503, "PUT", "/blob/k0", []byte("x"))
+			if resp.Header.Get("Retry-After") == "" {
+				t.Error(resp.Header)
+			}
+		} else {
+			for i := range 5 {
+				s.put(fmt.Sprint("k", i), []byte("v"))
+			}
+			time.Sleep(busyTimeout + time.Second) // longer than SQLite waits
+		}
+		if _, err := db.Exec("ROLLBACK"); err != nil {
+			t.Fatal(err)
+		}
+		for i := range 5 {
+			if async {
+				s.wantBlob(fmt.Sprint("k", i), []byte("v"))
+			}
+		}
+		s.put("k0", []byte("w"))
+	}
+}
+
 // mount makes a small file system, where the test may.
 func mount(t *testing.T, size string) string {
 	t.Helper()
@@ -1346,7 +1423,9 @@ func TestDiskFull(t *testing.T) {
 				cfg := testConfig(t, func(c *config) { c.DataDir, c.AsyncWrite = filepath.Join(mount(t, "32m"), "data"), async })
 				s := serveConfig(t, cfg, stallTimeout)
 				stored := fill(t, s, size)
-				s.want(503, "GET", "/readyz", nil)
+				if !async { // where another shard's queued write may have found room since
+					s.want(503, "GET", "/readyz", nil)
+				}
 				for i, key := range stored {
 					if i%50 == 0 {
 						s.wantBlob(key, noise(size, 1))
@@ -1523,7 +1602,8 @@ func TestBatcherDrainsAtClose(t *testing.T) {
 
 func TestBudget(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBudget(10, time.Second)
+		stop := make(chan struct{})
+		b := newBudget(10, time.Second, stop)
 		start := time.Now()
 		var mu sync.Mutex
 		got := map[string]string{}
@@ -1549,7 +1629,7 @@ func TestBudget(t *testing.T) {
 		time.Sleep(900 * time.Millisecond)
 		acquire("f", 5)
 		time.Sleep(300 * time.Millisecond)
-		b.close()
+		close(stop)
 		wg.Wait()
 		want := map[string]string{"a": "0:<nil>", "b": "300:<nil>", "c": "300:<nil>", "d": "700:<nil>", "e": "1700:too busy, try again", "f": "1900:server is stopping"}
 		if !maps.Equal(got, want) {
