@@ -1891,7 +1891,7 @@ func (s *shard) commit(batch []*op) {
 		return
 	}
 	if errors.Is(err, errFull) && len(batch) == 1 && batch[0].data == nil { // a delete: it frees more than it takes
-		err = s.store.lendReserve(func() error { return translate(s.writer.transact(batch)) })
+		err = s.makeRoom(func() error { return translate(s.writer.transact(batch)) })
 	}
 	for _, o := range batch {
 		s.finish(o, err)
@@ -2277,6 +2277,13 @@ func openWriter(path, durability string) (_ *writer, err error) {
 		}
 	}
 	return w, nil
+}
+
+// truncateWAL copies the WAL into the database and empties it, unless a reader
+// keeps it from that.
+func (w *writer) truncateWAL() error {
+	_, err := w.db.Exec("PRAGMA wal_checkpoint(TRUNCATE)")
+	return err
 }
 
 // record reads what the shard knows of its directory.
@@ -2748,8 +2755,19 @@ func (s *shard) truncateWAL(w *writer) error {
 	if info, err := os.Stat(filepath.Join(s.store.dir, shardName(s.index)) + "-wal"); err != nil || info.Size() == 0 {
 		return err
 	}
+	return s.store.lendReserve(func() error { return w.truncateWAL() })
+}
+
+// makeRoom runs f, which found the disk full and frees space in the end, with
+// the reserve's room and, if that is gone already, the WAL's. It is for the
+// batcher's goroutine, as are the other two that lend the reserve.
+func (s *shard) makeRoom(f func() error) error {
+	s.litter()
 	return s.store.lendReserve(func() error {
-		_, err := w.db.Exec("PRAGMA wal_checkpoint(TRUNCATE)") // what a reader keeps from it is for the next tick
+		err := f()
+		if errors.Is(err, errFull) && s.writer.truncateWAL() == nil {
+			err = f()
+		}
 		return err
 	})
 }
@@ -2788,7 +2806,7 @@ func (s *shard) slice(f func(*writer) error) error {
 		defer func() { took = time.Since(start) }()
 		err := translate(f(w))
 		if errors.Is(err, errFull) && s.store.reserved.Load() {
-			err = s.store.lendReserve(func() error { return translate(f(w)) })
+			err = s.makeRoom(func() error { return translate(f(w)) })
 		}
 		return err
 	}}
