@@ -105,8 +105,8 @@ const (
 	maxContentTypeBytes = 255  // of a stored Content-Type
 
 	// chunkSize is where a blob stops living in its row and is streamed
-	// through the chunks table; it is also what one request holds in memory.
-	// From 64 KiB to 1 MiB throughput hardly differs, and memory does.
+	// through the chunks table. An upload holds two chunks in memory, a
+	// download one and the driver's copy of it.
 	chunkSize = 256 << 10
 
 	// A content id leaves 20 bits for the chunk's sequence number, which
@@ -205,7 +205,8 @@ CREATE TABLE meta    (key TEXT PRIMARY KEY, value); -- num_shards, shard, hash, 
 `
 
 // blob is one committed or soon to be committed content with its metadata.
-// It is immutable once a reader or the queue has it.
+// It is immutable once a reader or the queue has it; after a put that was
+// waited for, its data belongs to others.
 type blob struct {
 	id               int64
 	size             int64
@@ -355,7 +356,8 @@ func newLogger(cfg *config, w io.Writer) *slog.Logger {
 //
 // One table names every key, where it goes and what it may be. A value comes
 // from the environment, else the file, else the default. All problems are
-// reported together, before anything is opened or created.
+// reported together, before anything is opened or created. A BLOBNOM_ variable
+// that names no key is not ours to judge.
 // ============================================================================
 
 //go:embed config.toml.example
@@ -719,8 +721,8 @@ func (w *response) ReadFrom(r io.Reader) (int64, error) {
 // Unwrap lets http.ResponseController reach the connection.
 func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// adapt makes an http.Handler of h: it answers the error, logs the request
-// and turns a panic into a logged 500.
+// adapt makes an http.Handler of h: it answers the error, logs the request at
+// debug level and turns a panic into a logged 500.
 func (s *server) adapt(h handler) http.Handler {
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		s.requests.Add(1)
@@ -1185,8 +1187,9 @@ type store struct {
 	log     *slog.Logger
 	lock    *sql.DB
 
-	// full is set while the last put failed for lack of space; reserved while
-	// the reserve file exists, without which only deletes may use the disk.
+	// full is set by a write that found no space and cleared by the next put
+	// that does; reserved is set while the reserve file exists, without which
+	// only deletes may use the disk.
 	full, reserved atomic.Bool
 	reserveMu      sync.Mutex // guards the reserve file and reserveTried
 	reserveTried   time.Time
@@ -1574,7 +1577,7 @@ type shard struct {
 	writer  *writer
 	batcher *batcher
 	cache   *cache
-	nextID  atomic.Int64 // content ids; never handed out twice
+	nextID  atomic.Int64 // content ids, handed out once in a run: no reader and no chunk outlives it without its row
 
 	// Contents that a reader or an upload needs, and the sweep leaves alone.
 	// lookups is held for reading from before a row is read until its content
@@ -1755,7 +1758,7 @@ func (s *shard) release(id int64) {
 
 // put stores body under key and returns what it stored, and whether that is
 // only queued. length is the body's announced length, -1 when unknown. An
-// error means that nothing changed.
+// error means that nothing a reader can see has changed.
 func (s *shard) put(key, contentType string, body io.Reader, length int64) (_ *blob, queued bool, err error) {
 	if s.broken != nil {
 		return nil, false, s.broken
@@ -1933,7 +1936,9 @@ func (s *shard) finish(o *op, err error) {
 // another chunk follows.
 var chunkPool = sync.Pool{New: func() any { return new([chunkSize + 1]byte) }}
 
-// recycle gives a buffer of readChunk back, once nothing refers to it.
+// recycle gives a buffer of readChunk back, once and when nothing refers to it:
+// a buffer given back twice would be two uploads' at once. It knows its own by
+// their capacity.
 func recycle(buf []byte) {
 	if cap(buf) == chunkSize+1 {
 		chunkPool.Put((*[chunkSize + 1]byte)(buf[:chunkSize+1]))
@@ -2050,7 +2055,7 @@ func (b *batcher) signal() {
 func (b *batcher) settle(key string) {
 	b.mu.Lock()
 	o := b.newest[key]
-	if o != nil {
+	if o != nil && len(b.queue) > 0 {
 		b.hurry = true
 		b.signal()
 	}
@@ -2518,8 +2523,7 @@ func (c *cache) fill(key string, place, b *blob) {
 			break
 		}
 		if v.size >= 0 {
-			c.bytes -= entryBytes(victim, v)
-			delete(c.entries, victim)
+			c.remove(victim)
 		}
 	}
 	if c.bytes+entryBytes(key, b) <= c.limit {
@@ -2528,22 +2532,30 @@ func (c *cache) fill(key string, place, b *blob) {
 	}
 }
 
+// blocked is a place that no reader can fill.
+var blocked = &blob{size: -1}
+
 // block forgets key, and keeps readers from saying anything of it until drop.
 func (c *cache) block(key string) {
-	c.drop(key)
-	c.reserve(key) // for nobody
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.remove(key)
+	c.entries[key] = blocked
 }
 
 // drop forgets key and what readers are about to say of it.
 func (c *cache) drop(key string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if b := c.entries[key]; b != nil {
-		if b.size >= 0 {
-			c.bytes -= entryBytes(key, b)
-		}
-		delete(c.entries, key)
+	c.remove(key)
+}
+
+// remove deletes an entry of any sort. c.mu is held.
+func (c *cache) remove(key string) {
+	if b := c.entries[key]; b != nil && b.size >= 0 {
+		c.bytes -= entryBytes(key, b)
 	}
+	delete(c.entries, key)
 }
 
 // entryBytes is about what an entry holds: blob, header values
