@@ -713,7 +713,7 @@ func (w *response) ReadFrom(r io.Reader) (int64, error) {
 	if w.status == 0 {
 		w.status = http.StatusOK
 	}
-	n, err := w.ResponseWriter.(io.ReaderFrom).ReadFrom(r)
+	n, err := io.Copy(w.ResponseWriter, r)
 	w.bytes += n
 	return n, err
 }
