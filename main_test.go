@@ -1180,7 +1180,8 @@ func TestReplacedWhileDownloaded(t *testing.T) {
 	s.put("k", noise(2*chunkSize, 2))
 	s.want(204, "DELETE", "/blob/k", nil)
 	s.put("k", []byte("new"))
-	time.Sleep(50 * time.Millisecond) // a sweep that forgot the readers would run now
+	// The sweep comes by, takes what nobody reads and leaves the rest.
+	eventually(t, "the unread content is swept", func() bool { return countRows(t, s.store.dir, "SELECT count(*) FROM chunks") == 40 })
 	for _, b := range bodies {
 		got, err := io.ReadAll(b)
 		b.Close()
@@ -1709,6 +1710,13 @@ func TestReadsAreMonotonic(t *testing.T) {
 	}
 	close(stop)
 	wg.Wait()
+	s.want(200, "GET", "/blob/k", nil)
+	for i := range 10 {
+		s.put(fmt.Sprint("unread", i), []byte("x"))
+	}
+	if c := s.store.shards[0].cache; c.get("k") == nil || len(c.entries) != 1 {
+		t.Errorf("the cache has %d entries after ten writes and one read", len(c.entries))
+	}
 }
 
 // ============================================================================
