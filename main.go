@@ -1220,11 +1220,6 @@ func openStore(cfg *config, log *slog.Logger) (_ *store, err error) {
 	if err != nil {
 		return nil, err
 	}
-	// Syncs need not write a file's times: measured 1.3 times the commits.
-	// Where the platform lacks fdatasync, fsync it is.
-	if _, err := sqlite.Fdatasync(true); err != nil && !errors.Is(err, sqlite.ErrFdatasyncUnavailable) {
-		return nil, err
-	}
 	st := &store{
 		dir: dir, hash: hashes[cfg.Hash], async: cfg.AsyncWrite, now: time.Now, log: log,
 		maxBlob: min(cmp.Or(cfg.MaxBlobBytes, hardMaxBlob), hardMaxBlob),
@@ -1542,7 +1537,7 @@ func openDB(path, params string) *sql.DB {
 // translate gives a driver error the meaning the other chapters test for.
 func translate(err error) error {
 	var e *sqlite.Error
-	if !errors.As(err, &e) {
+	if !errors.As(err, &e) || kindOf(err) != errInternal { // not the driver's, or translated already
 		return err
 	}
 	code := e.Code() & 0xff
@@ -1887,7 +1882,7 @@ func (s *shard) commit(batch []*op) {
 		}
 		err = translate(s.writer.transact(batch))
 	}
-	if err != nil && len(batch) > 1 {
+	if err != nil && len(batch) > 1 && !errors.Is(err, errBusy) {
 		for i := range batch {
 			s.commit(batch[i : i+1])
 		}
