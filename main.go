@@ -2554,9 +2554,9 @@ func (c *cache) remove(key string) {
 }
 
 // entryBytes is about what an entry holds: blob, header values
-// and the map's share come to about 700 bytes beside key and content.
+// and the map's share come to about 500 bytes beside key and content.
 func entryBytes(key string, b *blob) int {
-	return len(key) + len(b.data) + len(b.contentType) + 700
+	return len(key) + len(b.data) + len(b.contentType) + 500
 }
 
 // content is an io.ReadSeeker over a blob, for one request. Of a chunked blob
