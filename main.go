@@ -2289,16 +2289,13 @@ func (w *writer) truncateWAL() error {
 // record reads what the shard knows of its directory.
 func (w *writer) record() (*record, error) {
 	r := &record{}
-	for key, to := range map[string]any{"num_shards": &r.NumShards, "shard": &r.Shard, "hash": &r.Hash, "directory": &r.Directory} {
-		err := w.db.QueryRow("SELECT value FROM meta WHERE key = ?", key).Scan(to)
-		if errors.Is(err, sql.ErrNoRows) {
-			return nil, fmt.Errorf("%w: meta has no %s", errCorrupt, key)
-		}
-		if err != nil {
-			return nil, err
-		}
+	err := w.db.QueryRow(`SELECT n.value, s.value, h.value, d.value FROM meta n, meta s, meta h, meta d
+		WHERE n.key = 'num_shards' AND s.key = 'shard' AND h.key = 'hash' AND d.key = 'directory'`).
+		Scan(&r.NumShards, &r.Shard, &r.Hash, &r.Directory)
+	if errors.Is(err, sql.ErrNoRows) {
+		err = fmt.Errorf("%w: meta is incomplete", errCorrupt)
 	}
-	return r, nil
+	return r, err
 }
 
 // lastID is the highest content id ever used that still matters: chunks have
