@@ -895,7 +895,8 @@ func (l corkedListener) Accept() (net.Conn, error) {
 }
 
 // progress moves the deadlines of a request's connection while bytes flow, so
-// that a client is cut off a stall after its last progress and not before. It belongs to the request's goroutine.
+// that a client is cut off a stall after its last progress and not before. One
+// goroutine at a time may use it.
 type progress struct {
 	rc    *http.ResponseController
 	stall time.Duration
@@ -995,7 +996,7 @@ func (s *server) getBlob(w *response, r *http.Request) error {
 		c.progress = s.newProgress(w)
 	}
 	if c.blob.chunked() && r.Method == http.MethodGet && r.Header.Get("Range") == "" {
-		if err := c.shard.note(c.load(0)); err != nil { // while it can still be a 500
+		if err := c.load(0); err != nil { // while it can still be a 500
 			return err
 		}
 	}
@@ -1685,13 +1686,13 @@ func (s *shard) read(key string, headOnly bool) (*content, error) {
 	defer s.lookups.RUnlock()
 	if headOnly {
 		b, err := s.lookup(s.head, key)
-		return &content{blob: b}, s.note(err)
+		return &content{blob: b}, err
 	}
 	place := s.cache.reserve(key) // before the row is read: see cache
 	b, err := s.lookup(s.whole, key)
 	s.cache.fill(key, place, b)
 	if err != nil {
-		return nil, s.note(err)
+		return nil, err
 	}
 	c := &content{blob: b}
 	if b.chunked() {
@@ -1702,22 +1703,23 @@ func (s *shard) read(key string, headOnly bool) (*content, error) {
 }
 
 // lookup reads one row by stmt.
-func (s *shard) lookup(stmt *sql.Stmt, key string) (*blob, error) {
+func (s *shard) lookup(stmt *sql.Stmt, key string) (_ *blob, err error) {
+	defer func() { err = s.note(err) }()
 	rows, err := stmt.Query(key)
 	if err != nil {
-		return nil, translate(err)
+		return nil, err
 	}
 	defer rows.Close()
 	if !rows.Next() {
 		if err := rows.Err(); err != nil {
-			return nil, translate(err)
+			return nil, err
 		}
 		return nil, fmt.Errorf("%w: no blob under this key", errNotFound)
 	}
 	b := &blob{}
 	var sum, contentType, data sql.RawBytes
 	if err := rows.Scan(&b.id, &b.size, &sum, &contentType, &b.created, &b.updated, &b.version, &data); err != nil {
-		return nil, translate(err)
+		return nil, err
 	}
 	if copy(b.sum[:], sum) != len(b.sum) {
 		return nil, fmt.Errorf("%w: a SHA-256 of %d bytes", errCorrupt, len(sum))
@@ -1770,7 +1772,7 @@ func (s *shard) put(key, contentType string, body io.Reader, length int64) (_ *b
 			return nil, false, err
 		}
 	}
-	if s.store.async { // a queue of whole buffers would hold more than its budget
+	if s.store.async && cap(buf)-len(buf) > opOverhead { // the queue would hold more than its budget counts
 		recycled := buf
 		buf = bytes.Clone(buf)
 		recycle(recycled)
@@ -2507,7 +2509,7 @@ func (c *cache) fill(key string, place, b *blob) {
 		return
 	}
 	delete(c.entries, key)
-	if b == nil || b.size > cacheItem {
+	if b == nil || b.size > cacheItem || entryBytes(key, b) > c.limit {
 		return
 	}
 	for victim, v := range c.entries {
@@ -2518,10 +2520,8 @@ func (c *cache) fill(key string, place, b *blob) {
 			c.remove(victim)
 		}
 	}
-	if c.bytes+entryBytes(key, b) <= c.limit {
-		c.bytes += entryBytes(key, b)
-		c.entries[key] = b
-	}
+	c.bytes += entryBytes(key, b)
+	c.entries[key] = b
 }
 
 // blocked is a place that no reader can fill.
@@ -2601,7 +2601,7 @@ func (c *content) Read(p []byte) (int, error) {
 	}
 	data := c.blob.data
 	if c.shard != nil {
-		if c.err = c.shard.note(c.load(c.offset / chunkSize)); c.err != nil {
+		if c.err = c.load(c.offset / chunkSize); c.err != nil {
 			return 0, c.err
 		}
 		data = c.chunk
@@ -2613,14 +2613,15 @@ func (c *content) Read(p []byte) (int, error) {
 
 // load brings chunk seq into memory. A chunk that is missing or of the wrong
 // length is an error: a download is whole or visibly cut.
-func (c *content) load(seq int64) error {
+func (c *content) load(seq int64) (err error) {
 	if c.seq == seq && len(c.chunk) > 0 {
 		return nil
 	}
+	defer func() { err = c.shard.note(err) }()
 	c.chunk = c.chunk[:0]
 	rows, err := c.shard.chunk.Query(c.blob.id<<seqBits | seq)
 	if err != nil {
-		return translate(err)
+		return err
 	}
 	defer rows.Close()
 	var data sql.RawBytes
@@ -2628,7 +2629,7 @@ func (c *content) load(seq int64) error {
 		err = rows.Scan(&data)
 	}
 	if err = cmp.Or(err, rows.Err()); err != nil {
-		return translate(err)
+		return err
 	}
 	if want := min(chunkSize, c.blob.size-seq*chunkSize); int64(len(data)) != want {
 		return fmt.Errorf("%w: chunk %d of content %d has %d bytes, not %d", errCorrupt, seq, c.blob.id, len(data), want)

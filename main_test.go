@@ -3,9 +3,11 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"database/sql"
+	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -636,7 +638,7 @@ func TestHeaders(t *testing.T) {
 		for name, want := range map[string]string{
 			"Content-Type": "text/html", "Content-Length": strconv.Itoa(size), "ETag": etag, "Accept-Ranges": "bytes",
 			"Blob-Version": "0", "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox",
-			"Repr-Digest": "sha-256=:" + base64Of(sum[:]) + ":", "Blob-Updated": get.Header.Get("Blob-Created"),
+			"Repr-Digest": "sha-256=:" + base64.StdEncoding.EncodeToString(sum[:]) + ":", "Blob-Updated": get.Header.Get("Blob-Created"),
 		} {
 			if get.Header.Get(name) != want || head.Header.Get(name) != want {
 				t.Errorf("%s: %q, HEAD %q, want %q", name, get.Header.Get(name), head.Header.Get(name), want)
@@ -664,11 +666,6 @@ func TestHeaders(t *testing.T) {
 		s.want(400, "PUT", "/blob/h", []byte("x"), h[0], h[1])
 	}
 	s.want(404, "GET", "/blob/h", nil)
-}
-
-func base64Of(b []byte) string {
-	text, _ := json.Marshal(b)
-	return strings.Trim(string(text), `"`)
 }
 
 func TestRangesAndConditions(t *testing.T) {
@@ -1251,7 +1248,7 @@ func TestBadOperationFailsAlone(t *testing.T) {
 		o.blob.data, o.blob.sum = o.data, sha256.Sum256(o.data)
 		if i == 4 {
 			put := o.apply
-			o.apply = func(w *writer, o *op) error { return cmp2(put(w, o), boom) } // written, then failed
+			o.apply = func(w *writer, o *op) error { return cmp.Or(put(w, o), boom) } // written, then failed
 		}
 		sh.batcher.add(o)
 		ops = append(ops, o)
@@ -1268,13 +1265,6 @@ func TestBadOperationFailsAlone(t *testing.T) {
 			s.wantBlob(fmt.Sprint("k", i), []byte("x"))
 		}
 	}
-}
-
-func cmp2(a, b error) error {
-	if a != nil {
-		return a
-	}
-	return b
 }
 
 func TestAsync(t *testing.T) {
