@@ -103,10 +103,15 @@ func newTestServer(t testing.TB, change ...func(*config)) *testServer {
 
 func serveConfig(t testing.TB, cfg *config, stall time.Duration) *testServer {
 	t.Helper()
+	return serveAt(t, cfg, stall, time.Now)
+}
+
+func serveAt(t testing.TB, cfg *config, stall time.Duration, now func() time.Time) *testServer {
+	t.Helper()
 	s, dir := &testServer{t: t, log: &syncBuffer{}}, cfg.DataDir
 	log := slog.New(slog.NewTextHandler(s.log, nil))
 	var err error
-	if s.store, err = openStore(cfg, log); err != nil {
+	if s.store, err = openStore(cfg, log, now); err != nil {
 		t.Fatal(err)
 	}
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -116,7 +121,7 @@ func serveConfig(t testing.TB, cfg *config, stall time.Duration) *testServer {
 	s.base = "http://" + ln.Addr().String()
 	ctx, cancel := context.WithCancel(context.Background())
 	served := make(chan error, 1)
-	srv := newServer(s.store, log)
+	srv := newServer(cfg, s.store, log)
 	srv.stall = stall
 	go func() { served <- srv.serve(ctx, func() {}, ln) }()
 	s.stop = sync.OnceValue(func() error {
@@ -481,7 +486,7 @@ func TestConfig(t *testing.T) {
 		{"words", min + "durability = 'most'\nhash = 'md5'\nlog_level = 'loud'\nlog_format = ''\naddr = 'here'\n", nil,
 			[]string{"durability", "full, normal, off", "crc32c, fnv1a, sha256", "log_level", "log_format", "addr"}},
 		{"env types", min, []string{"BLOBNOM_BATCH_SIZE=many", "BLOBNOM_ASYNC_WRITE=yes", "BLOBNOM_DATA_DIR="}, []string{"BLOBNOM_BATCH_SIZE", "BLOBNOM_ASYNC_WRITE", "BLOBNOM_DATA_DIR"}},
-		{"later keys", min + "storage_compression = true\n", nil, []string{"storage_compression = true: unknown key"}},
+		{"later keys", min + "public_read = true\n", nil, []string{"public_read = true: unknown key"}},
 	} {
 		file := filepath.Join(t.TempDir(), "c.toml")
 		if err := os.WriteFile(file, []byte(c.file), 0o600); err != nil {
@@ -580,7 +585,7 @@ func TestKeys(t *testing.T) {
 		code int
 	}{
 		{"/blob/a//b", 400}, {"/blob//", 400}, {"//blob/a", 400}, {"/blob/./a", 400}, {"/blob/a/../b", 400}, {"/blob/..", 400}, {"/blob/a/.", 400},
-		{"/blob/", 400}, {"/blob/%00", 400}, {"/blob/%ff", 400}, {"/blob/" + strings.Repeat("k", maxKeyBytes+1), 400},
+		{"/blob/%00", 400}, {"/blob/%ff", 400}, {"/blob/" + strings.Repeat("k", maxKeyBytes+1), 400},
 		{"/blob", 404}, {"/blobs/a", 404}, {"/nothing", 404}, {"/healthz/", 404}, {"/blob/a.", 404}, {"/blob/.a", 404}, {"/blob/a/", 404},
 	} {
 		for _, method := range []string{"GET", "DELETE"} {
@@ -593,6 +598,8 @@ func TestKeys(t *testing.T) {
 			}
 		}
 	}
+	s.want(400, "PUT", "/blob/", nil)
+	s.want(400, "DELETE", "/blob/", nil)
 	for _, c := range [][3]string{{"PATCH", "/blob/a", "GET, HEAD, PUT, POST, DELETE"}, {"POST", "/", "GET, HEAD"}, {"DELETE", "/healthz", "GET, HEAD"}} {
 		if resp, _ := s.want(405, c[0], c[1], nil); resp.Header.Get("Allow") != c[2] {
 			t.Errorf("%v: Allow %q", c, resp.Header.Get("Allow"))
@@ -1031,7 +1038,7 @@ func TestRefusedDirectories(t *testing.T) {
 			if foreign {
 				before = snapshot(t, cfg.DataDir)
 			}
-			st, err := openStore(cfg, slog.New(slog.DiscardHandler))
+			st, err := openStore(cfg, slog.New(slog.DiscardHandler), time.Now)
 			if err == nil {
 				if c.name != "unfinished creation" {
 					if _, err := st.shardOf("k").read("k", false); err != nil {
@@ -1244,7 +1251,7 @@ func TestBadOperationFailsAlone(t *testing.T) {
 	<-inside // what is added now forms one batch
 	var ops []*op
 	for i := range 9 {
-		o := &op{key: fmt.Sprint("k", i), apply: (*writer).put, blob: &blob{size: 1}, data: []byte("x")}
+		o := &op{key: fmt.Sprint("k", i), apply: (*writer).put, blob: &blob{size: 1, stored: 1}, data: []byte("x")}
 		o.blob.data, o.blob.sum = o.data, sha256.Sum256(o.data)
 		if i == 4 {
 			put := o.apply
@@ -1926,7 +1933,7 @@ func Example() {
 	defer os.RemoveAll(dir)
 	cfg := defaultConfig()
 	cfg.DataDir, cfg.NumShards = dir, 4
-	st, err := openStore(cfg, slog.New(slog.DiscardHandler))
+	st, err := openStore(cfg, slog.New(slog.DiscardHandler), time.Now)
 	if err != nil {
 		panic(err)
 	}
@@ -1937,7 +1944,7 @@ func Example() {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
-	go func() { ended <- newServer(st, slog.New(slog.DiscardHandler)).serve(ctx, cancel, ln) }()
+	go func() { ended <- newServer(cfg, st, slog.New(slog.DiscardHandler)).serve(ctx, cancel, ln) }()
 	url := "http://" + ln.Addr().String() + "/blob/greetings/hello.txt"
 	request := func(method string, body io.Reader, headers ...string) {
 		req, _ := http.NewRequest(method, url, body)
