@@ -1053,8 +1053,9 @@ func (s *server) getBlob(w *response, r *http.Request) error {
 	if b.size > smallBody {
 		c.progress = s.newProgress(w)
 	}
-	if b.size == 0 {
-		r.Header.Del("Range") // of which net/http makes bytes 0--1/0
+	// net/http refuses units it does not know, and makes bytes 0--1/0 of nothing.
+	if !strings.HasPrefix(r.Header.Get("Range"), "bytes=") || b.size == 0 {
+		r.Header.Del("Range")
 	}
 	whole := r.Header.Get("Range") == ""
 	var body interface {
@@ -2039,6 +2040,8 @@ const blobColumns = `id, size, stored, codec, coalesce(crc32, 0), sha256, conten
 const pageQuery = `SELECT key, ` + blobColumns + ` FROM blobs
 	WHERE key >= ? AND key < ? AND (expires_at IS NULL OR expires_at > ?) ORDER BY key LIMIT ?`
 
+const dueQuery = `SELECT EXISTS (SELECT 1 FROM blobs WHERE expires_at <= ?)`
+
 // openShard opens one database file and starts its batcher. On an error the
 // shard is returned all the same, closed.
 func openShard(st *store, i int, path string, cfg *config) (_ *shard, _ *record, err error) {
@@ -2070,7 +2073,7 @@ func openShard(st *store, i int, path string, cfg *config) (_ *shard, _ *record,
 		&s.head:  "SELECT " + blobColumns + ", NULL FROM blobs WHERE key = ?",
 		&s.page:  pageQuery,
 		&s.chunk: "SELECT data FROM chunks WHERE id = ?",
-		&s.due:   "SELECT EXISTS (SELECT 1 FROM blobs WHERE expires_at <= ?)",
+		&s.due:   dueQuery,
 	} {
 		if *stmt, err = s.readers.Prepare(text); err != nil {
 			return s, nil, err

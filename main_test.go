@@ -4,10 +4,12 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
+	"compress/gzip"
 	"context"
 	"crypto/sha256"
 	"database/sql"
 	"encoding/base64"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -138,6 +140,18 @@ func serveAt(t testing.TB, cfg *config, stall time.Duration, now func() time.Tim
 	return s
 }
 
+// clock is a store's time in the test's hands.
+type clock struct{ ms atomic.Int64 }
+
+func newClock() *clock {
+	c := &clock{}
+	c.ms.Store(time.Date(2026, 1, 2, 3, 4, 5, 678e6, time.UTC).UnixMilli())
+	return c
+}
+
+func (c *clock) now() time.Time          { return time.UnixMilli(c.ms.Load()) }
+func (c *clock) advance(d time.Duration) { c.ms.Add(d.Milliseconds()) }
+
 var client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64, DisableCompression: true},
 	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 
@@ -263,16 +277,16 @@ func verifyDir(t testing.TB, dir string) map[string]string {
 		if ok != "ok" || stray != 0 {
 			t.Errorf("%s: integrity_check %q, %d stray chunks", file, ok, stray)
 		}
-		rows, err := db.Query("SELECT key, id, size, sha256, data FROM blobs")
+		rows, err := db.Query("SELECT key, id, size, stored, codec, coalesce(crc32, -1), sha256, data FROM blobs")
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer rows.Close()
 		for rows.Next() {
 			var key string
-			var id, size int64
+			var id, size, stored, codec, crc int64
 			var sum, data []byte
-			if err := rows.Scan(&key, &id, &size, &sum, &data); err != nil {
+			if err := rows.Scan(&key, &id, &size, &stored, &codec, &crc, &sum, &data); err != nil {
 				t.Fatal(err)
 			}
 			if want := int64(hashes[hash](key) % uint64(n)); want != index {
@@ -280,6 +294,13 @@ func verifyDir(t testing.TB, dir string) map[string]string {
 			}
 			if size > chunkSize {
 				data = slices.Concat(chunksOf(t, db, id)...)
+			}
+			if int64(len(data)) != stored || (codec == 0) != (crc == -1) || codec == 0 && stored != size {
+				t.Errorf("key %q: %d bytes lie there, recorded %d with codec %d, CRC-32 %d, size %d", key, len(data), stored, codec, crc, size)
+			}
+			if codec == 1 {
+				data = unzip(t, slices.Concat([]byte(gzipHeader), data, []byte(gzipEnd),
+					binary.LittleEndian.AppendUint32(nil, uint32(crc)), binary.LittleEndian.AppendUint32(nil, uint32(size))))
 			}
 			if got := sha256.Sum256(data); int64(len(data)) != size || !bytes.Equal(got[:], sum) {
 				t.Errorf("key %q: %d bytes of SHA-256 %x, recorded %d of %x", key, len(data), got, size, sum)
@@ -291,6 +312,33 @@ func verifyDir(t testing.TB, dir string) map[string]string {
 		}
 	}
 	return sums
+}
+
+// unzip decodes exactly one gzip member.
+func unzip(t testing.TB, member []byte) []byte {
+	t.Helper()
+	in := bytes.NewReader(member)
+	r, err := gzip.NewReader(in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Multistream(false)
+	data, err := io.ReadAll(r)
+	if err != nil || in.Len() > 0 {
+		t.Fatalf("gzip member of %d bytes: %v, %d left over", len(member), err, in.Len())
+	}
+	return data
+}
+
+// prose returns n bytes that deflate well and differ for each seed.
+func prose(n int, seed uint64) []byte {
+	rnd := rand.New(rand.NewPCG(seed, 1))
+	words := strings.Fields("a blob is a sequence of bytes under a key and nothing more than that; 0 1 2 3 4 5 6 7 8 9 {} <p>")
+	b := make([]byte, 0, n+10)
+	for len(b) < n {
+		b = append(append(b, words[rnd.IntN(len(words))]...), ' ')
+	}
+	return b[:n]
 }
 
 func chunksOf(t testing.TB, db *sql.DB, id int64) (chunks [][]byte) {
@@ -694,7 +742,8 @@ func TestRangesAndConditions(t *testing.T) {
 			{[]string{"Range", "bytes=990-"}, 206, body[990:]},
 			{[]string{"Range", "bytes=" + last + "-"}, 206, body[size-1:]},
 			{[]string{"Range", "bytes=" + strconv.Itoa(size) + "-"}, 416, nil},
-			{[]string{"Range", "lines=1-2"}, 416, nil},
+			{[]string{"Range", "lines=1-2"}, 200, body},
+			{[]string{"Range", "bytes=9-1"}, 416, nil},
 			{[]string{"Range", "bytes=0-9", "If-Range", etag}, 206, body[:10]},
 			{[]string{"Range", "bytes=0-9", "If-Range", `"other"`}, 200, body},
 			{[]string{"Range", "bytes=0-9", "If-Range", modified}, 206, body[:10]},
@@ -739,6 +788,729 @@ func TestRangesAndConditions(t *testing.T) {
 	s.put("empty", nil)
 	s.want(200, "GET", "/blob/empty", nil, "Range", "bytes=-1")
 	s.want(404, "GET", "/blob/missing", nil, "If-None-Match", "*", "Range", "bytes=0-1")
+}
+
+// Conditional writes: each row is one request to a key that holds "old".
+func TestConditionalWrites(t *testing.T) {
+	etag := func(content string) string { return fmt.Sprintf(`"%x"`, sha256.Sum256([]byte(content))) }
+	old, zipped := etag("old"), strings.TrimSuffix(etag("old"), `"`)+`-gzip"`
+	const past, future = "Mon, 01 Jan 2001 00:00:00 GMT", "Fri, 01 Jan 2100 00:00:00 GMT"
+	for _, async := range []bool{false, true} {
+		s := newTestServer(t, func(c *config) { c.AsyncWrite = async })
+		for i, c := range []struct {
+			headers         []string
+			exists, missing int // status of a PUT
+		}{
+			{[]string{"If-Match", old}, 201, 412},
+			{[]string{"If-Match", zipped}, 201, 412},
+			{[]string{"If-Match", `"a,b" , ` + old + `,,"c"`}, 201, 412},
+			{[]string{"If-Match", "*"}, 201, 412},
+			{[]string{"If-Match", "W/" + old}, 412, 412},
+			{[]string{"If-Match", `"other"`}, 412, 412},
+			{[]string{"If-Match", `""`}, 412, 412},
+			{[]string{"If-Match", strings.ToUpper(old)}, 412, 412},
+			{[]string{"If-None-Match", "*"}, 412, 201},
+			{[]string{"If-None-Match", old}, 412, 201},
+			{[]string{"If-None-Match", "W/" + old}, 412, 201},
+			{[]string{"If-None-Match", `W/"x", W/` + zipped}, 412, 201},
+			{[]string{"If-None-Match", `"other"`}, 201, 201},
+			{[]string{"If-Match", old, "If-None-Match", `"other"`}, 201, 412},
+			{[]string{"If-Match", old, "If-None-Match", old}, 412, 412},
+			{[]string{"If-Unmodified-Since", past}, 412, 201},
+			{[]string{"If-Unmodified-Since", future}, 201, 201},
+			{[]string{"If-Match", old, "If-Unmodified-Since", past}, 201, 412},
+			{[]string{"If-Match", "abc"}, 400, 400},
+			{[]string{"If-Match", `"abc`}, 400, 400},
+			{[]string{"If-Match", `w/"abc"`}, 400, 400},
+			{[]string{"If-Match", `"a" "b"`}, 400, 400},
+			{[]string{"If-Match", `*, "a"`}, 400, 400},
+			{[]string{"If-Match", ""}, 400, 400},
+			{[]string{"If-None-Match", ","}, 400, 400},
+			{[]string{"If-None-Match", `"a b"`}, 400, 400},
+			{[]string{"If-None-Match", "**"}, 400, 400},
+			{[]string{"If-Unmodified-Since", "yesterday"}, 400, 400},
+		} {
+			for _, exists := range []bool{true, false} {
+				for _, method := range []string{"PUT", "POST", "DELETE"} {
+					key := fmt.Sprint(i, exists, method)
+					before, want := "old", c.exists
+					if exists {
+						s.put(key, []byte(before)) // in async mode it may still be queued
+					} else {
+						before, want = "", c.missing
+					}
+					if want == 201 && method == "DELETE" {
+						want = 204
+					}
+					resp, body := s.want(want, method, "/blob/"+key, []byte("new"), c.headers...)
+					switch {
+					case want == 201 && resp.Header.Get("ETag") != etag("new"), want >= 400 && bytes.Count(body, []byte("\n")) != 1:
+						t.Errorf("%v: %v %q", c.headers, resp.Header, body)
+					case want == 201:
+						before = "new"
+					case want == 204:
+						before = ""
+					}
+					if before == "" {
+						s.want(404, "GET", "/blob/"+key, nil)
+					} else if v := s.wantBlob(key, []byte(before)).Header.Get("Blob-Version"); exists && (v == "0") != (before == "old") {
+						t.Errorf("%v: version %s of %q", c.headers, v, before)
+					}
+				}
+			}
+		}
+		s.want(412, "PUT", "/blob/large", noise(3*chunkSize, 1), "If-Match", "*") // its chunks are swept
+		s.want(404, "GET", "/blob/large", nil)
+		eventually(t, "the chunks of a refused upload are swept", func() bool {
+			return countRows(t, s.store.dir, "SELECT (SELECT count(*) FROM chunks) + (SELECT count(*) FROM orphans)") == 0
+		})
+		s.want(200, "GET", "/readyz", nil) // a refusal is no failure
+		// Two lines are one list.
+		s.put("lines", []byte("old"))
+		req, _ := http.NewRequest("PUT", s.base+"/blob/lines", strings.NewReader("new"))
+		req.Header["If-Match"] = []string{`"x"`, old}
+		if resp, err := client.Do(req); err != nil || resp.StatusCode != 201 {
+			t.Error("two lines:", resp, err)
+		} else {
+			resp.Body.Close()
+		}
+	}
+}
+
+// Of many creators of one key one wins, and counting by If-Match loses nothing.
+func TestConditionalRaces(t *testing.T) {
+	for _, async := range []bool{false, true} {
+		for _, size := range []int{10, chunkSize + 10} {
+			s := newTestServer(t, func(c *config) { c.AsyncWrite, c.NumShards = async, 2 })
+			var group sync.WaitGroup
+			var won [3]atomic.Int64
+			winner := make([]atomic.Int64, 3)
+			for i := range 64 {
+				group.Go(func() {
+					for k := range won {
+						resp, _, err := s.do("PUT", fmt.Sprint("/blob/", k), bytes.NewReader(noise(size, uint64(i))), "If-None-Match", "*")
+						if err != nil || resp.StatusCode != 201 && resp.StatusCode != 412 {
+							t.Error(resp, err)
+						} else if resp.StatusCode == 201 {
+							won[k].Add(1)
+							winner[k].Store(int64(i))
+						}
+					}
+				})
+			}
+			group.Wait()
+			for k := range won {
+				if n := won[k].Load(); n != 1 {
+					t.Errorf("async %v, key %d: %d creators won", async, k, n)
+				}
+				s.wantBlob(fmt.Sprint(k), noise(size, uint64(winner[k].Load())))
+			}
+		}
+		s := newTestServer(t, func(c *config) { c.AsyncWrite = async })
+		s.put("n", []byte("0"))
+		const clients, rounds = 32, 5
+		var group sync.WaitGroup
+		for range clients {
+			group.Go(func() {
+				for done := 0; done < rounds; {
+					resp, body, err := s.do("GET", "/blob/n", nil)
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					n, _ := strconv.Atoi(string(body))
+					resp, _, err = s.do("PUT", "/blob/n", strings.NewReader(strconv.Itoa(n+1)), "If-Match", resp.Header.Get("ETag"))
+					if err != nil || resp.StatusCode != 201 && resp.StatusCode != 412 {
+						t.Error(resp, err)
+						return
+					}
+					if resp.StatusCode == 201 {
+						done++
+					}
+				}
+			})
+		}
+		group.Wait()
+		if v := s.wantBlob("n", []byte(strconv.Itoa(clients*rounds))).Header.Get("Blob-Version"); v != strconv.Itoa(clients*rounds) {
+			t.Errorf("version %s", v)
+		}
+	}
+}
+
+func TestDigests(t *testing.T) {
+	s := newTestServer(t)
+	for _, body := range [][]byte{[]byte("content"), {}, noise(3*chunkSize, 1)} {
+		sum := sha256.Sum256(body)
+		right := "sha-256=:" + base64.StdEncoding.EncodeToString(sum[:]) + ":"
+		sum[0]++
+		wrong := "sha-256=:" + base64.StdEncoding.EncodeToString(sum[:]) + ":"
+		for _, c := range []struct {
+			value string
+			code  int
+		}{
+			{right, 201}, {wrong, 400}, {right + ", unixsum=:AAA=:", 201}, {"sha-512=:AAAA:,\t" + right, 201}, {"sha-512=:AAAA:, " + wrong, 400},
+			{"sha-512=:AAAA:", 201}, {"sha-512=:AAAA:, md5=::", 201}, {wrong + ", " + right, 201}, {right + "," + wrong, 400}, // the last one counts
+			{strings.ReplaceAll(right, "=:", ":")[:len("sha-256")] + strings.ReplaceAll(right[len("sha-256"):], "=:", ":"), 400}, // no "=:"
+			{strings.TrimSuffix(right, "=:") + ":", 201}, // padding may lack
+			{"", 400}, {"sha-256", 400}, {"sha-256=abc", 400}, {"sha-256=:AAAA:", 400}, {"sha-256=:!!!!:", 400}, {right + ",", 400},
+			{"SHA-256" + right[7:], 400}, {"sha-512=1", 400}, {right + " " + right, 400},
+		} {
+			for _, name := range []string{"Repr-Digest", "Content-Digest"} {
+				s.want(204, "DELETE", "/blob/k", nil)
+				_, answer := s.want(c.code, "PUT", "/blob/k", body, name, c.value)
+				if c.code == 201 {
+					s.wantBlob("k", body)
+				} else if s.want(404, "GET", "/blob/k", nil); bytes.Count(answer, []byte("\n")) != 1 {
+					t.Errorf("%q", answer)
+				}
+			}
+		}
+		s.want(400, "PUT", "/blob/k", body, "Repr-Digest", right, "Content-Digest", wrong)
+		s.want(404, "GET", "/blob/k", nil)
+	}
+	s.put("k", []byte("old"))
+	s.want(400, "PUT", "/blob/k", []byte("new"), "Repr-Digest", "sha-256=:"+strings.Repeat("A", 43)+"=:")
+	s.wantBlob("k", []byte("old"))
+	eventually(t, "the chunks of refused uploads are swept", func() bool {
+		return countRows(t, s.store.dir, "SELECT (SELECT count(*) FROM chunks) + (SELECT count(*) FROM orphans)") == 0
+	})
+}
+
+func TestExpiry(t *testing.T) {
+	clock := newClock()
+	cfg := testConfig(t)
+	s := serveAt(t, cfg, stallTimeout, clock.now)
+	for _, ttl := range []string{"", "0", "-1", "0s", "-1s", "x", "1d", "1.5", "3153600001", "876000h1ns", "1e3", "99999999999999999999", "%2B5", "5%20", "1&ttl=1", "%zz"} {
+		_, body := s.want(400, "PUT", "/blob/k?ttl="+ttl, []byte("x"))
+		if bytes.Count(body, []byte("\n")) != 1 {
+			t.Errorf("ttl %q: %q", ttl, body)
+		}
+	}
+	s.want(404, "GET", "/blob/k", nil)
+	for _, c := range []struct {
+		ttl  string
+		want time.Duration
+	}{{"90", 90 * time.Second}, {"90s", 90 * time.Second}, {"1.5h", 90 * time.Minute}, {"250ms", 250 * time.Millisecond},
+		{"3153600000", maxTTL}, {"876000h", maxTTL}, {"1", time.Second}} {
+		want := clock.now().Add(c.want).UTC().Format("2006-01-02T15:04:05.000Z")
+		resp, _ := s.want(201, "PUT", "/blob/k?ttl="+c.ttl, []byte("x"))
+		if got := s.wantBlob("k", []byte("x")).Header.Get("Blob-Expires"); got != want || resp.Header.Get("Blob-Expires") != want {
+			t.Errorf("ttl %s: Blob-Expires %s and %s, want %s", c.ttl, resp.Header.Get("Blob-Expires"), got, want)
+		}
+	}
+	s.put("k", []byte("for ever")) // a write without ttl ends it
+	if got, there := s.wantBlob("k", []byte("for ever")).Header["Blob-Expires"]; there {
+		t.Error("Blob-Expires", got)
+	}
+	// To the millisecond, for whatever reads it, cached or not, large or small.
+	for i, size := range []int{0, 10, cacheItem + 10, 3 * chunkSize} {
+		key, body := fmt.Sprint("e", i), noise(size, 1)
+		s.put(key, []byte("before"))
+		first := s.wantBlob(key, []byte("before"))
+		clock.advance(time.Minute)
+		s.want(201, "PUT", "/blob/"+key+"?ttl=10s", body)
+		s.want(201, "PUT", "/blob/"+key+"?ttl=10s", body)
+		clock.advance(9999 * time.Millisecond)
+		last := s.wantBlob(key, body)
+		if last.Header.Get("Blob-Version") != "2" || last.Header.Get("Blob-Created") != first.Header.Get("Blob-Created") {
+			t.Errorf("before expiry: %v", last.Header)
+		}
+		s.want(200, "HEAD", "/blob/"+key, nil)
+		s.want(412, "PUT", "/blob/"+key, nil, "If-None-Match", "*")
+		clock.advance(time.Millisecond)
+		s.want(404, "GET", "/blob/"+key, nil)
+		s.want(404, "HEAD", "/blob/"+key, nil)
+		s.want(404, "GET", "/blob/"+key, nil, "If-None-Match", "*")
+		if _, page := s.want(200, "GET", "/blob/?prefix=e", nil); bytes.Contains(page, []byte(`"key"`)) {
+			t.Errorf("listed: %s", page)
+		}
+		s.want(412, "PUT", "/blob/"+key, nil, "If-Match", "*")
+		s.want(412, "DELETE", "/blob/"+key, nil, "If-Match", "*")
+		s.want(201, "PUT", "/blob/"+key+"?ttl=10s", []byte("anew"), "If-None-Match", "*")
+		again := s.wantBlob(key, []byte("anew"))
+		if again.Header.Get("Blob-Version") != "0" || again.Header.Get("Blob-Created") != stamp(clock.ms.Load()) {
+			t.Errorf("after expiry: %v", again.Header)
+		}
+		clock.advance(time.Hour)
+		s.want(201, "PUT", "/blob/"+key, []byte("anew")) // over what has expired, unconditionally
+		if again := s.wantBlob(key, []byte("anew")); again.Header.Get("Blob-Version") != "0" {
+			t.Errorf("after expiry: %v", again.Header)
+		}
+		s.want(204, "DELETE", "/blob/"+key, nil)
+	}
+	// A download that has begun ends whole.
+	body := noise(20*chunkSize, 2)
+	s.want(201, "PUT", "/blob/slow?ttl=1m", body)
+	resp, err := client.Get(s.base + "/blob/slow")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	clock.advance(time.Hour)
+	s.want(404, "GET", "/blob/slow", nil)
+	eventually(t, "the row is deleted", func() bool { return countRows(t, cfg.DataDir, "SELECT count(*) FROM blobs WHERE key = 'slow'") == 0 })
+	if got, err := io.ReadAll(resp.Body); err != nil || !bytes.Equal(got, body) {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+}
+
+// What has expired gives its space back, and nobody asked for it.
+func TestExpirySweep(t *testing.T) {
+	clock := newClock()
+	cfg := testConfig(t)
+	s := serveAt(t, cfg, stallTimeout, clock.now)
+	s.put("stays", []byte("x"))
+	for i := range 100 {
+		s.want(201, "PUT", fmt.Sprintf("/blob/small%d?ttl=1m", i), noise(20_000, uint64(i)))
+		if i%10 == 0 {
+			s.want(201, "PUT", fmt.Sprintf("/blob/large%d?ttl=1m", i), noise(3*chunkSize, uint64(i)))
+		}
+	}
+	clock.advance(time.Minute)
+	eventually(t, "all of it is swept", func() bool {
+		return countRows(t, cfg.DataDir, "SELECT (SELECT count(*) FROM blobs) + (SELECT count(*) FROM chunks) + (SELECT count(*) FROM orphans)") == 1
+	})
+	eventually(t, "the space is returned", func() bool {
+		var sum int64
+		for i := range 4 {
+			if info, err := os.Stat(filepath.Join(cfg.DataDir, shardName(i))); err == nil {
+				sum += info.Size()
+			}
+		}
+		return sum <= 4*(vacuumPages+40)*4096
+	})
+	s.wantBlob("stays", []byte("x"))
+}
+
+// page is the answer of a listing.
+type page struct {
+	Blobs []listed
+	Next  *string
+}
+
+func (s *testServer) list(query url.Values) (p page) {
+	s.t.Helper()
+	resp, body := s.want(200, "GET", "/blob/?"+query.Encode(), nil)
+	if err := json.Unmarshal(body, &p); err != nil || resp.Header.Get("Content-Type") != "application/json" {
+		s.t.Fatalf("%v: %v %q", err, resp.Header, body)
+	}
+	return p
+}
+
+// listAll goes through all pages and returns the keys.
+func (s *testServer) listAll(prefix string, limit int) (keys []string) {
+	s.t.Helper()
+	for query := (url.Values{"prefix": {prefix}, "limit": {strconv.Itoa(limit)}}); ; {
+		p := s.list(query)
+		for _, row := range p.Blobs {
+			keys = append(keys, row.Key)
+		}
+		if p.Next == nil {
+			return keys
+		}
+		if len(p.Blobs) != limit || *p.Next != p.Blobs[limit-1].Key {
+			s.t.Fatalf("a page of %d of %d has next %q", len(p.Blobs), limit, *p.Next)
+		}
+		query.Set("after", *p.Next)
+	}
+}
+
+func TestListing(t *testing.T) {
+	for _, shards := range []int64{1, 4} {
+		for _, async := range []bool{false, true} {
+			s := newTestServer(t, func(c *config) { c.NumShards, c.AsyncWrite = shards, async })
+			if p := s.list(nil); p.Blobs == nil || len(p.Blobs) != 0 || p.Next != nil {
+				t.Errorf("of nothing: %+v", p)
+			}
+			var keys []string
+			for c := range 128 { // every odd byte, alone and between others
+				if c != 0 {
+					keys = append(keys, string(rune(c)), "odd/"+string(rune(c))+"z")
+				}
+			}
+			keys = append(keys, "é", "日本", "\u2028", "\U0010ffff", "odd/\U0010ffff\U0010ffff", "odd", "odd/", "odd0", "oddy", strings.Repeat("k", maxKeyBytes))
+			slices.Sort(keys)
+			for _, i := range rand.Perm(len(keys)) {
+				s.put(keys[i], []byte(keys[i]))
+			}
+			for _, limit := range []int{1, 7, 1000} {
+				if got := s.listAll("", limit); !slices.Equal(got, keys) {
+					t.Errorf("limit %d: %q, want %q", limit, got, keys)
+				}
+			}
+			for _, prefix := range []string{"odd", "odd/", "odd/\U0010ffff", "\x01", "é", "k", "none", strings.Repeat("k", maxKeyBytes+1), "\x00", "\U0010ffff"} {
+				var want []string
+				for _, key := range keys {
+					if strings.HasPrefix(key, prefix) {
+						want = append(want, key)
+					}
+				}
+				if got := s.listAll(prefix, 5); !slices.Equal(got, want) {
+					t.Errorf("prefix %q: %q, want %q", prefix, got, want)
+				}
+			}
+			for _, after := range []string{"odd/", "a", "\U0010ffff", "a\x00", "n", ""} { // keys or not
+				i, found := slices.BinarySearch(keys, after)
+				if found {
+					i++
+				}
+				p := s.list(url.Values{"after": {after}, "limit": {"3"}})
+				for j, row := range p.Blobs {
+					if row.Key != keys[i+j] {
+						t.Errorf("after %q: %q, want %q", after, row.Key, keys[i+j])
+					}
+				}
+				if len(p.Blobs) != min(3, len(keys)-i) {
+					t.Errorf("after %q: %d rows", after, len(p.Blobs))
+				}
+			}
+			// A full last page has no next.
+			if p := s.list(url.Values{"limit": {strconv.Itoa(len(keys))}}); len(p.Blobs) != len(keys) || p.Next != nil {
+				t.Errorf("%d rows of %d, next %v", len(p.Blobs), len(keys), p.Next)
+			}
+			if p := s.list(url.Values{"prefix": {"b"}, "after": {"a"}}); len(p.Blobs) != 1 {
+				t.Errorf("%+v", p)
+			}
+			if p := s.list(url.Values{"prefix": {"b"}, "after": {"c"}}); len(p.Blobs) != 0 {
+				t.Errorf("%+v", p)
+			}
+			if async {
+				s.want(202, "DELETE", blobPath("odd"), nil)
+			} else {
+				s.want(204, "DELETE", blobPath("odd"), nil)
+			}
+			if got := s.listAll("odd", 1000); slices.Contains(got, "odd") {
+				t.Error("a deleted key is listed")
+			}
+			// A row says what HEAD says.
+			s.want(201, "PUT", "/blob/row?ttl=1h", noise(chunkSize+5, 1), "Content-Type", "a/b", "If-None-Match", "*")
+			resp, _ := s.want(200, "HEAD", "/blob/row", nil)
+			row := s.list(url.Values{"prefix": {"row"}}).Blobs[0]
+			if want := (listed{"row", chunkSize + 5, "a/b", resp.Header.Get("ETag"), resp.Header.Get("Blob-Created"), resp.Header.Get("Blob-Updated"), 0, resp.Header.Get("Blob-Expires")}); row != want {
+				t.Errorf("%+v, want %+v", row, want)
+			}
+			if _, body := s.want(200, "HEAD", "/blob/", nil); len(body) != 0 {
+				t.Errorf("HEAD: %q", body)
+			}
+			for _, query := range []string{"limit=0", "limit=10001", "limit=-1", "limit=", "limit=x", "limit=1.0", "limit=1&limit=2", "prefix=%ff", "after=%c3", "prefix=%zz", "a;b"} {
+				if _, body := s.want(400, "GET", "/blob/?"+query, nil); bytes.Count(body, []byte("\n")) != 1 {
+					t.Errorf("%s: %q", query, body)
+				}
+			}
+			s.want(200, "GET", "/blob/?limit=10000", nil)
+		}
+	}
+}
+
+// A default page, and pages of more than is read at a time.
+func TestListingPages(t *testing.T) {
+	s := newTestServer(t, func(c *config) { c.Durability = "off" })
+	want := make([]string, 2*pagePiece+1)
+	var group sync.WaitGroup
+	for w := range 16 {
+		group.Go(func() {
+			for i := w; i < len(want); i += 16 {
+				want[i] = fmt.Sprintf("k%05d", i)
+				s.put(want[i], nil)
+			}
+		})
+	}
+	group.Wait()
+	for limit, n := range map[string]int{"": defaultPage, "1001": 1001, "2000": 2000, "2001": 2001, "10000": 2001} {
+		query := url.Values{}
+		if limit != "" {
+			query.Set("limit", limit)
+		}
+		p := s.list(query)
+		if len(p.Blobs) != n || (p.Next != nil) != (n < len(want)) {
+			t.Errorf("limit %s: %d rows, next %v", limit, len(p.Blobs), p.Next)
+		}
+		for i, row := range p.Blobs {
+			if row.Key != want[i] {
+				t.Fatalf("limit %s: row %d is %q", limit, i, row.Key)
+			}
+		}
+	}
+	if got := s.listAll("k0", 999); !slices.Equal(got, want) {
+		t.Errorf("%d keys", len(got))
+	}
+}
+
+// A page costs what a page costs: an index finds its rows, in order.
+func TestQueryPlans(t *testing.T) {
+	s := newTestServer(t, func(c *config) { c.NumShards = 1 })
+	for query, want := range map[string]string{
+		pageQuery:    "SEARCH blobs USING INDEX sqlite_autoindex_blobs_1 (key>? AND key<?)",
+		expiredQuery: "SEARCH blobs USING INDEX expiring (expires_at<?)",
+		dueQuery:     "SEARCH blobs USING COVERING INDEX expiring (expires_at<?)",
+	} {
+		args := slices.Repeat([]any{1}, strings.Count(query, "?"))
+		rows, err := s.store.shards[0].readers.Query("EXPLAIN QUERY PLAN "+query, args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var plan []string
+		for rows.Next() {
+			var id, parent, unused int
+			var detail string
+			if err := rows.Scan(&id, &parent, &unused, &detail); err != nil {
+				t.Fatal(err)
+			}
+			plan = append(plan, detail)
+		}
+		rows.Close()
+		if got := strings.Join(plan, "; "); !strings.Contains(got, want) || strings.Contains(got, "TEMP") || strings.Contains(got, "SCAN blobs") {
+			t.Errorf("%s\n%s, want %s", query, got, want)
+		}
+	}
+}
+
+func TestStorageCompression(t *testing.T) {
+	cfg := testConfig(t, func(c *config) { c.NumShards = 1 })
+	type kept struct {
+		body  []byte
+		codec int64
+	}
+	blobs := map[string]kept{}
+	lies := func(key string) (codec, stored int64) { // how it lies in the shard
+		db := openDB(filepath.Join(cfg.DataDir, shardName(0)), "mode=ro")
+		defer db.Close()
+		if err := db.QueryRow("SELECT codec, stored FROM blobs WHERE key = ?", key).Scan(&codec, &stored); err != nil {
+			t.Fatal(err)
+		}
+		return codec, stored
+	}
+	for round, compress := range []bool{false, true, false, true} {
+		cfg.StorageCompression = compress
+		s := serveConfig(t, cfg, stallTimeout)
+		for key, b := range blobs { // whatever the option was when they came
+			s.wantBlob(key, b.body)
+		}
+		for _, size := range []int{0, 1, minDeflate, 4096, 20_000, chunkSize - 1, chunkSize, chunkSize + 1, 2 * chunkSize, 5*chunkSize + 77} {
+			mixed := append(prose(size/2, 5), noise(size-size/2, 6)...)
+			for kind, body := range map[string][]byte{"noise": noise(size, 1), "prose": prose(size, uint64(round)), "mixed": mixed} {
+				key := fmt.Sprint(round, kind, size)
+				s.put(key, body)
+				s.wantBlob(key, body)
+				codec, stored := lies(key)
+				blobs[key] = kept{body, codec}
+				want := int64(0)
+				if compress && size >= minDeflate && kind != "noise" {
+					want = 1
+				}
+				if kind == "mixed" && size < 4096 { // may pay or not
+					want = codec
+				}
+				if codec != want || codec == 1 && stored > int64(size)*7/8 {
+					t.Errorf("%s: codec %d with %d bytes of %d, want codec %d", key, codec, stored, size, want)
+				}
+				s.want(200, "HEAD", "/blob/"+key, nil)
+				for range 4 {
+					if size == 0 {
+						break
+					}
+					from := rand.IntN(size)
+					to := from + rand.IntN(min(size-from, 2*chunkSize))
+					if _, got := s.want(206, "GET", "/blob/"+key, nil, "Range", fmt.Sprintf("bytes=%d-%d", from, to)); !bytes.Equal(got, body[from:to+1]) {
+						t.Fatalf("%s: range %d-%d", key, from, to)
+					}
+				}
+			}
+		}
+		// Over one another: any codec, any size.
+		for i, size := range []int{100, 5000, 3 * chunkSize, 5000, 2 * chunkSize, 100} {
+			body := prose(size, uint64(i))
+			s.put("replaced", body)
+			s.wantBlob("replaced", body)
+		}
+		if err := s.stop(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// A range on a deflated blob decodes the chunks it touches and no other.
+func TestRangeDecodesItsChunks(t *testing.T) {
+	s := newTestServer(t, func(c *config) { c.NumShards, c.StorageCompression = 1, true })
+	body := prose(4*chunkSize, 1)
+	s.put("k", body)
+	exec1(t, filepath.Join(s.store.dir, shardName(0)), "UPDATE chunks SET data = zeroblob(length(data)) WHERE id & 1048575 IN (0, 2)")
+	_, got := s.want(206, "GET", "/blob/k", nil, "Range", fmt.Sprintf("bytes=%d-%d", chunkSize, 2*chunkSize-1))
+	if !bytes.Equal(got, body[chunkSize:2*chunkSize]) {
+		t.Error("the second chunk differs")
+	}
+	if _, _, err := s.do("GET", "/blob/k", nil, "Range", fmt.Sprintf("bytes=%d-%d", chunkSize, 2*chunkSize)); err == nil {
+		t.Error("a damaged chunk went unnoticed")
+	}
+	s.want(500, "GET", "/blob/k", nil)
+	exec1(t, filepath.Join(s.store.dir, shardName(0)), "DELETE FROM chunks; DELETE FROM blobs") // for the check at the end
+}
+
+func TestAcceptsGzip(t *testing.T) {
+	for value, want := range map[string]bool{
+		"": false, "gzip": true, "GZIP": true, "x-gzip": true, "deflate": false, "gzip, deflate, br": true, "br;q=1.0, gzip;q=0.8, *;q=0.1": true,
+		"*": true, "*;q=0": false, "gzip;q=0": false, "gzip;q=0.000": false, "gzip;q=0.001": true, "gzip;q=0, *": false, "*, gzip;q=0": false,
+		"identity": false, "identity;q=0": false, "identity;q=0, *": true, "identity;q=0, gzip;q=0": false, "gzip;q=0.5, identity;q=0.6": false, "gzip;q=0.5, identity;q=0.5": true,
+		"identity, *;q=0.5": false, "gzip ; q=1": true, "gzip;Q=0.3": true, "gzip;q=2": false, "gzip;q=": false, "gzip;q=0.1234": false, "gzip;level=9": false,
+		"gzip;q=1;x=y": false, ",,gzip,": true, "gzipped": false, "gz ip": false, "x-gzip;q=0, *": false,
+	} {
+		if got := acceptsGzip(http.Header{"Accept-Encoding": {value}}); got != want {
+			t.Errorf("%q: %v", value, got)
+		}
+	}
+	if acceptsGzip(http.Header{}) || !acceptsGzip(http.Header{"Accept-Encoding": {"br", "gzip"}}) {
+		t.Error("no header, or two")
+	}
+}
+
+func TestOutputCompression(t *testing.T) {
+	for _, storage := range []bool{false, true} {
+		s := newTestServer(t, func(c *config) { c.StorageCompression, c.OutputCompression = storage, true })
+		for _, c := range []struct {
+			contentType string
+			body        []byte
+			raw, stored bool // whether it is sent compressed when it lies as it is, and with storage compression
+		}{
+			{"text/plain", prose(5000, 1), true, true},
+			{"text/html; charset=utf-8", prose(3*chunkSize+5, 1), true, true},
+			{"Application/JSON", prose(minEncode, 1), true, true},
+			{"application/problem+json", prose(chunkSize, 1), true, true},
+			{"text/plain", prose(minEncode-1, 1), false, true},
+			{"text/plain", noise(5000, 1), true, true},
+			{"text/plain", nil, false, false},
+			{"image/png", prose(5000, 1), false, true},
+			{"image/svg+xml", prose(5000, 1), false, true},
+			{"video/mp4", noise(3*chunkSize, 1), false, false},
+			{"application/zip", noise(5000, 1), false, false},
+			{"application/octet-stream", prose(5000, 1), false, true},
+		} {
+			s.put("k", c.body, "Content-Type", c.contentType)
+			plain := s.wantBlob("k", c.body)
+			etag := plain.Header.Get("ETag")
+			if plain.Header.Get("Content-Encoding") != "" || plain.ContentLength != int64(len(c.body)) {
+				t.Errorf("%s: without Accept-Encoding: %v", c.contentType, plain.Header)
+			}
+			encoded := storage && c.stored || !storage && c.raw
+			resp, got := s.want(200, "GET", "/blob/k", nil, "Accept-Encoding", "br, gzip")
+			head, _ := s.want(200, "HEAD", "/blob/k", nil, "Accept-Encoding", "br, gzip")
+			for _, name := range []string{"Content-Encoding", "Vary", "ETag", "Repr-Digest", "Content-Type", "Last-Modified"} {
+				if resp.Header.Get(name) != head.Header.Get(name) {
+					t.Errorf("%s: %q with GET, %q with HEAD", name, resp.Header.Get(name), head.Header.Get(name))
+				}
+			}
+			if !encoded {
+				if resp.Header.Get("Content-Encoding") != "" || resp.Header.Get("ETag") != etag || !bytes.Equal(got, c.body) {
+					t.Errorf("%s: %d bytes, %v", c.contentType, len(got), resp.Header)
+				}
+				continue
+			}
+			zipped := strings.TrimSuffix(etag, `"`) + `-gzip"`
+			if h := resp.Header; h.Get("Content-Encoding") != "gzip" || h.Get("Vary") != "Accept-Encoding" || h.Get("ETag") != zipped ||
+				h.Get("Repr-Digest") != "" || h.Get("Content-Digest") != "" || h.Get("Content-Type") != c.contentType {
+				t.Errorf("%s: %v", c.contentType, h)
+			}
+			if !bytes.Equal(unzip(t, got), c.body) {
+				t.Errorf("%s: the gzip member has another content", c.contentType)
+			}
+			if storage && c.body != nil && resp.ContentLength >= 0 && (resp.ContentLength != int64(len(got)) || head.ContentLength != resp.ContentLength) {
+				t.Errorf("Content-Length %d and %d of %d bytes", resp.ContentLength, head.ContentLength, len(got))
+			}
+			// A range is of the content as it is, always.
+			part, bytes10 := s.want(206, "GET", "/blob/k", nil, "Accept-Encoding", "gzip", "Range", "bytes=3-12")
+			if part.Header.Get("Content-Encoding") != "" || part.Header.Get("ETag") != etag || !bytes.Equal(bytes10, c.body[3:13]) {
+				t.Errorf("range: %v %q", part.Header, bytes10)
+			}
+			if _, got := s.want(200, "GET", "/blob/k", nil, "Accept-Encoding", "gzip", "Range", "bytes=3-12", "If-Range", zipped); !bytes.Equal(got, c.body) {
+				t.Error("If-Range with the tag of the encoded representation")
+			}
+			// Either tag names the content, whatever is accepted; 304 says which one the client has.
+			for _, accept := range []string{"gzip", "identity"} {
+				for _, tag := range []string{etag, zipped} {
+					for _, list := range []string{tag, "W/" + tag, `"x", ` + tag} {
+						resp, _ := s.want(304, "GET", "/blob/k", nil, "Accept-Encoding", accept, "If-None-Match", list)
+						if resp.Header.Get("ETag") != tag || resp.Header.Get("Content-Encoding") != "" {
+							t.Errorf("304 for %s: %v", list, resp.Header)
+						}
+					}
+					s.want(200, "GET", "/blob/k", nil, "Accept-Encoding", accept, "If-Match", `"x",`+tag)
+				}
+				s.want(304, "GET", "/blob/k", nil, "Accept-Encoding", accept, "If-None-Match", "*")
+				s.want(304, "GET", "/blob/k", nil, "Accept-Encoding", accept, "If-Modified-Since", resp.Header.Get("Last-Modified"))
+				resp, _ := s.want(412, "GET", "/blob/k", nil, "Accept-Encoding", accept, "If-Match", `"x"`)
+				if resp.Header.Get("Content-Encoding") != "" || resp.Header.Get("ETag") != "" {
+					t.Errorf("412: %v", resp.Header)
+				}
+				resp, got := s.want(200, "GET", "/blob/k", nil, "Accept-Encoding", accept, "If-None-Match", `"x"`, "If-Modified-Since", resp.Header.Get("Date"))
+				if (resp.Header.Get("Content-Encoding") == "gzip") != (accept == "gzip") || accept != "gzip" && !bytes.Equal(got, c.body) {
+					t.Errorf("200: %v", resp.Header)
+				}
+			}
+		}
+		// Off means off.
+		off := newTestServer(t, func(c *config) { c.StorageCompression = storage })
+		off.put("k", prose(5000, 1), "Content-Type", "text/plain")
+		if resp, got := off.want(200, "GET", "/blob/k", nil, "Accept-Encoding", "gzip"); resp.Header.Get("Content-Encoding")+resp.Header.Get("Vary") != "" || !bytes.Equal(got, prose(5000, 1)) {
+			t.Errorf("with output_compression off: %v", resp.Header)
+		}
+	}
+}
+
+func FuzzFields(f *testing.F) {
+	for _, seed := range []string{"*", `"a", W/"b"`, "sha-256=:AAAA:", "gzip;q=0.5, *;q=0", "90s", "1.5h", ""} {
+		f.Add(seed)
+	}
+	sum := [sha256.Size]byte{1}
+	f.Fuzz(func(t *testing.T, value string) {
+		b := &blob{sum: sum}
+		plain, _ := b.etags()
+		if list, err := tagsOf(http.Header{"If-Match": {value}}, "If-Match"); err == nil {
+			// What is accepted says the same when each tag has a line of its own.
+			again, err := tagsOf(http.Header{"If-Match": list}, "If-Match")
+			if err != nil || !slices.Equal(list, again) {
+				t.Errorf("%q: %q, then %q, %v", value, list, again, err)
+			}
+			if found := list.find(b); (found != "") != slices.ContainsFunc(list, func(tag string) bool { return tag == "*" || strings.HasPrefix(tag, plain[:65]) && found != "" }) {
+				t.Errorf("%q: found %q", value, found)
+			}
+		}
+		if sums, err := digestsOf(http.Header{"Repr-Digest": {value}}); err == nil {
+			for _, sum := range sums {
+				if len(sum) != sha256.Size || !strings.Contains(value, "sha-256=:") {
+					t.Errorf("%q: %x", value, sum)
+				}
+			}
+		}
+		if acceptsGzip(http.Header{"Accept-Encoding": {value}}) && !strings.Contains(strings.ToLower(value), "gzip") && !strings.Contains(value, "*") {
+			t.Errorf("%q accepts gzip", value)
+		}
+		if ttl, err := ttlOf(&http.Request{URL: &url.URL{RawQuery: url.Values{"ttl": {value}}.Encode()}}); err == nil && (ttl <= 0 || ttl > maxTTL) {
+			t.Errorf("%q: %v", value, ttl)
+		}
+	})
+}
+
+func FuzzCodec(f *testing.F) {
+	f.Add([]byte("text text text"), 1)
+	f.Add(prose(1000, 1), 300)
+	f.Fuzz(func(t *testing.T, seed []byte, repeat int) {
+		chunk := bytes.Repeat(seed, 1+min(max(repeat, 0), chunkSize)/(len(seed)+1))
+		chunk = chunk[:min(len(chunk), chunkSize)]
+		data := deflate(chunk)
+		got, err := inflate(nil, data, int64(len(chunk)))
+		if err != nil || !bytes.Equal(got, chunk) {
+			t.Errorf("%d bytes, %v, want %d", len(got), err, len(chunk))
+		}
+		compressible(chunk)
+		if _, err := inflate(nil, data, int64(len(chunk))+1); !errors.Is(err, errCorrupt) {
+			t.Errorf("one byte more than there is: %v", err)
+		}
+		if len(chunk) > 0 {
+			if _, err := inflate(nil, data, int64(len(chunk))-1); !errors.Is(err, errCorrupt) {
+				t.Errorf("one byte less than there is: %v", err)
+			}
+		}
+		inflate(nil, seed, int64(min(max(repeat, 0), chunkSize))) // whatever it is, no panic
+	})
 }
 
 func FuzzRange(f *testing.F) {
@@ -1726,54 +2498,181 @@ func TestModel(t *testing.T) {
 		*seed = rand.Uint64()
 	}
 	t.Logf("-seed %d", *seed)
-	for _, async := range []bool{false, true} {
-		for _, shards := range []int64{1, 4} {
-			rnd := rand.New(rand.NewPCG(*seed, uint64(shards)))
-			cfg := testConfig(t, func(c *config) { c.AsyncWrite, c.NumShards, c.BatchSize = async, shards, 1+rnd.Int64N(8) })
-			s := serveConfig(t, cfg, stallTimeout)
-			model, versions := map[string][]byte{}, map[string]int{}
-			for range 600 {
-				key := fmt.Sprint("key", rnd.IntN(12))
-				body, exists := model[key]
-				switch rnd.IntN(8) {
-				case 0, 1, 2:
-					body = noise([]int{rnd.IntN(100), rnd.IntN(20_000), rnd.IntN(4 * chunkSize)}[rnd.IntN(3)], rnd.Uint64())
-					s.put(key, body)
-					if model[key] = body; exists {
-						versions[key]++
-					} else {
-						versions[key] = 0
-					}
-				case 3:
-					if resp, _, err := s.do("DELETE", "/blob/"+key, nil); err != nil || resp.StatusCode != 204 && resp.StatusCode != 202 {
-						t.Fatal(resp, err)
-					}
-					delete(model, key)
-				case 4:
-					from, n := rnd.IntN(len(body)+1), 1+rnd.IntN(chunkSize)
-					if to := min(from+n, len(body)); from < to {
-						if _, got := s.want(206, "GET", "/blob/"+key, nil, "Range", fmt.Sprintf("bytes=%d-%d", from, to-1)); !bytes.Equal(got, body[from:to]) {
-							t.Fatalf("range %d-%d of %q", from, to, key)
-						}
-					}
-				case 5:
-					if rnd.IntN(20) == 0 {
-						if err := s.stop(); err != nil {
-							t.Fatal(err)
-						}
-						s = serveConfig(t, cfg, stallTimeout)
-					}
-				default:
-					if !exists {
-						s.want(404, "GET", "/blob/"+key, nil)
-					} else if v := s.wantBlob(key, body).Header.Get("Blob-Version"); v != strconv.Itoa(versions[key]) {
-						t.Fatalf("%q: version %s, want %d", key, v, versions[key])
-					}
-				}
+	for i := range 8 {
+		rnd := rand.New(rand.NewPCG(*seed, uint64(i)))
+		m := &model{rnd: rnd, clock: newClock(), blobs: map[string]*modelBlob{}}
+		m.cfg = testConfig(t, func(c *config) {
+			c.AsyncWrite, c.NumShards, c.BatchSize = i&1 != 0, []int64{1, 4}[i>>1&1], 1+rnd.Int64N(8)
+			c.StorageCompression, c.OutputCompression = i&4 != 0, i&4 != 0
+		})
+		m.start(t)
+		for range 500 {
+			m.step()
+			if t.Failed() {
+				t.FailNow()
 			}
-			s.stop()
-			if got := len(verifyDir(t, cfg.DataDir)); got != len(model) {
-				t.Errorf("%d blobs, want %d", got, len(model))
+		}
+		if err := m.stop(); err != nil {
+			t.Fatal(err)
+		}
+		sums := verifyDir(t, m.cfg.DataDir)
+		for key := range m.blobs {
+			if b := m.live(key); b != nil && sums[key] != fmt.Sprintf("%x", sha256.Sum256(b.body)) {
+				t.Errorf("%q is %s", key, sums[key])
+			}
+		}
+	}
+}
+
+// model is a server and the map it is to agree with.
+type model struct {
+	*testServer
+	cfg   *config
+	rnd   *rand.Rand
+	clock *clock
+	blobs map[string]*modelBlob
+}
+
+type modelBlob struct {
+	body             []byte
+	version          int
+	created, expires int64
+}
+
+func (m *model) start(t *testing.T) { m.testServer = serveAt(t, m.cfg, stallTimeout, m.clock.now) }
+
+// live returns what is to be under key, nil for nothing.
+func (m *model) live(key string) *modelBlob {
+	if b := m.blobs[key]; b != nil && (b.expires == 0 || b.expires > m.clock.ms.Load()) {
+		return b
+	}
+	return nil
+}
+
+func (b *modelBlob) etag() string { return fmt.Sprintf(`"%x"`, sha256.Sum256(b.body)) }
+
+// condition returns a random precondition and whether it holds for b.
+func (m *model) condition(b *modelBlob) (headers []string, holds bool) {
+	tag, same := `"other"`, false
+	if b != nil && m.rnd.IntN(2) == 0 {
+		tag, same = b.etag(), true
+		if m.rnd.IntN(2) == 0 {
+			tag = strings.TrimSuffix(tag, `"`) + `-gzip"`
+		}
+	} else if m.rnd.IntN(2) == 0 {
+		tag, same = "*", b != nil
+	}
+	if m.rnd.IntN(2) == 0 {
+		return []string{"If-Match", tag}, same
+	}
+	return []string{"If-None-Match", tag}, !same
+}
+
+// step does one operation on both.
+func (m *model) step() {
+	t, rnd := m.t, m.rnd
+	t.Helper()
+	key := fmt.Sprint("key/", rnd.IntN(12))
+	b, now := m.live(key), m.clock.ms.Load()
+	accepted := func(committed int) int {
+		if m.cfg.AsyncWrite {
+			return 202
+		}
+		return committed
+	}
+	switch rnd.IntN(12) {
+	case 0, 1, 2, 3:
+		size := []int{rnd.IntN(100), rnd.IntN(20_000), rnd.IntN(4 * chunkSize)}[rnd.IntN(3)]
+		body := prose(size, rnd.Uint64())
+		if rnd.IntN(2) == 0 {
+			body = noise(size, rnd.Uint64())
+		}
+		status, headers, path, expires := accepted(201), []string{"Content-Type", "text/plain"}, "/blob/"+key, int64(0)
+		if rnd.IntN(3) == 0 {
+			condition, holds := m.condition(b)
+			headers = append(headers, condition...)
+			if status = 201; !holds {
+				status = 412
+			}
+		}
+		if rnd.IntN(3) == 0 {
+			ttl := 1 + rnd.IntN(60)
+			path, expires = fmt.Sprintf("%s?ttl=%d", path, ttl), now+int64(ttl)*1000
+		}
+		m.want(status, "PUT", path, body, headers...)
+		if status == 412 {
+			return
+		}
+		next := &modelBlob{body, 0, now, expires}
+		if b != nil {
+			next.version, next.created = b.version+1, b.created
+		}
+		m.blobs[key] = next
+	case 4:
+		status, headers := accepted(204), []string(nil)
+		if rnd.IntN(2) == 0 {
+			var holds bool
+			headers, holds = m.condition(b)
+			if status = 204; !holds {
+				status = 412
+			}
+		}
+		if m.want(status, "DELETE", "/blob/"+key, nil, headers...); status != 412 {
+			delete(m.blobs, key)
+		}
+	case 5:
+		if b == nil || len(b.body) == 0 {
+			return
+		}
+		from := rnd.IntN(len(b.body))
+		to := min(from+rnd.IntN(chunkSize), len(b.body)-1)
+		if _, got := m.want(206, "GET", "/blob/"+key, nil, "Range", fmt.Sprintf("bytes=%d-%d", from, to)); !bytes.Equal(got, b.body[from:to+1]) {
+			t.Errorf("range %d-%d of %q", from, to, key)
+		}
+	case 6: // the listing, which also waits for what is queued before the time changes
+		var want []string
+		for key := range m.blobs {
+			if m.live(key) != nil {
+				want = append(want, key)
+			}
+		}
+		slices.Sort(want)
+		if got := m.listAll("key/", 1+rnd.IntN(12)); !slices.Equal(got, want) {
+			t.Errorf("listed %q, want %q", got, want)
+		}
+		m.clock.advance(time.Duration(rnd.IntN(20)) * time.Second)
+	case 7:
+		if rnd.IntN(20) == 0 {
+			if err := m.stop(); err != nil {
+				t.Fatal(err)
+			}
+			m.cfg.StorageCompression = rnd.IntN(2) == 0
+			m.start(t.(*testing.T))
+		}
+	case 8:
+		if b == nil {
+			return
+		}
+		resp, got := m.want(200, "GET", "/blob/"+key, nil, "Accept-Encoding", "gzip")
+		if resp.Header.Get("Content-Encoding") == "gzip" {
+			got = unzip(t, got)
+		}
+		if !bytes.Equal(got, b.body) {
+			t.Errorf("%q with gzip: %d bytes, want %d", key, len(got), len(b.body))
+		}
+	default:
+		if b == nil {
+			m.want(404, "GET", "/blob/"+key, nil)
+			return
+		}
+		h := m.wantBlob(key, b.body).Header
+		want := map[string]string{"Blob-Version": strconv.Itoa(b.version), "Blob-Created": stamp(b.created), "Blob-Expires": "", "Etag": b.etag()}
+		if b.expires != 0 {
+			want["Blob-Expires"] = stamp(b.expires)
+		}
+		for name, value := range want {
+			if h.Get(name) != value {
+				t.Errorf("%q: %s %s, want %s", key, name, h.Get(name), value)
 			}
 		}
 	}
