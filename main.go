@@ -3016,21 +3016,16 @@ func (w *writer) forget(old *blob) error {
 	return err
 }
 
-// expire deletes some blobs whose time has come and returns how many.
-func (w *writer) expire() (n int64, err error) {
+// expire deletes some blobs whose time has come.
+func (w *writer) expire() error {
 	now := w.now().UnixMilli()
-	err = w.inTransaction(func() error {
+	return w.inTransaction(func() error {
 		if _, err := w.orphanExpired.Exec(now, sweepRows); err != nil {
 			return err
 		}
-		r, err := w.dropExpired.Exec(now, sweepRows)
-		if err != nil {
-			return err
-		}
-		n, err = r.RowsAffected()
+		_, err := w.dropExpired.Exec(now, sweepRows)
 		return err
 	})
-	return n, err
 }
 
 // sweep deletes a few chunks of an orphan, and the orphan with its last. It
@@ -3481,8 +3476,8 @@ func (st *store) upkeep() {
 
 // expiring reports whether some blob's time has come.
 func (s *shard) expiring() (due bool) {
-	err := s.due.QueryRow(s.store.now().UnixMilli()).Scan(&due)
-	return due || err != nil // tidy will see the error, too
+	s.note(s.due.QueryRow(s.store.now().UnixMilli()).Scan(&due)) // on an error: not now
+	return due
 }
 
 // tidy deletes what has expired, sweeps the shard's orphans and returns its free pages to the file
@@ -3494,8 +3489,8 @@ func (s *shard) tidy(pressed bool) error {
 			return err
 		}
 	}
-	for n := int64(sweepRows); n == sweepRows; {
-		if err := s.slice(func(w *writer) (err error) { n, err = w.expire(); return err }); err != nil {
+	for s.expiring() {
+		if err := s.slice((*writer).expire); err != nil {
 			return err
 		}
 	}
