@@ -15,6 +15,8 @@ A session, with the server started by "go run ." in another terminal:
 	$ curl -o copy.jpg localhost:3000/blob/photos/cat.jpg
 	$ curl -r 0-99 localhost:3000/blob/photos/cat.jpg | wc -c
 	100
+	$ curl 'localhost:3000/blob/?prefix=photos/&limit=100'
+	$ curl -T note.txt -H 'If-None-Match: *' 'localhost:3000/blob/note.txt?ttl=1h'
 	$ curl -X DELETE localhost:3000/blob/photos/cat.jpg
 
 A key is the rest of the path after /blob/, percent-decoded: 1 to 1,024 bytes
@@ -23,6 +25,18 @@ answer 201, GET and HEAD read it, whole or in ranges, DELETE removes it and
 answers 204. An answer of 201 or 204 means that the write is committed and,
 with durability = "full", synced to disk. With async_write the answer is 202:
 the write is queued, and whatever reads the key next waits for it.
+
+A write may ask for more: If-Match and If-None-Match, decided where the write is
+committed, so that of many creators of a key one wins (the others get 412 and
+change nothing); Repr-Digest or Content-Digest with the body's SHA-256, and a
+body that differs is refused; ?ttl= with a duration or whole seconds, after which
+the blob is gone and its space reclaimed. GET /blob/ lists keys in order, with
+prefix, after and limit; the answer's "next" is the "after" of the next page.
+
+With storage_compression a blob that gets smaller by it lies deflated, with
+output_compression clients that accept gzip get it as it lies. Neither changes
+what a client reads: ranges, the digest and the plain ETag are of the content as
+it came.
 
 Configuration is one TOML file (see config.toml.example), every key of which
 can also be given as BLOBNOM_<KEY> in the environment.
@@ -35,12 +49,14 @@ socket to the disk:
 	Configuration   file, environment, defaults
 	HTTP server     routes, the error-to-status switch, deadlines, shutdown
 	Handlers        one function per request
-	Store           the data directory: which shard has a key
+	Fields          what its headers and its query ask for
+	Store           the data directory: which shard has a key; listings
 	Shard           one database: reads, and one PUT as seen by its request
 	Batcher         one goroutine per shard groups writes into transactions
 	Writer          the SQL of those writes
+	Codec           content deflated, and sent as it lies
 	Cache, content  what readers hold on to
-	Upkeep          reclaiming space, surviving a full disk
+	Upkeep          expiry, reclaiming space, surviving a full disk
 */
 package main
 
@@ -1262,6 +1278,7 @@ func (s *server) about(w *response, r *http.Request) error {
 		"  curl -o FILE "+base+"KEY          fetch\n"+
 		"  curl -I "+base+"KEY               size, type, ETag, dates\n"+
 		"  curl -r 0-99 "+base+"KEY          the first 100 bytes\n"+
+		"  curl '"+base+"?prefix=P'        list, a page at a time\n"+
 		"  curl -X DELETE "+base+"KEY        delete\n\n"+
 		"A KEY may have slashes. /healthz says whether the process answers, /readyz whether every shard works.\n")
 	return nil
