@@ -61,6 +61,7 @@ socket to the disk:
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"compress/flate"
@@ -175,6 +176,7 @@ const (
 	sweepInterval   = time.Second
 	reserveInterval = 100 * time.Millisecond // between attempts to have the reserve back
 	progressGrain   = 60                     // deadlines are moved at most this often per stallTimeout
+	writePiece      = 32 << 10               // after which they may be moved
 )
 
 // kind is an error that means something to a client: the one place where an
@@ -630,9 +632,11 @@ func fileExists(name string) bool {
 type server struct {
 	store    *store
 	log      *slog.Logger
-	compress bool           // answers, for clients that accept it
-	stall    time.Duration  // without progress a client is cut off
-	requests sync.WaitGroup // handlers running
+	compress bool          // answers, for clients that accept it
+	stall    time.Duration // without progress a client is cut off
+
+	running sync.RWMutex // held for reading by every handler
+	closed  bool         // no handler is to begin; guarded by running
 }
 
 func newServer(cfg *config, st *store, log *slog.Logger) *server {
@@ -731,47 +735,62 @@ func publicText(err error) string {
 type handler func(w *response, r *http.Request) error
 
 // response notes what was answered, for the log and so that an error after
-// the first byte is not appended to half a blob. While it is guarded, an
-// answer of 412 or 416, which http.ServeContent makes, is kept in refused.
+// the first byte is not appended to half a blob. It keeps the deadlines of the
+// connection moving while bytes flow, so that a client is cut off a stall after
+// its last progress and not before.
 type response struct {
 	http.ResponseWriter
-	status  int
-	bytes   int64
-	guarded bool
-	refused error
+	status int
+	bytes  int64
+	stall  time.Duration
+	moved  atomic.Int64 // Unix nanoseconds when the deadlines were
+	ranged bool         // http.ServeContent is at work: its 416 becomes ours
+}
+
+// made notes progress, of the client or of the answer. Any goroutine may call
+// it; errors are left to the read or write that follows.
+func (w *response) made() {
+	now := time.Now()
+	if now.UnixNano()-w.moved.Load() < int64(w.stall/progressGrain) {
+		return
+	}
+	w.moved.Store(now.UnixNano())
+	rc := http.NewResponseController(w.ResponseWriter)
+	rc.SetReadDeadline(now.Add(w.stall))
+	rc.SetWriteDeadline(now.Add(w.stall))
 }
 
 func (w *response) WriteHeader(status int) {
-	switch {
-	case w.guarded && status == http.StatusPreconditionFailed:
-		w.refused = errCondition
+	if w.ranged && status == http.StatusRequestedRangeNotSatisfiable {
 		return
-	case w.guarded && status == http.StatusRequestedRangeNotSatisfiable:
-		w.refused = errRange
-		return
-	case w.status == 0 && status >= 200:
+	}
+	if w.status == 0 && status >= 200 {
+		w.made() // who waited long for its turn has all the time to read the answer
 		w.status = status
 	}
 	w.ResponseWriter.WriteHeader(status)
 }
 
-func (w *response) Write(p []byte) (int, error) {
-	if w.guarded && w.refused != nil {
+func (w *response) Write(p []byte) (n int, err error) {
+	if w.ranged && w.status == 0 { // the text of the 416
 		return len(p), nil
 	}
 	if w.status == 0 {
 		w.status = http.StatusOK
 	}
-	n, err := w.ResponseWriter.Write(p)
-	w.bytes += int64(n)
-	return n, err
+	for piece := range slices.Chunk(p, writePiece) {
+		w.made()
+		m, err := w.ResponseWriter.Write(piece)
+		n, w.bytes = n+m, w.bytes+int64(m)
+		if err != nil {
+			return n, fmt.Errorf("%w: %w", errClientGone, err)
+		}
+	}
+	return n, nil
 }
 
 // ReadFrom keeps net/http's pooled copy buffers in reach of io.Copy.
 func (w *response) ReadFrom(r io.Reader) (int64, error) {
-	if w.status == 0 {
-		w.status = http.StatusOK
-	}
 	n, err := io.Copy(w.ResponseWriter, r)
 	w.bytes += n
 	return n, err
@@ -784,10 +803,11 @@ func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 // debug level and turns a panic into a logged 500.
 func (s *server) adapt(h handler) http.Handler {
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
-		s.requests.Add(1)
-		defer s.requests.Done()
-		w := &response{ResponseWriter: rw}
+		s.running.RLock()
+		defer s.running.RUnlock()
 		start := time.Now()
+		w := &response{ResponseWriter: rw, stall: s.stall}
+		w.moved.Store(start.UnixNano())
 		defer func() {
 			if v := recover(); v == http.ErrAbortHandler {
 				panic(v)
@@ -795,7 +815,11 @@ func (s *server) adapt(h handler) http.Handler {
 				s.fail(w, r, fmt.Errorf("panic: %v\n%s", v, debug.Stack()))
 			}
 		}()
-		if err := h(w, r); err != nil {
+		err := error(errStopping)
+		if !s.closed {
+			err = h(w, r)
+		}
+		if err != nil {
 			s.fail(w, r, err)
 		}
 		if s.log.Enabled(r.Context(), slog.LevelDebug) {
@@ -843,7 +867,7 @@ func writeText(w http.ResponseWriter, status int, text string) {
 // handlers. stop releases the signal handler, so that a second signal kills.
 func (s *server) serve(ctx context.Context, stop func(), ln net.Listener) error {
 	// ReadTimeout and WriteTimeout are the first stallTimeout of a request,
-	// set by net/http at no extra cost; progress moves them on from there.
+	// set by net/http at no extra cost; response.made moves them on from there.
 	hs := &http.Server{
 		Handler:           s.routes(),
 		ReadHeaderTimeout: headerTimeout,
@@ -873,8 +897,11 @@ func (s *server) serve(ctx context.Context, stop func(), ln net.Listener) error 
 		s.log.Warn("requests cut off", "after", drainTimeout)
 		hs.Close()
 	}
-	<-failed // http.ErrServerClosed
-	s.requests.Wait()
+	<-failed       // http.ErrServerClosed
+	s.store.halt() // nobody is to wait any more
+	s.running.Lock()
+	s.closed = true
+	s.running.Unlock()
 	return err
 }
 
@@ -887,11 +914,12 @@ func (s *server) serve(ctx context.Context, stop func(), ln net.Listener) error 
 // uncorks before it returns.
 type corkedConn struct {
 	net.Conn
-	corked bool
-	held   []byte
+	corked *bufio.Writer // nil: not corked
 }
 
 const corkBytes = 64 << 10
+
+var corks = sync.Pool{New: func() any { return bufio.NewWriterSize(nil, corkBytes) }}
 
 type connKey struct{}
 
@@ -902,33 +930,22 @@ func cork(r *http.Request) (uncork func()) {
 	if !ok || r.ProtoMajor != 1 {
 		return func() {}
 	}
-	c.corked = true
+	w := corks.Get().(*bufio.Writer)
+	w.Reset(c.Conn)
+	c.corked = w
 	return func() {
-		if c.uncork() != nil {
+		c.corked = nil
+		if w.Flush() != nil {
 			c.Close() // else the next answer would follow a part of this one
 		}
+		w.Reset(nil)
+		corks.Put(w)
 	}
-}
-
-func (c *corkedConn) uncork() error {
-	c.corked = false
-	if len(c.held) == 0 {
-		return nil
-	}
-	_, err := c.Conn.Write(c.held)
-	c.held = c.held[:0]
-	return err
 }
 
 func (c *corkedConn) Write(p []byte) (int, error) {
-	if c.corked && len(c.held)+len(p) <= corkBytes {
-		c.held = append(c.held, p...)
-		return len(p), nil
-	}
-	if c.corked {
-		if err := c.uncork(); err != nil {
-			return 0, err
-		}
+	if c.corked != nil {
+		return c.corked.Write(p)
 	}
 	return c.Conn.Write(p)
 }
@@ -953,30 +970,6 @@ func (l corkedListener) Accept() (net.Conn, error) {
 	return &corkedConn{Conn: c}, nil
 }
 
-// progress moves the deadlines of a request's connection while bytes flow, so
-// that a client is cut off a stall after its last progress and not before. One
-// goroutine at a time may use it.
-type progress struct {
-	rc    *http.ResponseController
-	stall time.Duration
-	moved time.Time
-}
-
-func (s *server) newProgress(w http.ResponseWriter) *progress {
-	return &progress{http.NewResponseController(w), s.stall, time.Now()}
-}
-
-// made notes progress. Errors are left to the read or write that follows.
-func (p *progress) made() {
-	now := time.Now()
-	if now.Sub(p.moved) < p.stall/progressGrain {
-		return
-	}
-	p.moved = now
-	p.rc.SetReadDeadline(now.Add(p.stall))
-	p.rc.SetWriteDeadline(now.Add(p.stall))
-}
-
 // ============================================================================
 // Handlers
 //
@@ -985,20 +978,21 @@ func (p *progress) made() {
 // than success are errors for the adapter.
 // ============================================================================
 
-// keyOf returns the request's key, checked.
-func keyOf(r *http.Request) (string, error) {
-	key := r.PathValue("key")
+// locate returns the request's key, checked, and its shard.
+func (s *server) locate(r *http.Request) (key string, sh *shard, err error) {
+	key = r.PathValue("key")
 	switch {
 	case key == "":
-		return "", fmt.Errorf("%w: the key is empty", errBadRequest)
+		return "", nil, fmt.Errorf("%w: the key is empty", errBadRequest)
 	case len(key) > maxKeyBytes:
-		return "", fmt.Errorf("%w: the key has %d bytes, at most %d are allowed", errBadRequest, len(key), maxKeyBytes)
+		return "", nil, fmt.Errorf("%w: the key has %d bytes, at most %d are allowed", errBadRequest, len(key), maxKeyBytes)
 	case !utf8.ValidString(key):
-		return "", fmt.Errorf("%w: the key is not valid UTF-8", errBadRequest)
+		return "", nil, fmt.Errorf("%w: the key is not valid UTF-8", errBadRequest)
 	case strings.ContainsRune(key, 0):
-		return "", fmt.Errorf("%w: the key has a NUL byte", errBadRequest)
+		return "", nil, fmt.Errorf("%w: the key has a NUL byte", errBadRequest)
 	}
-	return key, nil
+	sh, err = s.store.shardOf(key)
+	return key, sh, err
 }
 
 // etags returns the entity tags of b's content: as it is, and as it is sent
@@ -1053,72 +1047,131 @@ func (b *blob) setHeader(h http.Header) {
 	h["Content-Security-Policy"] = sandbox
 }
 
-// getBlob serves GET and HEAD. http.ServeContent decides on dates and ranges
-// and pulls the content, which holds no connection between chunks.
+// getBlob serves GET and HEAD. The content holds no connection between
+// chunks; http.ServeContent takes the ranges out of it.
 func (s *server) getBlob(w *response, r *http.Request) error {
-	key, err := keyOf(r)
+	key, sh, err := s.locate(r)
 	if err != nil {
 		return err
 	}
-	c, err := s.store.shardOf(key).read(key, r.Method == http.MethodHead)
+	c, err := sh.read(key, r.Method == http.MethodHead)
 	if err != nil {
 		return err
 	}
 	defer c.close()
 	b, h := c.blob, w.Header()
 	if b.size > smallBody {
-		c.progress = s.newProgress(w)
+		c.made = w.made
 	}
 	// net/http refuses units it does not know, and makes bytes 0--1/0 of nothing.
-	if !strings.HasPrefix(r.Header.Get("Range"), "bytes=") || b.size == 0 {
-		r.Header.Del("Range")
+	whole := !strings.HasPrefix(r.Header.Get("Range"), "bytes=") || b.size == 0
+	zipped := s.compress && whole && b.zips() && acceptsGzip(r.Header)
+	conditions, _ := conditionsOf(r.Header) // a malformed one is ignored
+	if err := conditions.refuse(b); err != nil {
+		return err
 	}
-	whole := r.Header.Get("Range") == ""
-	var body interface {
-		io.ReadSeeker
-		load(seq int64) error
-	} = c
-	if s.compress && whole && b.zips() && acceptsGzip(r.Header) {
-		body = &zipped{content: c}
+	if tag := conditions.known(b, zipped); tag != "" {
+		b.setHeader(h)
+		h.Set("Etag", tag)
+		h.Del("Content-Type")
+		if zipped {
+			h.Set("Vary", "Accept-Encoding")
+		}
+		w.WriteHeader(http.StatusNotModified)
+		return nil
 	}
+	defer cork(r)()
+	switch {
+	case zipped:
+		err = c.sendZipped(w, r.Method == http.MethodHead)
+	default:
+		err = c.sendRange(w, r, whole)
+	}
+	if err == nil {
+		http.NewResponseController(w).Flush() // into the cork; a client that is gone needs no answer
+	}
+	return err
+}
+
+// sendRange answers with the content as it is, or with what a Range asks for.
+func (c *content) sendRange(w *response, r *http.Request, whole bool) error {
+	b := c.blob
 	if whole && r.Method == http.MethodGet && (b.chunked() || b.codec != identity) {
-		if err := body.load(0); err != nil { // while it can still be a 500
+		if err := c.load(0); err != nil { // while it can still be a 500
 			return err
 		}
 	}
-	b.setHeader(h)
-	if body != io.ReadSeeker(c) {
-		_, tag := b.etags()
-		h.Set("Etag", tag)
-		h.Set("Content-Encoding", "gzip")
-		h.Set("Vary", "Accept-Encoding") // what goes out as it is suits every client, and every cache
-		h.Del("Repr-Digest")             // which is that of the content as it is
-		if b.codec == deflated {
-			h.Set("Content-Length", strconv.FormatInt(b.zippedSize(), 10))
-		}
+	for _, name := range conditionHeaders { // decided
+		delete(r.Header, name)
 	}
-	if tag := settleTags(r.Header, b); tag != "" {
-		h.Set("Etag", tag)
+	if whole {
+		delete(r.Header, "Range")
 	}
-	defer cork(r)()
-	w.guarded = true
-	http.ServeContent(w, r, "", time.UnixMilli(b.updated), body)
-	w.guarded = false
-	if w.refused != nil {
-		for _, name := range append(headerNames[:], "Content-Encoding", "Vary", "Last-Modified", "Accept-Ranges") {
-			h.Del(name)
-		}
-	}
-	if err := cmp.Or(w.refused, c.close()); err != nil {
+	b.setHeader(w.Header())
+	w.ranged = true
+	http.ServeContent(w, r, "", time.UnixMilli(b.updated), c)
+	w.ranged = false
+	if err := c.close(); err != nil || w.status != 0 {
 		return err
 	}
-	http.NewResponseController(w).Flush() // into the cork; a client that is gone needs no answer
+	for _, name := range append(headerNames[:], "Last-Modified", "Accept-Ranges") {
+		w.Header().Del(name)
+	}
+	return errRange
+}
+
+// sendZipped answers with the content as one gzip member. Its chunks go out as
+// they lie when they lie deflated, else they are deflated here.
+func (c *content) sendZipped(w *response, headOnly bool) error {
+	b, h := c.blob, w.Header()
+	crc, piece := b.crc, []byte(gzipHeader)
+	for seq := range b.lastSeq() + 1 {
+		if !headOnly {
+			err := c.fetch(seq, func(data []byte) error {
+				if b.codec == identity {
+					crc = crc32.Update(crc, crc32.IEEETable, data)
+					data = deflate(data)
+				}
+				piece = append(piece, data...)
+				return nil
+			})
+			if err != nil {
+				return err
+			}
+		}
+		if seq == 0 { // nothing can be said before the first chunk is at hand
+			_, tag := b.etags()
+			b.setHeader(h)
+			h.Set("Etag", tag)
+			h.Set("Content-Encoding", "gzip")
+			h.Set("Vary", "Accept-Encoding") // what goes out as it is suits every client, and every cache
+			h.Set("Last-Modified", time.UnixMilli(b.updated).UTC().Format(http.TimeFormat))
+			h.Set("Accept-Ranges", "bytes")
+			h.Del("Repr-Digest") // which is that of the content as it is
+			if b.codec == deflated {
+				h.Set("Content-Length", strconv.FormatInt(b.stored+gzipOverhead, 10))
+			}
+			w.WriteHeader(http.StatusOK)
+		}
+		if headOnly {
+			return nil
+		}
+		if seq == b.lastSeq() {
+			piece = append(piece, gzipEnd...)
+			piece = binary.LittleEndian.AppendUint32(piece, crc)
+			piece = binary.LittleEndian.AppendUint32(piece, uint32(b.size))
+		}
+		if _, err := w.Write(piece); err != nil {
+			return err
+		}
+		piece = piece[:0]
+	}
 	return nil
 }
 
 // putBlob serves PUT and POST.
 func (s *server) putBlob(w *response, r *http.Request) error {
-	key, err := keyOf(r)
+	key, sh, err := s.locate(r)
 	if err != nil {
 		return err
 	}
@@ -1140,11 +1193,11 @@ func (s *server) putBlob(w *response, r *http.Request) error {
 	if p.sums, err = digestsOf(r.Header); err != nil {
 		return err
 	}
-	body := &upload{body: r.Body, limit: s.store.maxBlob, progress: s.newProgress(w)}
+	body := &upload{body: r.Body, limit: s.store.maxBlob, made: w.made}
 	if r.ContentLength > body.limit {
 		return body.tooLarge()
 	}
-	b, queued, err := s.store.shardOf(key).put(key, body, p)
+	b, queued, err := sh.put(key, body, p)
 	if err != nil {
 		return err
 	}
@@ -1160,7 +1213,7 @@ func (s *server) putBlob(w *response, r *http.Request) error {
 // deleteBlob serves DELETE. Whether the key existed makes no difference,
 // unless a precondition says so.
 func (s *server) deleteBlob(w *response, r *http.Request) error {
-	key, err := keyOf(r)
+	key, sh, err := s.locate(r)
 	if err != nil {
 		return err
 	}
@@ -1168,7 +1221,7 @@ func (s *server) deleteBlob(w *response, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	queued, err := s.store.shardOf(key).remove(key, c)
+	queued, err := sh.remove(key, c)
 	if err != nil {
 		return err
 	}
@@ -1205,7 +1258,6 @@ func (s *server) listBlobs(w *response, r *http.Request) error {
 	if !utf8.ValidString(prefix) || !utf8.ValidString(from) {
 		return fmt.Errorf("%w: prefix or after is not valid UTF-8", errBadRequest)
 	}
-	progress := s.newProgress(w)
 	for separator := "\n"; ; {
 		page, more, err := s.store.list(prefix, from, min(left, pagePiece))
 		if err != nil {
@@ -1221,9 +1273,8 @@ func (s *server) listBlobs(w *response, r *http.Request) error {
 			if err != nil {
 				return err
 			}
-			progress.made()
 			if _, err := fmt.Fprintf(w, "%s%s", separator, text); err != nil {
-				return fmt.Errorf("%w: %w", errClientGone, err)
+				return err
 			}
 			separator = ",\n"
 		}
@@ -1247,10 +1298,10 @@ func (s *server) listBlobs(w *response, r *http.Request) error {
 // upload is a request body that keeps the deadlines moving, stops at limit and
 // tells a client's failure from ours.
 type upload struct {
-	body     io.Reader
-	limit    int64
-	n        int64
-	progress *progress
+	body  io.Reader
+	limit int64
+	n     int64
+	made  func()
 }
 
 func (u *upload) Read(p []byte) (int, error) {
@@ -1259,7 +1310,7 @@ func (u *upload) Read(p []byte) (int, error) {
 		return n, u.tooLarge()
 	}
 	if n > 0 {
-		u.progress.made()
+		u.made()
 	}
 	if err != nil && err != io.EOF {
 		err = fmt.Errorf("%w: %w", errClientGone, err)
@@ -1392,6 +1443,9 @@ func tagsOf(h http.Header, name string) (list tags, err error) {
 
 // find returns the tag of t that names the content of b, "" when none does.
 func (t tags) find(b *blob) string {
+	if t == nil {
+		return ""
+	}
 	plain, zipped := b.etags()
 	for _, tag := range t {
 		if tag == "*" || tag == plain || tag == zipped {
@@ -1401,74 +1455,85 @@ func (t tags) find(b *blob) string {
 	return ""
 }
 
-// settleTags rewrites the tags of a read of b for http.ServeContent, which
-// knows one tag and one line of them: "*" for those that name the content, ""
-// for those that do not, nothing for what is malformed. For an answer of 304 it
-// returns the tag by which the client knows the content.
-func settleTags(h http.Header, b *blob) (known string) {
-	for _, name := range []string{"If-Match", "If-None-Match"} {
-		if len(h[name]) == 0 {
-			continue
-		}
-		list, err := tagsOf(h, name)
-		found := list.find(b)
-		switch {
-		case err != nil:
-			h.Del(name)
-		case found != "":
-			h.Set(name, "*")
-		default:
-			h.Set(name, `""`)
-		}
-		if name == "If-None-Match" && found != "*" {
-			known = found
-		}
-	}
-	return known
-}
+// conditionHeaders are decided here, on reads and on writes; If-Range, which
+// asks for a part or the whole, is left to http.ServeContent.
+var conditionHeaders = []string{"If-Match", "If-None-Match", "If-Unmodified-Since", "If-Modified-Since"}
 
-// conditions are the preconditions of a write.
+// conditions are the preconditions of a request.
 type conditions struct {
-	match, noneMatch tags  // nil: none
-	unmodified       int64 // Unix seconds; 0: none
+	match, noneMatch     tags      // nil: none
+	unmodified, modified time.Time // since; zero: none
 }
 
-// conditionsOf parses the preconditions in h, nil when there are none.
+// conditionsOf parses the preconditions in h, nil when there are none. An
+// error names one that is malformed; without it the others are returned.
 func conditionsOf(h http.Header) (c *conditions, err error) {
-	c = &conditions{}
-	if c.match, err = tagsOf(h, "If-Match"); err != nil {
-		return nil, err
-	}
-	if c.noneMatch, err = tagsOf(h, "If-None-Match"); err != nil {
-		return nil, err
-	}
-	if since := h.Get("If-Unmodified-Since"); since != "" && c.match == nil {
-		t, err := http.ParseTime(since)
-		if err != nil {
-			return nil, fmt.Errorf("%w: If-Unmodified-Since is no HTTP date", errBadRequest)
-		}
-		c.unmodified = t.Unix()
-	}
-	if c.match == nil && c.noneMatch == nil && c.unmodified == 0 {
+	if !slices.ContainsFunc(conditionHeaders, func(name string) bool { return len(h[name]) > 0 }) {
 		return nil, nil
 	}
-	return c, nil
+	c = &conditions{}
+	c.match, err = tagsOf(h, "If-Match")
+	noneMatch, err2 := tagsOf(h, "If-None-Match")
+	unmodified, err3 := dateOf(h, "If-Unmodified-Since")
+	c.noneMatch, err = noneMatch, cmp.Or(err, err2, err3)
+	if c.match == nil { // a tag says more than a date
+		c.unmodified = unmodified
+	}
+	if c.noneMatch == nil {
+		c.modified, _ = dateOf(h, "If-Modified-Since") // means nothing on a write
+	}
+	return c, err
 }
 
-// check returns an errCondition unless c holds for b, the content that is
-// there, nil when there is none.
-func (c *conditions) check(b *blob) error {
+func dateOf(h http.Header, name string) (t time.Time, err error) {
+	if text := h.Get(name); text != "" {
+		if t, err = http.ParseTime(text); err != nil {
+			return time.Time{}, fmt.Errorf("%w: %s is no HTTP date", errBadRequest, name)
+		}
+	}
+	return t, nil
+}
+
+// refuse returns an errCondition when If-Match or If-Unmodified-Since fails for
+// b, the content that is there, nil when there is none.
+func (c *conditions) refuse(b *blob) error {
 	switch {
 	case c == nil:
 	case c.match != nil && (b == nil || c.match.find(b) == ""):
 		return fmt.Errorf("%w: If-Match does not name what is there", errCondition)
-	case c.noneMatch != nil && b != nil && c.noneMatch.find(b) != "":
-		return fmt.Errorf("%w: If-None-Match names what is there", errCondition)
-	case c.unmodified != 0 && b != nil && b.updated/1000 > c.unmodified:
+	case !c.unmodified.IsZero() && b != nil && b.modified().After(c.unmodified):
 		return fmt.Errorf("%w: it was modified since", errCondition)
 	}
 	return nil
 }
+
+// refuseWrite is refuse for a write, which If-None-Match can refuse as well.
+func (c *conditions) refuseWrite(b *blob) error {
+	if c != nil && b != nil && c.noneMatch.find(b) != "" {
+		return cmp.Or(c.refuse(b), fmt.Errorf("%w: If-None-Match names what is there", errCondition))
+	}
+	return c.refuse(b)
+}
+
+// known returns the tag by which the client of a read has the content b
+// already, "" when it does not. Where it did not say, that is the tag of the
+// answer it would get.
+func (c *conditions) known(b *blob, zipped bool) (tag string) {
+	if c == nil {
+		return ""
+	}
+	tag = c.noneMatch.find(b)
+	if tag == "*" || !c.modified.IsZero() && !b.modified().After(c.modified) {
+		plain, other := b.etags()
+		if tag = plain; zipped {
+			tag = other
+		}
+	}
+	return tag
+}
+
+// modified is when b was, in the whole seconds of an HTTP date.
+func (b *blob) modified() time.Time { return time.UnixMilli(b.updated).Truncate(time.Second) }
 
 var digest = regexp.MustCompile(`^[ \t]*([a-z*][a-z0-9_.*-]*)=:([A-Za-z0-9+/]*=*):[ \t]*$`)
 
@@ -1591,12 +1656,15 @@ type store struct {
 	reserveTried   time.Time
 
 	untidy  chan struct{} // capacity 1: some shard has something to sweep
-	stop    chan struct{} // closed by close
+	stop    chan struct{} // closed by halt
+	halt    func()        // ends upkeep and all waiting for room or for a foreign lock; may be called twice
 	stopped sync.WaitGroup
 }
 
-func (st *store) shardOf(key string) *shard {
-	return st.shards[st.hash(key)%uint64(len(st.shards))]
+// shardOf returns the shard that has key, or why it cannot be used.
+func (st *store) shardOf(key string) (*shard, error) {
+	s := st.shards[st.hash(key)%uint64(len(st.shards))]
+	return s, s.broken
 }
 
 // record is what each shard knows of its directory.
@@ -1622,6 +1690,7 @@ func openStore(cfg *config, log *slog.Logger, now func() time.Time) (_ *store, e
 		maxBlob: min(cmp.Or(cfg.MaxBlobBytes, hardMaxBlob), hardMaxBlob),
 		untidy:  make(chan struct{}, 1), stop: make(chan struct{}),
 	}
+	st.halt = sync.OnceFunc(func() { close(st.stop) })
 	st.budget = newBudget(cfg.MaxPendingBytes, queueTimeout, st.stop)
 	defer func() {
 		if err != nil {
@@ -1935,7 +2004,7 @@ func successor(key string) string { return key + "\x00" }
 // close commits what is queued and closes everything. Nothing may call the
 // store any more.
 func (st *store) close() error {
-	close(st.stop)
+	st.halt()
 	st.stopped.Wait()
 	if st.lock == nil { // not ours
 		return nil
@@ -1969,7 +2038,7 @@ func (st *store) hurry() {
 	}
 }
 
-// stopping reports whether close has been called.
+// stopping reports whether halt has been called.
 func (st *store) stopping() bool {
 	select {
 	case <-st.stop:
@@ -2143,9 +2212,6 @@ func (s *shard) health() error {
 // read returns the content under key, or errNotFound. The caller closes it.
 // headOnly leaves the content itself on the disk.
 func (s *shard) read(key string, headOnly bool) (*content, error) {
-	if s.broken != nil {
-		return nil, s.broken
-	}
 	s.batcher.settle(key)
 	if b := s.cache.get(key); b != nil {
 		return &content{shard: s, blob: b}, s.live(b)
@@ -2300,9 +2366,6 @@ type putOptions struct {
 // put stores body under key and returns what it stored, and whether that is
 // only queued. An error means that nothing a reader can see has changed.
 func (s *shard) put(key string, body io.Reader, p *putOptions) (_ *blob, queued bool, err error) {
-	if s.broken != nil {
-		return nil, false, s.broken
-	}
 	hash := sha256.New()
 	body = io.TeeReader(body, hash)
 	b := &blob{contentType: p.contentType}
@@ -2388,9 +2451,6 @@ func (s *shard) abandon(b *blob) {
 
 // remove deletes the blob under key, if there is one and c, nil for none, holds.
 func (s *shard) remove(key string, c *conditions) (queued bool, err error) {
-	if s.broken != nil {
-		return false, s.broken
-	}
 	return s.write(&op{apply: (*writer).remove, key: key, conditions: c})
 }
 
@@ -2997,7 +3057,7 @@ func (w *writer) admit(o *op, now int64) (*blob, error) {
 			live = old
 		}
 	}
-	o.refused = o.conditions.check(live)
+	o.refused = o.conditions.refuseWrite(live)
 	return old, nil
 }
 
@@ -3150,77 +3210,13 @@ func (b *blob) pack(chunk []byte) []byte {
 	return data
 }
 
+// What makes a gzip member of deflated chunks: a header without name and time,
+// an empty last block, and eight bytes of checksum and size.
 const (
-	gzipHeader = "\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff" // deflate, no name, no time
-	gzipEnd    = "\x03\x00"                                 // an empty last block; the trailer follows
+	gzipHeader   = "\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
+	gzipEnd      = "\x03\x00"
+	gzipOverhead = int64(len(gzipHeader) + len(gzipEnd) + 8)
 )
-
-// zippedSize is the size of b, when it lies deflated, as a gzip member.
-func (b *blob) zippedSize() int64 {
-	return int64(len(gzipHeader)) + b.stored + int64(len(gzipEnd)) + 8
-}
-
-// zipped is a content as one gzip member, read once from start to end. Its
-// chunks go out as they lie when they lie deflated, else they are deflated
-// here.
-type zipped struct {
-	*content
-	piece []byte // of the member
-	rest  []byte // of the piece, not read yet
-	next  int64  // chunk
-	crc   uint32
-}
-
-// load brings the piece with chunk seq, the next one, into memory.
-func (z *zipped) load(seq int64) error {
-	if len(z.rest) > 0 { // it is there
-		return nil
-	}
-	b := z.blob
-	z.piece = z.piece[:0]
-	if seq == 0 {
-		z.piece, z.crc = append(z.piece, gzipHeader...), b.crc
-	}
-	err := z.fetch(seq, func(data []byte) error {
-		if b.codec == identity {
-			z.crc = crc32.Update(z.crc, crc32.IEEETable, data)
-			data = deflate(data)
-		}
-		z.piece = append(z.piece, data...)
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	if seq == b.lastSeq() {
-		z.piece = append(z.piece, gzipEnd...)
-		z.piece = binary.LittleEndian.AppendUint32(z.piece, z.crc)
-		z.piece = binary.LittleEndian.AppendUint32(z.piece, uint32(b.size))
-	}
-	z.rest, z.next = z.piece, seq+1
-	return nil
-}
-
-func (z *zipped) Read(p []byte) (int, error) {
-	if z.progress != nil {
-		z.progress.made() // the client took the piece before
-	}
-	if len(z.rest) == 0 {
-		if z.next > z.blob.lastSeq() {
-			return 0, io.EOF
-		}
-		if z.err = z.load(z.next); z.err != nil {
-			return 0, z.err
-		}
-	}
-	n := copy(p, z.rest)
-	z.rest = z.rest[n:]
-	return n, nil
-}
-
-// Seek is what http.ServeContent measures the size with. That of a member is
-// known only when it is whole, and never sent from here.
-func (z *zipped) Seek(int64, int) (int64, error) { return math.MaxInt64, nil }
 
 // ============================================================================
 // Cache, content
@@ -3334,13 +3330,13 @@ func entryBytes(key string, b *blob) int {
 // a slow client holds neither connection nor transaction. The content of a
 // HEAD has no data and is not to be read.
 type content struct {
-	shard    *shard
-	blob     *blob
-	held     bool      // the blob's id is
-	progress *progress // nil where one write sends it all
-	offset   int64
-	chunk    []byte // chunk number seq, when not empty
-	seq      int64
+	shard  *shard
+	blob   *blob
+	held   bool   // the blob's id is
+	made   func() // notes progress; nil where one write sends it all
+	offset int64
+	chunk  []byte // chunk number seq, when not empty
+	seq    int64
 
 	// For several ranges http.ServeContent reads in a goroutine of its own,
 	// which may outlive it when the client goes away.
@@ -3370,8 +3366,8 @@ func (c *content) Read(p []byte) (int, error) {
 	if c.offset >= c.blob.size {
 		return 0, io.EOF
 	}
-	if c.progress != nil {
-		c.progress.made() // the client took the piece before
+	if c.made != nil {
+		c.made() // the client took the piece before
 	}
 	data := c.blob.data
 	if c.blob.chunked() || c.blob.codec != identity {

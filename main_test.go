@@ -231,7 +231,7 @@ func noise(n int, seed uint64) []byte {
 func (s *testServer) keyOn(shard int, name string) string {
 	for i := 0; ; i++ {
 		key := fmt.Sprintf("%s-%d", name, i)
-		if s.store.shardOf(key).index == shard {
+		if sh, _ := s.store.shardOf(key); sh.index == shard {
 			return key
 		}
 	}
@@ -1620,7 +1620,7 @@ func TestStalledClients(t *testing.T) {
 	}
 	down := dial("GET /blob/big HTTP/1.1\r\nHost: x\r\n\r\n")
 	held := func() int {
-		sh := s.store.shardOf("big")
+		sh, _ := s.store.shardOf("big")
 		sh.heldMu.Lock()
 		defer sh.heldMu.Unlock()
 		return len(sh.held)
@@ -1814,7 +1814,8 @@ func TestRefusedDirectories(t *testing.T) {
 			st, err := openStore(cfg, slog.New(slog.DiscardHandler), time.Now)
 			if err == nil {
 				if c.name != "unfinished creation" {
-					if _, err := st.shardOf("k").read("k", false); err != nil {
+					sh, _ := st.shardOf("k")
+					if _, err := sh.read("k", false); err != nil {
 						t.Error("the blob is gone:", err)
 					}
 				}
