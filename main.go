@@ -1615,7 +1615,7 @@ func (b *blob) zips() bool {
 const (
 	lockFile    = "blobnom.lock"    // an SQLite file, exclusively locked while a server runs
 	reserveFile = "blobnom.reserve" // head-room for a full disk, given up when needed
-	newSuffix   = ".new"            // of a shard that is being created
+	newDir      = "blobnom.new"     // where shards are created
 )
 
 // hashes are the placement functions; a key's shard is the value modulo
@@ -1818,50 +1818,48 @@ func readHead(path string, n int64) ([]byte, error) {
 }
 
 // finishCreation makes good for a creation that did not come to its end. As
-// long as no shard has its name, the new files may be incomplete, and go; once
-// one has, all of them are complete, and get theirs.
+// long as no shard is in its place, the new ones may be incomplete, and go; once
+// one is, all of them are complete, and follow.
 func finishCreation(dir string) error {
-	entries, err := os.ReadDir(dir)
-	if err != nil {
+	from := filepath.Join(dir, newDir)
+	entries, err := os.ReadDir(from)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	placed, err2 := os.ReadDir(dir)
+	if err := cmp.Or(err, err2); err != nil {
 		return err
 	}
-	named := slices.ContainsFunc(entries, func(e fs.DirEntry) bool { _, ok := shardIndex(e.Name()); return ok })
+	isShard := func(e fs.DirEntry) bool { _, ok := shardIndex(e.Name()); return ok && !e.IsDir() }
 	for _, e := range entries {
-		name, rest, isNew := strings.Cut(e.Name(), newSuffix)
-		if _, ok := shardIndex(name); !ok || !isNew {
-			continue
-		}
-		from, to := filepath.Join(dir, e.Name()), filepath.Join(dir, name)
-		switch {
-		case !named:
-			err = os.Remove(from)
-		case rest == "" && !fileExists(to):
-			err = os.Rename(from, to)
-		}
-		if err != nil {
-			return err
+		to := filepath.Join(dir, e.Name())
+		if isShard(e) && slices.ContainsFunc(placed, isShard) && !fileExists(to) {
+			if err := os.Rename(filepath.Join(from, e.Name()), to); err != nil {
+				return err
+			}
 		}
 	}
-	return nil
+	return os.RemoveAll(from)
 }
 
-// createShards makes a new directory's shards, all of them complete before
-// the first gets its name: see finishCreation.
+// createShards makes a new directory's shards, all of them complete before the
+// first gets its place: see finishCreation.
 func createShards(dir string, cfg *config) error {
+	from := filepath.Join(dir, newDir)
+	if err := os.Mkdir(from, 0o755); err != nil {
+		return err
+	}
 	id := rand.Text()
 	for i := range int(cfg.NumShards) {
-		if err := createShard(filepath.Join(dir, shardName(i)+newSuffix), record{cfg.NumShards, int64(i), cfg.Hash, id}); err != nil {
+		if err := createShard(filepath.Join(from, shardName(i)), record{cfg.NumShards, int64(i), cfg.Hash, id}); err != nil {
 			return err
 		}
 	}
-	for i := range int(cfg.NumShards) {
-		path := filepath.Join(dir, shardName(i))
-		if err := os.Rename(path+newSuffix, path); err != nil {
-			return err
-		}
+	if err := os.Rename(filepath.Join(from, shardName(0)), filepath.Join(dir, shardName(0))); err != nil {
+		return err
 	}
 	// Else a power loss could take the names after the first write was acknowledged.
-	return errors.Join(syncDir(dir), syncDir(filepath.Dir(dir)))
+	return errors.Join(finishCreation(dir), syncDir(dir), syncDir(filepath.Dir(dir)))
 }
 
 func createShard(path string, r record) (err error) {
@@ -2393,7 +2391,7 @@ func (s *shard) put(key string, body io.Reader, p *putOptions) (_ *blob, queued 
 	hash.Sum(b.sum[:0])
 	for _, sum := range p.sums {
 		if !bytes.Equal(sum, b.sum[:]) {
-			s.abandon(b)
+			s.unhold(b)
 			return nil, false, fmt.Errorf("%w: the body is not what its digest says: its SHA-256 is %x", errBadRequest, b.sum)
 		}
 	}
@@ -2442,8 +2440,8 @@ func (s *shard) upload(body io.Reader, buf []byte, b *blob) (last []byte, err er
 	return buf, nil
 }
 
-// abandon lets go of what was uploaded for b.
-func (s *shard) abandon(b *blob) {
+// unhold lets go of the content of b that an upload held.
+func (s *shard) unhold(b *blob) {
 	if b.chunked() {
 		s.release(b.id)
 	}
@@ -2461,7 +2459,7 @@ func (s *shard) write(o *op) (queued bool, err error) {
 	o.background = s.store.async && o.conditions == nil && !s.store.full.Load()
 	if err := s.submit(o); err != nil {
 		if o.blob != nil {
-			s.abandon(o.blob)
+			s.unhold(o.blob)
 		}
 		return false, err
 	}
@@ -2532,7 +2530,7 @@ func (s *shard) finish(o *op, err error) {
 	o.err = cmp.Or(s.note(err), o.refused)
 	s.cache.drop(o.key) // after COMMIT and before anybody is told
 	if o.blob != nil && o.key != "" {
-		s.abandon(o.blob) // published or not, it is not ours any more
+		s.unhold(o.blob) // published or not, it is not ours any more
 	}
 	switch {
 	case o.alone != nil: // upkeep's affair
@@ -2874,18 +2872,52 @@ type writer struct {
 	now   func() time.Time
 	room  func() error // whether writes other than deletes may use the disk
 
-	begin, end, rollback          *sql.Stmt
-	find, upsert, drop            *sql.Stmt
-	insertChunk, orphan, unorphan *sql.Stmt
-	isOrphan, dropChunks          *sql.Stmt
-	orphanExpired, dropExpired    *sql.Stmt
+	prepared map[string]*sql.Stmt // by text, each when first used
 }
 
-// expiredQuery finds the same rows each time within a transaction.
-const expiredQuery = `SELECT id, size FROM blobs WHERE expires_at <= ? ORDER BY expires_at, id LIMIT ?`
+// stmt returns query prepared.
+func (w *writer) stmt(query string) (*sql.Stmt, error) {
+	if s := w.prepared[query]; s != nil {
+		return s, nil
+	}
+	s, err := w.db.Prepare(query)
+	if err == nil {
+		w.prepared[query] = s
+	}
+	return s, err
+}
+
+// exec runs query and returns how many rows it changed.
+func (w *writer) exec(query string, args ...any) (int64, error) {
+	s, err := w.stmt(query)
+	if err != nil {
+		return 0, err
+	}
+	r, err := s.Exec(args...)
+	if err != nil {
+		return 0, err
+	}
+	return r.RowsAffected()
+}
+
+const (
+	findQuery = `SELECT id, size, sha256, created_at, updated_at, coalesce(expires_at, 0), version FROM blobs WHERE key = ?`
+
+	// Over a row that has chunks or expires it does nothing.
+	upsertQuery = `INSERT INTO blobs (id, key, size, sha256, codec, stored, crc32, content_type, created_at, updated_at, expires_at, version, data)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET size = excluded.size, sha256 = excluded.sha256,
+		codec = excluded.codec, stored = excluded.stored, crc32 = excluded.crc32, content_type = excluded.content_type, updated_at = excluded.updated_at,
+		expires_at = excluded.expires_at, version = version + 1, data = excluded.data WHERE size <= ? AND expires_at IS NULL`
+
+	orphanQuery   = `INSERT INTO orphans (id) VALUES (?)`
+	unorphanQuery = `DELETE FROM orphans WHERE id = ?`
+
+	// It finds the same rows each time within a transaction.
+	expiredQuery = `SELECT id, size FROM blobs WHERE expires_at <= ? ORDER BY expires_at, id LIMIT ?`
+)
 
 func openWriter(path, durability string) (_ *writer, err error) {
-	w := &writer{db: openDB(path, fmt.Sprintf("mode=rw&_pragma=busy_timeout(%d)&_pragma=synchronous(%s)&_pragma=temp_store(memory)&_pragma=journal_size_limit(%d)",
+	w := &writer{prepared: map[string]*sql.Stmt{}, db: openDB(path, fmt.Sprintf("mode=rw&_pragma=busy_timeout(%d)&_pragma=synchronous(%s)&_pragma=temp_store(memory)&_pragma=journal_size_limit(%d)",
 		busyTimeout.Milliseconds(), durability, reserveBytes))}
 	w.db.SetMaxOpenConns(1)
 	defer func() {
@@ -2899,28 +2931,6 @@ func openWriter(path, durability string) (_ *writer, err error) {
 	}
 	if v > schemaVersion {
 		return nil, fmt.Errorf("its schema is version %d, this server knows up to %d; use a newer server", v, schemaVersion)
-	}
-	for stmt, text := range map[**sql.Stmt]string{
-		&w.begin:    "BEGIN IMMEDIATE",
-		&w.end:      "COMMIT",
-		&w.rollback: "ROLLBACK",
-		&w.find:     "SELECT id, size, sha256, created_at, updated_at, coalesce(expires_at, 0), version FROM blobs WHERE key = ?",
-		&w.upsert: fmt.Sprintf(`INSERT INTO blobs (id, key, size, sha256, codec, stored, crc32, content_type, created_at, updated_at, expires_at, version, data)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET size = excluded.size, sha256 = excluded.sha256,
-			codec = excluded.codec, stored = excluded.stored, crc32 = excluded.crc32, content_type = excluded.content_type, updated_at = excluded.updated_at,
-			expires_at = excluded.expires_at, version = version + 1, data = excluded.data WHERE size <= %d AND expires_at IS NULL`, chunkSize),
-		&w.drop:          "DELETE FROM blobs WHERE id = ?",
-		&w.insertChunk:   "INSERT INTO chunks (id, data) VALUES (?, ?)",
-		&w.orphan:        "INSERT INTO orphans (id) VALUES (?)",
-		&w.unorphan:      "DELETE FROM orphans WHERE id = ?",
-		&w.isOrphan:      "SELECT EXISTS (SELECT 1 FROM orphans WHERE id = ?)",
-		&w.dropChunks:    "DELETE FROM chunks WHERE id IN (SELECT id FROM chunks WHERE id >= ?1 << 20 AND id < (?1 + 1) << 20 LIMIT ?2)",
-		&w.orphanExpired: fmt.Sprintf("INSERT INTO orphans (id) SELECT id FROM (%s) WHERE size > %d", expiredQuery, chunkSize),
-		&w.dropExpired:   fmt.Sprintf("DELETE FROM blobs WHERE id IN (SELECT id FROM (%s))", expiredQuery),
-	} {
-		if *stmt, err = w.db.Prepare(text); err != nil {
-			return nil, err
-		}
 	}
 	return w, nil
 }
@@ -2965,15 +2975,15 @@ func (w *writer) transact(batch []*op) error {
 }
 
 func (w *writer) inTransaction(f func() error) error {
-	_, err := w.begin.Exec()
+	_, err := w.exec("BEGIN IMMEDIATE")
 	if err != nil {
 		return err
 	}
 	if err = f(); err == nil {
-		_, err = w.end.Exec()
+		_, err = w.exec("COMMIT")
 	}
 	if err != nil {
-		w.rollback.Exec() // fails when SQLite has rolled back already
+		w.exec("ROLLBACK") // fails when SQLite has rolled back already
 	}
 	return err
 }
@@ -3011,10 +3021,10 @@ func (w *writer) put(o *op) error {
 		_, err := w.insert(w.newID(), o.key, b, created, now, version, b.data)
 		return err
 	}
-	if _, err := w.insertChunk.Exec(b.id<<seqBits|b.lastSeq(), b.data); err != nil {
+	if err := w.insertChunk(b.id, b.lastSeq(), b.data); err != nil {
 		return err
 	}
-	if _, err := w.unorphan.Exec(b.id); err != nil {
+	if _, err := w.exec(unorphanQuery, b.id); err != nil {
 		return err
 	}
 	_, err = w.insert(b.id, o.key, b, created, now, version, nil)
@@ -3032,11 +3042,7 @@ func (w *writer) insert(id int64, key string, b *blob, created, updated, version
 	if b.expires != 0 {
 		expires = b.expires
 	}
-	r, err := w.upsert.Exec(id, key, b.size, b.sum[:], int64(b.codec), b.stored, crc, b.contentType, created, updated, expires, version, data)
-	if err != nil {
-		return false, err
-	}
-	n, err := r.RowsAffected()
+	n, err := w.exec(upsertQuery, id, key, b.size, b.sum[:], int64(b.codec), b.stored, crc, b.contentType, created, updated, expires, version, data, chunkSize)
 	return n == 1, err
 }
 
@@ -3046,7 +3052,11 @@ func (w *writer) insert(id int64, key string, b *blob, created, updated, version
 func (w *writer) admit(o *op, now int64) (*blob, error) {
 	old, live := &blob{}, (*blob)(nil)
 	var sum []byte
-	err := w.find.QueryRow(o.key).Scan(&old.id, &old.size, &sum, &old.created, &old.updated, &old.expires, &old.version)
+	find, err := w.stmt(findQuery)
+	if err != nil {
+		return nil, err
+	}
+	err = find.QueryRow(o.key).Scan(&old.id, &old.size, &sum, &old.created, &old.updated, &old.expires, &old.version)
 	switch {
 	case errors.Is(err, sql.ErrNoRows):
 		old = nil
@@ -3067,11 +3077,15 @@ func (w *writer) addChunk(o *op) error {
 		return err
 	}
 	if o.seq == 0 { // with the first chunk, else a crash leaves chunks nobody finds
-		if _, err := w.orphan.Exec(o.blob.id); err != nil {
+		if _, err := w.exec(orphanQuery, o.blob.id); err != nil {
 			return err
 		}
 	}
-	_, err := w.insertChunk.Exec(o.blob.id<<seqBits|o.seq, o.data)
+	return w.insertChunk(o.blob.id, o.seq, o.data)
+}
+
+func (w *writer) insertChunk(id, seq int64, data []byte) error {
+	_, err := w.exec("INSERT INTO chunks (id, data) VALUES (?, ?)", id<<seqBits|seq, data)
 	return err
 }
 
@@ -3086,10 +3100,10 @@ func (w *writer) remove(o *op) error {
 
 // forget deletes a row and hands its chunks, if any, to the sweep.
 func (w *writer) forget(old *blob) error {
-	if _, err := w.drop.Exec(old.id); err != nil || !old.chunked() {
+	if _, err := w.exec("DELETE FROM blobs WHERE id = ?", old.id); err != nil || !old.chunked() {
 		return err
 	}
-	_, err := w.orphan.Exec(old.id)
+	_, err := w.exec(orphanQuery, old.id)
 	return err
 }
 
@@ -3097,30 +3111,21 @@ func (w *writer) forget(old *blob) error {
 func (w *writer) expire() error {
 	now := w.now().UnixMilli()
 	return w.inTransaction(func() error {
-		if _, err := w.orphanExpired.Exec(now, sweepRows); err != nil {
+		if _, err := w.exec("INSERT INTO orphans (id) SELECT id FROM ("+expiredQuery+") WHERE size > ?", now, sweepRows, chunkSize); err != nil {
 			return err
 		}
-		_, err := w.dropExpired.Exec(now, sweepRows)
+		_, err := w.exec("DELETE FROM blobs WHERE id IN (SELECT id FROM ("+expiredQuery+"))", now, sweepRows)
 		return err
 	})
 }
 
-// sweep deletes a few chunks of an orphan, and the orphan with its last. It
-// looks again, as an upload may have published the content meanwhile.
+// sweep deletes a few chunks of the orphan id, and the orphan with its last.
 func (w *writer) sweep(id int64) error {
 	return w.inTransaction(func() error {
-		var orphan bool
-		if err := w.isOrphan.QueryRow(id).Scan(&orphan); err != nil || !orphan {
-			return err
+		n, err := w.exec("DELETE FROM chunks WHERE id IN (SELECT id FROM chunks WHERE id >= ?1 << 20 AND id < (?1 + 1) << 20 LIMIT ?2)", id, sweepChunks)
+		if err == nil && n < sweepChunks {
+			_, err = w.exec(unorphanQuery, id)
 		}
-		r, err := w.dropChunks.Exec(id, sweepChunks)
-		if err != nil {
-			return err
-		}
-		if n, err := r.RowsAffected(); err != nil || n == sweepChunks {
-			return err
-		}
-		_, err = w.unorphan.Exec(id)
 		return err
 	})
 }
@@ -3498,7 +3503,7 @@ func (s *shard) expiring() (due bool) {
 // it is idle; not so when pressed.
 func (s *shard) tidy(pressed bool) error {
 	if pressed {
-		if err := s.slice(s.truncateWAL); err != nil {
+		if err := s.slice((*writer).truncateWAL); err != nil {
 			return err
 		}
 	}
@@ -3507,15 +3512,14 @@ func (s *shard) tidy(pressed bool) error {
 			return err
 		}
 	}
-	for {
-		id, err := s.victim()
-		if err != nil {
+	for id := int64(-1); id != 0; {
+		err := s.slice(func(w *writer) (err error) {
+			if id, err = s.victim(w); err == nil && id != 0 {
+				err = w.sweep(id)
+			}
 			return err
-		}
-		if id == 0 {
-			break
-		}
-		if err := s.slice(func(w *writer) error { return w.sweep(id) }); err != nil {
+		})
+		if err != nil {
 			return err
 		}
 	}
@@ -3524,11 +3528,12 @@ func (s *shard) tidy(pressed bool) error {
 		s.garbage.Store(true) // to look again at the next tick
 		return nil
 	}
-	for returned := false; ; returned = true {
+	before := int64(math.MaxInt64)
+	for {
 		var free int64
 		err := s.slice(func(w *writer) error {
 			err := w.db.QueryRow("PRAGMA freelist_count").Scan(&free)
-			if err != nil || free == 0 || free <= vacuumPages && !pressed {
+			if err != nil || free == 0 || free <= vacuumPages && !pressed || free >= before { // or somebody turned auto_vacuum off
 				free = 0
 				return err
 			}
@@ -3539,29 +3544,22 @@ func (s *shard) tidy(pressed bool) error {
 			return err
 		}
 		if free > 0 {
+			before = free
 			continue
 		}
 		switch { // the file shrinks with the checkpoint
 		case pressed:
-			return s.slice(s.truncateWAL)
-		case returned:
+			return s.slice((*writer).truncateWAL)
+		case before != math.MaxInt64:
 			return s.slice(func(w *writer) error { _, err := w.db.Exec("PRAGMA wal_checkpoint(PASSIVE)"); return err })
 		}
 		return nil
 	}
 }
 
-// truncateWAL gives the WAL's space back to a disk that has none left.
-func (s *shard) truncateWAL(w *writer) error {
-	if info, err := os.Stat(filepath.Join(s.store.dir, shardName(s.index)) + "-wal"); err != nil || info.Size() == 0 {
-		return err
-	}
-	return s.store.lendReserve(func() error { return w.truncateWAL() })
-}
-
 // makeRoom runs f, which found the disk full and frees space in the end, with
 // the reserve's room and, if that is gone already, the WAL's. It is for the
-// batcher's goroutine, as are the other two that lend the reserve.
+// batcher's goroutine.
 func (s *shard) makeRoom(f func() error) error {
 	s.litter()
 	return s.store.lendReserve(func() error {
@@ -3573,15 +3571,16 @@ func (s *shard) makeRoom(f func() error) error {
 	})
 }
 
-// victim returns an orphan that nobody reads or uploads, or 0. Under the
-// exclusive lookups lock every reader that found the content holds it, no new
-// one can find it, and an upload that has published it is no orphan any more.
-func (s *shard) victim() (victim int64, err error) {
+// victim returns an orphan that nobody reads or uploads, or 0. It is for the
+// batcher's goroutine, where no upload is published meanwhile. Under the
+// exclusive lookups lock every reader that found the content holds it, and no
+// new one can find it.
+func (s *shard) victim(w *writer) (victim int64, err error) {
 	s.lookups.Lock()
 	defer s.lookups.Unlock()
-	rows, err := s.readers.Query("SELECT id FROM orphans")
+	rows, err := w.db.Query("SELECT id FROM orphans")
 	if err != nil {
-		return 0, translate(err)
+		return 0, err
 	}
 	defer rows.Close()
 	s.heldMu.Lock()
@@ -3589,13 +3588,13 @@ func (s *shard) victim() (victim int64, err error) {
 	for rows.Next() {
 		var id int64
 		if err := rows.Scan(&id); err != nil {
-			return 0, translate(err)
+			return 0, err
 		}
 		if s.held[id] == 0 {
 			return id, nil
 		}
 	}
-	return 0, translate(rows.Err())
+	return 0, rows.Err()
 }
 
 // slice runs one piece of upkeep on the batcher's goroutine, between the

@@ -1717,6 +1717,7 @@ func TestRefusedDirectories(t *testing.T) {
 		}
 	}
 	shard := func(cfg *config, i int) string { return filepath.Join(cfg.DataDir, shardName(i)) }
+	unplaced := func(cfg *config, i int) string { return filepath.Join(cfg.DataDir, newDir, shardName(i)) }
 	for _, c := range []struct {
 		name  string
 		spoil func(t *testing.T, cfg *config) // of a directory with four shards
@@ -1753,18 +1754,20 @@ func TestRefusedDirectories(t *testing.T) {
 			}
 		}, []string{"no shard", "backup"}},
 		{"unfinished creation", func(t *testing.T, cfg *config) {
+			os.Mkdir(filepath.Join(cfg.DataDir, newDir), 0o755)
 			for i := range 4 {
-				os.Rename(shard(cfg, i), shard(cfg, i)+newSuffix)
+				os.Rename(shard(cfg, i), unplaced(cfg, i))
 			}
-			os.WriteFile(shard(cfg, 1)+newSuffix+"-journal", nil, 0o600)
-			os.Remove(shard(cfg, 3) + newSuffix)
+			os.WriteFile(unplaced(cfg, 1)+"-journal", nil, 0o600)
+			os.Remove(unplaced(cfg, 3))
 		}, nil},
-		{"half named", func(t *testing.T, cfg *config) {
-			os.Rename(shard(cfg, 2), shard(cfg, 2)+newSuffix)
-			os.Rename(shard(cfg, 3), shard(cfg, 3)+newSuffix)
+		{"half placed", func(t *testing.T, cfg *config) {
+			os.Mkdir(filepath.Join(cfg.DataDir, newDir), 0o755)
+			os.Rename(shard(cfg, 2), unplaced(cfg, 2))
+			os.Rename(shard(cfg, 3), unplaced(cfg, 3))
 		}, nil},
 		{"a shard staged beside", func(t *testing.T, cfg *config) {
-			copyFile(t, shard(cfg, 0), shard(cfg, 0)+newSuffix)
+			copyFile(t, shard(cfg, 0), shard(cfg, 0)+".new")
 			os.Mkdir(shard(cfg, 7), 0o755)
 		}, nil},
 		{"rust", func(t *testing.T, cfg *config) {
