@@ -65,7 +65,6 @@ import (
 	"bytes"
 	"cmp"
 	"compress/flate"
-	"container/list"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -2789,19 +2788,15 @@ type budget struct {
 	size     int64
 	patience time.Duration
 	stop     <-chan struct{} // closed when nobody is to wait any more
-
-	mu      sync.Mutex // guards the rest
-	free    int64
-	waiting list.List // of *claim, first come first
-}
-
-type claim struct {
-	bytes   int64
-	granted chan struct{} // closed by grant
+	turn     chan struct{}   // capacity 1: who has put something in may take; the line forms here
+	freed    chan struct{}   // capacity 1: bytes came back since who has the turn looked
+	free     atomic.Int64    // less by who has the turn, more by anybody
 }
 
 func newBudget(size int64, patience time.Duration, stop <-chan struct{}) *budget {
-	return &budget{size: size, patience: patience, stop: stop, free: size}
+	b := &budget{size: size, patience: patience, stop: stop, turn: make(chan struct{}, 1), freed: make(chan struct{}, 1)}
+	b.free.Store(size)
+	return b
 }
 
 // clamp makes one operation, however large, fit into the whole budget.
@@ -2810,50 +2805,37 @@ func (b *budget) clamp(n int64) int64 { return min(n, b.size) }
 // acquire takes n bytes, errBusy when there is no room for too long and
 // errStopping when the store is closing.
 func (b *budget) acquire(n int64) error {
-	b.mu.Lock()
-	if b.waiting.Len() == 0 && b.free >= n {
-		b.free -= n
-		b.mu.Unlock()
-		return nil
-	}
-	c := &claim{n, make(chan struct{})}
-	place := b.waiting.PushBack(c)
-	b.mu.Unlock()
 	timeout := time.NewTimer(b.patience)
 	defer timeout.Stop()
-	err := errStopping
-	select {
-	case <-c.granted:
+	wait := func(take chan<- struct{}, come <-chan struct{}) error {
+		select {
+		case take <- struct{}{}:
+		case <-come:
+		case <-timeout.C:
+			return errBusy
+		case <-b.stop:
+			return errStopping
+		}
 		return nil
-	case <-timeout.C:
-		err = errBusy
-	case <-b.stop:
 	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	select {
-	case <-c.granted: // at the last moment
-		return nil
-	default:
-		b.waiting.Remove(place)
-		b.grant() // a smaller claim behind this one may fit
+	if err := wait(b.turn, nil); err != nil {
 		return err
 	}
+	defer func() { <-b.turn }()
+	for b.free.Load() < n {
+		if err := wait(nil, b.freed); err != nil {
+			return err
+		}
+	}
+	b.free.Add(-n)
+	return nil
 }
 
 func (b *budget) release(n int64) {
-	b.mu.Lock()
-	b.free += n
-	b.grant()
-	b.mu.Unlock()
-}
-
-// grant serves the claims that fit, in order. b.mu is held.
-func (b *budget) grant() {
-	for e := b.waiting.Front(); e != nil && e.Value.(*claim).bytes <= b.free; e = b.waiting.Front() {
-		c := b.waiting.Remove(e).(*claim)
-		b.free -= c.bytes
-		close(c.granted)
+	b.free.Add(n)
+	select {
+	case b.freed <- struct{}{}:
+	default: // said already
 	}
 }
 

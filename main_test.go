@@ -817,6 +817,7 @@ func TestConditionalWrites(t *testing.T) {
 			{[]string{"If-Match", old, "If-None-Match", `"other"`}, 201, 412},
 			{[]string{"If-Match", old, "If-None-Match", old}, 412, 412},
 			{[]string{"If-Unmodified-Since", past}, 412, 201},
+			{[]string{"If-Unmodified-Since", "Thu, 01 Jan 1970 00:00:00 GMT"}, 412, 201},
 			{[]string{"If-Unmodified-Since", future}, 201, 201},
 			{[]string{"If-Match", old, "If-Unmodified-Since", past}, 201, 412},
 			{[]string{"If-Match", "abc"}, 400, 400},
@@ -1597,6 +1598,43 @@ func TestHealth(t *testing.T) {
 	}
 	if _, body := s.want(200, "GET", "/", nil); !strings.Contains(string(body), version) || !strings.Contains(string(body), "curl -T FILE "+s.base+"/blob/KEY") {
 		t.Errorf("%s", body)
+	}
+}
+
+// Who waited for its commit longer than a client may stall gets its answer.
+func TestLateAnswer(t *testing.T) {
+	cfg := testConfig(t, func(c *config) { c.NumShards, c.BatchTimeoutMS = 1, 1500 })
+	s := serveConfig(t, cfg, time.Second)
+	s.put("k", []byte("v"))
+	s.want(204, "DELETE", "/blob/k", nil)
+}
+
+// A stop does not wait for who waits for another process.
+func TestStopDespiteForeignLock(t *testing.T) {
+	if testing.Short() {
+		t.Skip("waits for the drain's end")
+	}
+	s := newTestServer(t, func(c *config) { c.AsyncWrite, c.NumShards = true, 1 })
+	db := openDB(filepath.Join(s.store.dir, shardName(0)), "")
+	defer db.Close()
+	db.SetMaxOpenConns(1)
+	if _, err := db.Exec("BEGIN IMMEDIATE"); err != nil {
+		t.Fatal(err)
+	}
+	s.put("k", []byte("v"))
+	read := make(chan struct{})
+	go func() { s.do("GET", "/blob/k", nil); close(read) }() // waits for the write
+	time.Sleep(100 * time.Millisecond)                       // until it does
+	start := time.Now()
+	if err := s.stop(); err != nil {
+		t.Error(err)
+	}
+	<-read
+	if took := time.Since(start); took > drainTimeout+4*busyTimeout || !strings.Contains(s.log.String(), "answered 202 failed") {
+		t.Errorf("stopped after %v\n%s", took, s.log)
+	}
+	if _, err := db.Exec("ROLLBACK"); err != nil {
+		t.Error(err)
 	}
 }
 
