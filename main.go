@@ -157,15 +157,15 @@ const (
 	maxTTL    = 876000 * time.Hour // a hundred years, nearly
 
 	defaultPage, maxPage = 1000, 10_000 // blobs in a listing
-	pagePiece            = 1000         // of which so many are in memory
+	pagePiece            = 250          // of which so many are in memory
 
-	readersPerShard = 8       // connections; each reads for microseconds
-	readerCacheKiB  = 512     // page cache of each; holds the upper index pages
-	opOverhead      = 2 << 10 // what a queued write counts for beside key and content, in memory and in the WAL
-	reserveBytes    = 6 << 20 // head-room on a full disk: more than a shard's WAL, see Upkeep
-	sweepChunks     = 4       // chunks deleted per slice of the sweep: about 1 ms
-	sweepRows       = 16      // expired blobs deleted per slice
-	vacuumPages     = 256     // free pages returned per slice, and left alone
+	readersPerShard = 8                    // connections; each reads for microseconds
+	readerCacheKiB  = 512                  // page cache of each; holds the upper index pages
+	opOverhead      = 2 << 10              // what a queued write counts for beside key and content, in memory and in the WAL
+	reserveBytes    = 6 << 20              // head-room on a full disk: more than a shard's WAL, see Upkeep
+	sliceTime       = 2 * time.Millisecond // of upkeep between two batches: about what a batch takes
+	sweepChunks     = 4                    // chunks deleted between two looks at the time
+	vacuumPages     = 256                  // free pages returned per slice, and left alone
 	headerTimeout   = 15 * time.Second
 	stallTimeout    = 60 * time.Second // without progress, up or down
 	idleTimeout     = 120 * time.Second
@@ -202,7 +202,7 @@ var (
 	errFull       = &kind{http.StatusInsufficientStorage, "disk full"}
 	errInternal   = &kind{http.StatusInternalServerError, "internal error"} // of what has no kind
 
-	errClientGone = errors.New("client went away") // nobody to answer
+	errClientGone = errors.New("the client broke off") // nobody to answer
 )
 
 // applicationID marks our files in the SQLite header ("Blob"), schemaVersion
@@ -253,8 +253,8 @@ type blob struct {
 	created, updated int64 // Unix milliseconds
 	expires          int64 // Unix milliseconds; 0: never
 	version          int64
-	data             []byte    // content as it lies, or, when chunked and being written, its last chunk
-	header           [7]string // values of an answer that carries this blob: see setHeader
+	data             []byte     // content as it lies, or, when chunked and being written, its last chunk
+	header           [10]string // values of an answer that carries this blob: see setHeader
 }
 
 // codec says how a content lies in the shard.
@@ -743,7 +743,6 @@ type response struct {
 	bytes  int64
 	stall  time.Duration
 	moved  atomic.Int64 // Unix nanoseconds when the deadlines were
-	ranged bool         // http.ServeContent is at work: its 416 becomes ours
 }
 
 // made notes progress, of the client or of the answer. Any goroutine may call
@@ -760,9 +759,6 @@ func (w *response) made() {
 }
 
 func (w *response) WriteHeader(status int) {
-	if w.ranged && status == http.StatusRequestedRangeNotSatisfiable {
-		return
-	}
 	if w.status == 0 && status >= 200 {
 		w.made() // who waited long for its turn has all the time to read the answer
 		w.status = status
@@ -771,11 +767,8 @@ func (w *response) WriteHeader(status int) {
 }
 
 func (w *response) Write(p []byte) (n int, err error) {
-	if w.ranged && w.status == 0 { // the text of the 416
-		return len(p), nil
-	}
 	if w.status == 0 {
-		w.status = http.StatusOK
+		w.WriteHeader(http.StatusOK)
 	}
 	for piece := range slices.Chunk(p, writePiece) {
 		w.made()
@@ -788,18 +781,11 @@ func (w *response) Write(p []byte) (n int, err error) {
 	return n, nil
 }
 
-// ReadFrom keeps net/http's pooled copy buffers in reach of io.Copy.
-func (w *response) ReadFrom(r io.Reader) (int64, error) {
-	n, err := io.Copy(w.ResponseWriter, r)
-	w.bytes += n
-	return n, err
-}
-
 // Unwrap lets http.ResponseController reach the connection.
 func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// adapt makes an http.Handler of h: it answers the error, logs the request at
-// debug level and turns a panic into a logged 500.
+// adapt makes an http.Handler of h: it answers the error, logs what was
+// answered at debug level and turns a panic into a logged 500.
 func (s *server) adapt(h handler) http.Handler {
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		s.running.RLock()
@@ -841,6 +827,9 @@ func (s *server) fail(w *response, r *http.Request, err error) {
 	}
 	if w.status != 0 {
 		panic(http.ErrAbortHandler)
+	}
+	for _, name := range append(headerNames[:], "Content-Encoding", "Vary") { // of what is not sent after all
+		w.Header().Del(name)
 	}
 	switch status {
 	case http.StatusServiceUnavailable:
@@ -972,9 +961,8 @@ func (l corkedListener) Accept() (net.Conn, error) {
 // ============================================================================
 // Handlers
 //
-// One function per request, in the order of the routes. A handler checks the
-// request, asks the store and describes the result in headers; statuses other
-// than success are errors for the adapter.
+// One function per request. A handler checks it, asks the store and describes
+// the result in headers; what is no success is an error for the adapter.
 // ============================================================================
 
 // locate returns the request's key, checked, and its shard.
@@ -1001,9 +989,10 @@ func (b *blob) etags() (plain, zipped string) {
 	return `"` + sum + `"`, `"` + sum + `-gzip"`
 }
 
-// headerNames are the headers of an answer that carries a blob, beside those
-// that http.ServeContent adds, in the order of blob.header.
-var headerNames = [...]string{"Content-Type", "Etag", "Repr-Digest", "Blob-Created", "Blob-Updated", "Blob-Version", "Blob-Expires"}
+// headerNames are the headers of an answer that carries a blob as it is, in the
+// order of blob.header.
+var headerNames = [...]string{"Content-Type", "Etag", "Repr-Digest", "Blob-Created", "Blob-Updated", "Blob-Version", "Blob-Expires",
+	"Content-Length", "Last-Modified", "Accept-Ranges"}
 
 // stamp is how times look in answers.
 func stamp(ms int64) string { return time.UnixMilli(ms).UTC().Format("2006-01-02T15:04:05.000Z07:00") }
@@ -1020,6 +1009,9 @@ func (b *blob) describe() {
 		created,
 		strconv.FormatInt(b.version, 10),
 		"",
+		strconv.FormatInt(b.size, 10),
+		time.UnixMilli(b.updated).UTC().Format(http.TimeFormat),
+		"bytes",
 	}
 	if b.updated != b.created {
 		b.header[4] = stamp(b.updated)
@@ -1059,113 +1051,117 @@ func (s *server) getBlob(w *response, r *http.Request) error {
 	}
 	defer c.close()
 	b, h := c.blob, w.Header()
-	if b.size > smallBody {
-		c.made = w.made
-	}
 	// net/http refuses units it does not know, and makes bytes 0--1/0 of nothing.
 	whole := !strings.HasPrefix(r.Header.Get("Range"), "bytes=") || b.size == 0
-	zipped := s.compress && whole && b.zips() && acceptsGzip(r.Header)
+	c.zipped = s.compress && whole && b.zips() && acceptsGzip(r.Header)
 	conditions, _ := conditionsOf(r.Header) // a malformed one is ignored
 	if err := conditions.refuse(b); err != nil {
 		return err
 	}
-	if tag := conditions.known(b, zipped); tag != "" {
-		b.setHeader(h)
+	if tag := conditions.known(b, c.zipped); tag != "" {
+		c.describe(h)
 		h.Set("Etag", tag)
-		h.Del("Content-Type")
-		if zipped {
-			h.Set("Vary", "Accept-Encoding")
+		for _, name := range []string{"Content-Type", "Content-Length", "Content-Encoding"} {
+			h.Del(name)
 		}
 		w.WriteHeader(http.StatusNotModified)
 		return nil
 	}
-	defer cork(r)()
-	switch {
-	case zipped:
-		err = c.sendZipped(w, r.Method == http.MethodHead)
-	default:
-		err = c.sendRange(w, r, whole)
+	if !whole {
+		return c.sendRange(w, r)
 	}
-	if err == nil {
-		http.NewResponseController(w).Flush() // into the cork; a client that is gone needs no answer
+	if b.size <= cacheItem {
+		defer cork(r)()
 	}
-	return err
-}
-
-// sendRange answers with the content as it is, or with what a Range asks for.
-func (c *content) sendRange(w *response, r *http.Request, whole bool) error {
-	b := c.blob
-	if whole && r.Method == http.MethodGet && (b.chunked() || b.codec != identity) {
-		if err := c.load(0); err != nil { // while it can still be a 500
-			return err
-		}
-	}
-	for _, name := range conditionHeaders { // decided
-		delete(r.Header, name)
-	}
-	if whole {
-		delete(r.Header, "Range")
-	}
-	b.setHeader(w.Header())
-	w.ranged = true
-	http.ServeContent(w, r, "", time.UnixMilli(b.updated), c)
-	w.ranged = false
-	if err := c.close(); err != nil || w.status != 0 {
+	if err := c.send(w); err != nil {
 		return err
 	}
-	for _, name := range append(headerNames[:], "Last-Modified", "Accept-Ranges") {
-		w.Header().Del(name)
-	}
-	return errRange
+	http.NewResponseController(w).Flush() // into the cork; a client that is gone needs no answer
+	return nil
 }
 
-// sendZipped answers with the content as one gzip member. Its chunks go out as
-// they lie when they lie deflated, else they are deflated here.
-func (c *content) sendZipped(w *response, headOnly bool) error {
-	b, h := c.blob, w.Header()
-	crc, piece := b.crc, []byte(gzipHeader)
-	for seq := range b.lastSeq() + 1 {
-		if !headOnly {
-			err := c.fetch(seq, func(data []byte) error {
-				if b.codec == identity {
-					crc = crc32.Update(crc, crc32.IEEETable, data)
-					data = deflate(data)
-				}
-				piece = append(piece, data...)
-				return nil
-			})
-			if err != nil {
+// describe describes the whole content in h, as it is sent.
+func (c *content) describe(h http.Header) {
+	b := c.blob
+	b.setHeader(h)
+	if c.zipped {
+		_, tag := b.etags()
+		h.Set("Etag", tag)
+		h.Set("Content-Encoding", "gzip")
+		h.Set("Vary", "Accept-Encoding") // what goes out as it is suits every client, and every cache
+		h.Del("Repr-Digest")             // which is that of the content as it is
+		h.Del("Content-Length")
+		if b.codec == deflated {
+			h.Set("Content-Length", strconv.FormatInt(b.stored+gzipOverhead, 10))
+		}
+	}
+}
+
+// send answers with the whole content, chunk by chunk; between two it holds
+// nothing of the shard but the content's id.
+func (c *content) send(w *response) error {
+	for seq := range c.blob.lastSeq() + 1 {
+		var piece []byte
+		if !c.headOnly {
+			var err error
+			if piece, err = c.piece(seq); err != nil {
 				return err
 			}
 		}
-		if seq == 0 { // nothing can be said before the first chunk is at hand
-			_, tag := b.etags()
-			b.setHeader(h)
-			h.Set("Etag", tag)
-			h.Set("Content-Encoding", "gzip")
-			h.Set("Vary", "Accept-Encoding") // what goes out as it is suits every client, and every cache
-			h.Set("Last-Modified", time.UnixMilli(b.updated).UTC().Format(http.TimeFormat))
-			h.Set("Accept-Ranges", "bytes")
-			h.Del("Repr-Digest") // which is that of the content as it is
-			if b.codec == deflated {
-				h.Set("Content-Length", strconv.FormatInt(b.stored+gzipOverhead, 10))
-			}
+		if seq == 0 { // before the first chunk is at hand it can still be an error
+			c.describe(w.Header())
 			w.WriteHeader(http.StatusOK)
 		}
-		if headOnly {
+		if c.headOnly {
 			return nil
-		}
-		if seq == b.lastSeq() {
-			piece = append(piece, gzipEnd...)
-			piece = binary.LittleEndian.AppendUint32(piece, crc)
-			piece = binary.LittleEndian.AppendUint32(piece, uint32(b.size))
 		}
 		if _, err := w.Write(piece); err != nil {
 			return err
 		}
-		piece = piece[:0]
 	}
 	return nil
+}
+
+// sendRange answers with what a Range asks for.
+func (c *content) sendRange(w *response, r *http.Request) error {
+	for _, name := range conditionHeaders { // decided
+		delete(r.Header, name)
+	}
+	c.describe(w.Header())
+	l := &lateResponse{response: w}
+	http.ServeContent(l, r, "", c.blob.modified(), c)
+	if err := c.close(); err != nil {
+		w.Header().Del("Content-Range")
+		return err
+	}
+	if l.status == http.StatusRequestedRangeNotSatisfiable {
+		return errRange
+	}
+	l.begin()
+	return nil
+}
+
+// lateResponse holds the header back until there is content, so that until then
+// the answer can still be an error; http.ServeContent's own errors go nowhere.
+type lateResponse struct {
+	*response
+	status int
+}
+
+func (l *lateResponse) WriteHeader(status int) { l.status = status }
+
+func (l *lateResponse) begin() {
+	if l.response.status == 0 {
+		l.response.WriteHeader(l.status)
+	}
+}
+
+func (l *lateResponse) Write(p []byte) (int, error) {
+	if l.status >= 400 {
+		return len(p), nil
+	}
+	l.begin()
+	return l.response.Write(p)
 }
 
 // putBlob serves PUT and POST.
@@ -1189,9 +1185,10 @@ func (s *server) putBlob(w *response, r *http.Request) error {
 	if p.conditions, err = conditionsOf(r.Header); err != nil {
 		return err
 	}
-	if p.sums, err = digestsOf(r.Header); err != nil {
+	if _, err = digestsOf(r.Header); err != nil {
 		return err
 	}
+	p.verify = func(sum []byte) error { return verifyDigests(sum, r.Header, r.Trailer) }
 	body := &upload{body: r.Body, limit: s.store.maxBlob, made: w.made}
 	if r.ContentLength > body.limit {
 		return body.tooLarge()
@@ -1245,8 +1242,8 @@ func (s *server) listBlobs(w *response, r *http.Request) error {
 	}
 	left := defaultPage
 	if q.Has("limit") {
-		left, err = strconv.Atoi(q.Get("limit"))
-		if err != nil || left < 1 || left > maxPage {
+		n, err := strconv.ParseUint(q.Get("limit"), 10, 16)
+		if left = int(n); err != nil || n < 1 || n > maxPage {
 			return fmt.Errorf("%w: limit=%q is not a number from 1 to %d", errBadRequest, q.Get("limit"), maxPage)
 		}
 	}
@@ -1534,7 +1531,7 @@ func (c *conditions) known(b *blob, zipped bool) (tag string) {
 // modified is when b was, in the whole seconds of an HTTP date.
 func (b *blob) modified() time.Time { return time.UnixMilli(b.updated).Truncate(time.Second) }
 
-var digest = regexp.MustCompile(`^[ \t]*([a-z*][a-z0-9_.*-]*)=:([A-Za-z0-9+/]*=*):[ \t]*$`)
+var digest = regexp.MustCompile(`^[ \t]*([a-z*][a-z0-9_.*-]*)=:([A-Za-z0-9+/]*=*):[ \t]*(?:;.*)?$`)
 
 // digestsOf returns the SHA-256 sums that Repr-Digest and Content-Digest
 // announce (RFC 9530). A body is sent as it is, so they mean the same. Other
@@ -1553,7 +1550,11 @@ func digestsOf(h http.Header) (sums [][]byte, err error) {
 			if m[1] != "sha-256" {
 				continue
 			}
-			if last, err = base64.RawStdEncoding.DecodeString(strings.TrimRight(m[2], "=")); err != nil || len(last) != sha256.Size {
+			encoding := base64.StdEncoding
+			if !strings.HasSuffix(m[2], "=") { // which may lack
+				encoding = base64.RawStdEncoding
+			}
+			if last, err = encoding.DecodeString(m[2]); err != nil || len(last) != sha256.Size {
 				return nil, fmt.Errorf("%w: the sha-256 of %s is not %d bytes in Base64", errBadRequest, name, sha256.Size)
 			}
 		}
@@ -1562,6 +1563,23 @@ func digestsOf(h http.Header) (sums [][]byte, err error) {
 		}
 	}
 	return sums, nil
+}
+
+// verifyDigests returns an errBadRequest unless sum is what the header and the
+// trailer of a body announce, which has been read.
+func verifyDigests(sum []byte, fields ...http.Header) error {
+	for _, h := range fields {
+		announced, err := digestsOf(h)
+		if err != nil {
+			return err
+		}
+		for _, want := range announced {
+			if !bytes.Equal(want, sum) {
+				return fmt.Errorf("%w: the body is not what its digest says: its SHA-256 is %x", errBadRequest, sum)
+			}
+		}
+	}
+	return nil
 }
 
 var (
@@ -1654,7 +1672,6 @@ type store struct {
 	reserveMu      sync.Mutex // guards the reserve file and reserveTried
 	reserveTried   time.Time
 
-	untidy  chan struct{} // capacity 1: some shard has something to sweep
 	stop    chan struct{} // closed by halt
 	halt    func()        // ends upkeep and all waiting for room or for a foreign lock; may be called twice
 	stopped sync.WaitGroup
@@ -1677,8 +1694,7 @@ type record struct {
 // openStore opens the data directory of cfg, creating it when there is
 // nothing. It refuses a directory in use, one of another program and one
 // whose record does not match. A shard that is corrupt does not keep the
-// others from serving; its own keys fail with errCorrupt. Any goroutine may call
-// now.
+// others from serving; its own keys fail with errCorrupt. now is called by many goroutines.
 func openStore(cfg *config, log *slog.Logger, now func() time.Time) (_ *store, err error) {
 	dir, err := filepath.Abs(cfg.DataDir)
 	if err != nil {
@@ -1687,7 +1703,7 @@ func openStore(cfg *config, log *slog.Logger, now func() time.Time) (_ *store, e
 	st := &store{
 		dir: dir, hash: hashes[cfg.Hash], async: cfg.AsyncWrite, deflate: cfg.StorageCompression, now: now, log: log,
 		maxBlob: min(cmp.Or(cfg.MaxBlobBytes, hardMaxBlob), hardMaxBlob),
-		untidy:  make(chan struct{}, 1), stop: make(chan struct{}),
+		stop:    make(chan struct{}),
 	}
 	st.halt = sync.OnceFunc(func() { close(st.stop) })
 	st.budget = newBudget(cfg.MaxPendingBytes, queueTimeout, st.stop)
@@ -1736,7 +1752,11 @@ func openStore(cfg *config, log *slog.Logger, now func() time.Time) (_ *store, e
 	if err := st.takeReserve(); err != nil {
 		log.Warn("no room for the reserve: only reads and deletes will work until there is", "bytes", reserveBytes, "error", err)
 	}
-	st.stopped.Go(st.upkeep)
+	for _, s := range st.shards {
+		if s.broken == nil {
+			st.stopped.Go(s.upkeep)
+		}
+	}
 	return st, nil
 }
 
@@ -2082,7 +2102,7 @@ func translate(err error) error {
 // Shard
 //
 // One database: a pool of readers, one writer behind a batcher, and the ids
-// of contents in use. Its methods are called by request goroutines; they
+// of contents in use. Request goroutines read, put and remove; they
 // return when the write is committed (or queued, in async mode) or the content
 // is ready to be read.
 // ============================================================================
@@ -2096,11 +2116,11 @@ type shard struct {
 	head    *sql.Stmt // a row by key, without its content
 	page    *sql.Stmt // rows by a range of keys, without their content
 	chunk   *sql.Stmt
-	due     *sql.Stmt // whether some blob has expired
+	look    *sql.Stmt // whether some blob has expired, and whether there are orphans
 	writer  *writer
 	batcher *batcher
 	cache   *cache
-	nextID  atomic.Int64 // content ids, handed out once in a run: no reader and no chunk outlives it without its row
+	nextID  atomic.Int64 // content ids: each is handed out once in a run
 
 	// Contents that a reader or an upload needs, and the sweep leaves alone.
 	// lookups is held for reading from before a row is read until its content
@@ -2114,6 +2134,7 @@ type shard struct {
 	failure      atomic.Pointer[error] // of the last write, other than a full disk
 	failedWrites atomic.Int64          // writes that failed after their 202
 	garbage      atomic.Bool           // upkeep has something to look for
+	untidy       chan struct{}         // capacity 1: and not only at its next tick
 	writes       atomic.Int64          // committed
 	seenWrites   int64                 // of writes, when upkeep last looked; upkeep's own
 }
@@ -2123,12 +2144,12 @@ const blobColumns = `id, size, stored, codec, coalesce(crc32, 0), sha256, conten
 const pageQuery = `SELECT key, ` + blobColumns + ` FROM blobs
 	WHERE key >= ? AND key < ? AND (expires_at IS NULL OR expires_at > ?) ORDER BY key LIMIT ?`
 
-const dueQuery = `SELECT EXISTS (SELECT 1 FROM blobs WHERE expires_at <= ?)`
+const debrisQuery = `SELECT EXISTS (SELECT 1 FROM blobs WHERE expires_at <= ?), EXISTS (SELECT 1 FROM orphans)`
 
 // openShard opens one database file and starts its batcher. On an error the
 // shard is returned all the same, closed.
 func openShard(st *store, i int, path string, cfg *config) (_ *shard, _ *record, err error) {
-	s := &shard{store: st, index: i, held: map[int64]int{}, cache: newCache(cacheBytes / int(cfg.NumShards))}
+	s := &shard{store: st, index: i, held: map[int64]int{}, untidy: make(chan struct{}, 1), cache: newCache(cacheBytes / int(cfg.NumShards))}
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("cannot open %s: %w", path, translate(err))
@@ -2156,7 +2177,7 @@ func openShard(st *store, i int, path string, cfg *config) (_ *shard, _ *record,
 		&s.head:  "SELECT " + blobColumns + ", NULL FROM blobs WHERE key = ?",
 		&s.page:  pageQuery,
 		&s.chunk: "SELECT data FROM chunks WHERE id = ?",
-		&s.due:   dueQuery,
+		&s.look:  debrisQuery,
 	} {
 		if *stmt, err = s.readers.Prepare(text); err != nil {
 			return s, nil, err
@@ -2211,13 +2232,13 @@ func (s *shard) health() error {
 func (s *shard) read(key string, headOnly bool) (*content, error) {
 	s.batcher.settle(key)
 	if b := s.cache.get(key); b != nil {
-		return &content{shard: s, blob: b}, s.live(b)
+		return &content{shard: s, blob: b, headOnly: headOnly}, s.live(b)
 	}
 	s.lookups.RLock()
 	defer s.lookups.RUnlock()
 	if headOnly {
 		b, err := s.lookup(s.head, key)
-		return &content{shard: s, blob: b}, err
+		return &content{shard: s, blob: b, headOnly: true}, err
 	}
 	place := s.cache.reserve(key) // before the row is read: see cache
 	b, err := s.lookup(s.whole, key)
@@ -2265,8 +2286,11 @@ func (s *shard) lookup(stmt *sql.Stmt, key string) (_ *blob, err error) {
 		}
 		b.data = bytes.Clone(data)
 	}
+	if err := s.live(b); err != nil {
+		return nil, err
+	}
 	b.describe()
-	return b, s.live(b)
+	return b, nil
 }
 
 // scanBlob scans a row that begins with blobColumns, or with a key before
@@ -2354,10 +2378,10 @@ func (s *shard) release(id int64) {
 // putOptions is what a put asks for beside key and body.
 type putOptions struct {
 	contentType string
-	length      int64         // of the body as announced, -1 when unknown
-	ttl         time.Duration // 0: for ever
-	conditions  *conditions   // nil: none
-	sums        [][]byte      // each the SHA-256 the body is to have
+	length      int64                  // of the body as announced, -1 when unknown
+	ttl         time.Duration          // 0: for ever
+	conditions  *conditions            // nil: none
+	verify      func(sum []byte) error // decides on the SHA-256 of the body, once that is read; nil: any will do
 }
 
 // put stores body under key and returns what it stored, and whether that is
@@ -2366,12 +2390,12 @@ func (s *shard) put(key string, body io.Reader, p *putOptions) (_ *blob, queued 
 	hash := sha256.New()
 	body = io.TeeReader(body, hash)
 	b := &blob{contentType: p.contentType}
+	if s.store.deflate {
+		b.codec = deflated // if it pays: see pack
+	}
 	buf, err := readChunk(body, nil, p.length)
 	if err != nil {
 		return nil, false, err
-	}
-	if s.store.deflate && compressible(buf) {
-		b.codec = deflated
 	}
 	if len(buf) > chunkSize {
 		if buf, err = s.upload(body, buf, b); err != nil {
@@ -2379,34 +2403,23 @@ func (s *shard) put(key string, body io.Reader, p *putOptions) (_ *blob, queued 
 		}
 	}
 	b.data = b.pack(buf)
-	if b.codec == deflated && !b.chunked() && b.stored > b.size-b.size/8 { // it did not pay
-		b.codec, b.crc, b.stored, b.data = identity, 0, b.size, buf
-	}
-	if s.store.async && b.codec == identity && cap(buf)-len(buf) > opOverhead {
-		b.data = bytes.Clone(buf) // else the queue holds more than its budget counts
-		recycle(buf)
-		buf = nil
-	}
 	hash.Sum(b.sum[:0])
-	for _, sum := range p.sums {
-		if !bytes.Equal(sum, b.sum[:]) {
+	if p.verify != nil {
+		if err := p.verify(b.sum[:]); err != nil {
 			s.unhold(b)
-			return nil, false, fmt.Errorf("%w: the body is not what its digest says: its SHA-256 is %x", errBadRequest, b.sum)
+			return nil, false, err
 		}
 	}
 	if p.ttl != 0 {
 		b.expires = s.store.now().Add(p.ttl).UnixMilli()
 	}
 	queued, err = s.write(&op{apply: (*writer).put, key: key, blob: b, data: b.data, conditions: p.conditions})
-	if !queued || b.codec != identity {
-		recycle(buf)
-	}
 	return b, queued, err
 }
 
 // upload streams a body of more than one chunk into the chunks table, all but
 // its last chunk, which it returns. buf is what was read already. The content
-// id is held; commit releases it with the put that publishes it.
+// id is held until the put that publishes it has been committed or has failed.
 //
 // While a chunk is being committed the next one is read and packed: a large
 // upload runs at the speed of the slower, not of both in turn.
@@ -2414,7 +2427,7 @@ func (s *shard) upload(body io.Reader, buf []byte, b *blob) (last []byte, err er
 	b.id = s.newID()
 	s.hold(b.id)
 	data := b.pack(buf[:chunkSize])
-	var spare []byte
+	spare := make([]byte, 0, chunkSize+1)
 	for seq := int64(0); len(buf) > chunkSize; seq++ {
 		o := &op{apply: (*writer).addChunk, blob: &blob{id: b.id}, seq: seq, data: data, urgent: true}
 		if err = s.submit(o); err != nil {
@@ -2431,12 +2444,10 @@ func (s *shard) upload(body io.Reader, buf []byte, b *blob) (last []byte, err er
 		}
 		buf, spare = next, buf
 	}
-	if err != nil { // the buffers are left to the collector: next may be spare
+	if err != nil {
 		s.release(b.id)
-		return nil, err
 	}
-	recycle(spare)
-	return buf, nil
+	return buf, err
 }
 
 // unhold lets go of the content of b that an upload held.
@@ -2471,7 +2482,7 @@ func (s *shard) write(o *op) (queued bool, err error) {
 
 // submit queues o once there is room for it.
 func (s *shard) submit(o *op) error {
-	o.cost = s.store.budget.clamp(int64(len(o.data) + len(o.key) + opOverhead))
+	o.cost = s.store.budget.clamp(int64(cap(o.data) + len(o.key) + opOverhead))
 	if err := s.store.budget.acquire(o.cost); err != nil {
 		return err
 	}
@@ -2504,7 +2515,7 @@ func (s *shard) commit(batch []*op) {
 				s.finish(o, err)
 			}
 		}
-		if batch = slices.DeleteFunc(batch, waits); len(batch) == 0 || try > 3 && s.store.stopping() {
+		if batch = slices.DeleteFunc(batch, waits); len(batch) == 0 || try > 1 && s.store.stopping() {
 			break
 		}
 		err = translate(s.writer.transact(batch))
@@ -2555,32 +2566,21 @@ func (s *shard) finish(o *op, err error) {
 	s.batcher.finish(o)
 }
 
-// chunkPool has buffers for one chunk and one byte more, which tells whether
-// another chunk follows.
-var chunkPool = sync.Pool{New: func() any { return new([chunkSize + 1]byte) }}
-
-// recycle gives a buffer of readChunk back, once and when nothing refers to it:
-// a buffer given back twice would be two uploads' at once. It knows its own by
-// their capacity.
-func recycle(buf []byte) {
-	if cap(buf) == chunkSize+1 {
-		chunkPool.Put((*[chunkSize + 1]byte)(buf[:chunkSize+1]))
-	}
-}
-
-// readChunk appends to buf from r up to one byte more than a chunk, or to the
-// end. length is a hint, -1 for none. Memory follows what has arrived, not
-// what was announced: a client that sends nothing holds next to nothing.
+// readChunk appends to buf from r up to one byte more than a chunk, which tells
+// whether another follows, or to the end. length is a hint, -1 for none. Memory
+// follows what has arrived, not what was announced: a client that sends nothing
+// holds next to nothing.
 func readChunk(r io.Reader, buf []byte, length int64) ([]byte, error) {
-	if cap(buf) == 0 {
-		if length < 0 || length >= smallBody {
-			length = smallBody - 1
-		}
-		buf = make([]byte, 0, length+1)
+	if length < 0 || length > chunkSize {
+		length = chunkSize
 	}
 	for len(buf) <= chunkSize {
 		if len(buf) == cap(buf) {
-			buf = append(chunkPool.Get().(*[chunkSize + 1]byte)[:0], buf...)
+			size := max(smallBody, 4*int64(len(buf)))
+			if int64(len(buf)) <= length {
+				size = min(size, length+1)
+			}
+			buf = append(make([]byte, 0, min(size, chunkSize+1)), buf...)
 		}
 		n, err := r.Read(buf[len(buf):cap(buf)])
 		buf = buf[:len(buf)+n]
@@ -2894,8 +2894,8 @@ const (
 	orphanQuery   = `INSERT INTO orphans (id) VALUES (?)`
 	unorphanQuery = `DELETE FROM orphans WHERE id = ?`
 
-	// It finds the same rows each time within a transaction.
-	expiredQuery = `SELECT id, size FROM blobs WHERE expires_at <= ? ORDER BY expires_at, id LIMIT ?`
+	expireQuery = `DELETE FROM blobs WHERE id = (SELECT id FROM blobs WHERE expires_at <= ? ORDER BY expires_at LIMIT 1) RETURNING id, size`
+	sweepQuery  = `DELETE FROM chunks WHERE id IN (SELECT id FROM chunks WHERE id >= ?1 << 20 AND id < (?1 + 1) << 20 LIMIT ?2)`
 )
 
 func openWriter(path, durability string) (_ *writer, err error) {
@@ -3089,27 +3089,53 @@ func (w *writer) forget(old *blob) error {
 	return err
 }
 
-// expire deletes some blobs whose time has come.
+// expire deletes blobs whose time has come, for a slice's time.
 func (w *writer) expire() error {
-	now := w.now().UnixMilli()
+	start, now := time.Now(), w.now().UnixMilli()
 	return w.inTransaction(func() error {
-		if _, err := w.exec("INSERT INTO orphans (id) SELECT id FROM ("+expiredQuery+") WHERE size > ?", now, sweepRows, chunkSize); err != nil {
-			return err
+		for time.Since(start) < sliceTime {
+			old := &blob{}
+			expire, err := w.stmt(expireQuery)
+			if err != nil {
+				return err
+			}
+			if err := expire.QueryRow(now).Scan(&old.id, &old.size); errors.Is(err, sql.ErrNoRows) {
+				return nil
+			} else if err != nil {
+				return err
+			}
+			if old.chunked() {
+				if _, err := w.exec(orphanQuery, old.id); err != nil {
+					return err
+				}
+			}
 		}
-		_, err := w.exec("DELETE FROM blobs WHERE id IN (SELECT id FROM ("+expiredQuery+"))", now, sweepRows)
-		return err
+		return nil
 	})
 }
 
-// sweep deletes a few chunks of the orphan id, and the orphan with its last.
-func (w *writer) sweep(id int64) error {
-	return w.inTransaction(func() error {
-		n, err := w.exec("DELETE FROM chunks WHERE id IN (SELECT id FROM chunks WHERE id >= ?1 << 20 AND id < (?1 + 1) << 20 LIMIT ?2)", id, sweepChunks)
-		if err == nil && n < sweepChunks {
-			_, err = w.exec(unorphanQuery, id)
+// sweep deletes chunks of the orphans that victim returns, and an orphan with
+// its last chunk, for a slice's time. victim returns 0 for none.
+func (w *writer) sweep(victim func() (int64, error)) (swept bool, err error) {
+	start := time.Now()
+	err = w.inTransaction(func() error {
+		for time.Since(start) < sliceTime {
+			id, err := victim()
+			if id == 0 || err != nil {
+				return err
+			}
+			swept = true
+			n, err := w.exec(sweepQuery, id, sweepChunks)
+			if err == nil && n < sweepChunks {
+				_, err = w.exec(unorphanQuery, id)
+			}
+			if err != nil {
+				return err
+			}
 		}
-		return err
+		return nil
 	})
+	return swept, err
 }
 
 // ============================================================================
@@ -3125,28 +3151,32 @@ func (w *writer) sweep(id int64) error {
 // it, for one chunk and never while a client is waited for.
 // ============================================================================
 
+// deflater is a writer and the buffer it fills.
+type deflater struct {
+	*flate.Writer
+	out bytes.Buffer
+}
+
 var (
 	deflaters = sync.Pool{New: func() any {
 		w, err := flate.NewWriter(nil, deflateLevel)
 		if err != nil {
 			panic(err) // only a level that does not exist
 		}
-		return w
+		return &deflater{Writer: w}
 	}}
 	inflaters = sync.Pool{New: func() any { return flate.NewReader(nil) }}
 )
 
 // deflate returns chunk deflated.
 func deflate(chunk []byte) []byte {
-	scratch := chunkPool.Get().(*[chunkSize + 1]byte)
-	defer chunkPool.Put(scratch)
-	out := bytes.NewBuffer(scratch[:0])
-	w := deflaters.Get().(*flate.Writer)
-	defer deflaters.Put(w)
-	w.Reset(out)
-	w.Write(chunk) // a buffer takes everything
-	w.Flush()
-	return bytes.Clone(out.Bytes())
+	d := deflaters.Get().(*deflater)
+	defer deflaters.Put(d)
+	d.out.Reset()
+	d.Reset(&d.out)
+	d.Write(chunk) // a buffer takes everything
+	d.Flush()
+	return bytes.Clone(d.out.Bytes())
 }
 
 // inflate appends to dst the size bytes that were deflated to data.
@@ -3164,10 +3194,21 @@ func inflate(dst, data []byte, size int64) ([]byte, error) {
 	return out, nil
 }
 
-// compressible guesses from some bytes of a first chunk whether deflating the
-// blob pays: whether bytes repeat twice as often as they would at random,
-// which in text they do ten times. It takes 3 µs where trying takes 50; what
-// repeats only in long stretches is missed.
+// storedBlocks returns chunk in stored blocks, which are deflate's way of leaving data
+// as it is.
+func storedBlocks(chunk []byte) (out []byte) {
+	for block := range slices.Chunk(chunk, math.MaxUint16) {
+		n := uint16(len(block))
+		out = binary.LittleEndian.AppendUint16(append(out, 0), n)
+		out = append(binary.LittleEndian.AppendUint16(out, ^n), block...)
+	}
+	return out
+}
+
+// compressible guesses from some bytes of a chunk whether deflating it pays:
+// whether bytes repeat twice as often as they would at random, which in text
+// they do ten times. It takes 3 µs where trying takes 50; what repeats only in
+// long stretches is missed.
 func compressible(chunk []byte) bool {
 	if len(chunk) < minDeflate {
 		return false
@@ -3185,12 +3226,26 @@ func compressible(chunk []byte) bool {
 	return pairs*int64(len(counts)) > 2*n*(n-1)
 }
 
+// squeeze returns chunk deflated, or in stored blocks where that does not pay.
+func squeeze(chunk []byte) (data []byte, pays bool) {
+	if compressible(chunk) {
+		if data = deflate(chunk); len(data) <= len(chunk)-len(chunk)/8 {
+			return data, true
+		}
+	}
+	return storedBlocks(chunk), false
+}
+
 // pack returns the next chunk of b as it will lie in the shard, and counts it.
+// The first chunk decides for all of them whether the blob is deflated.
 func (b *blob) pack(chunk []byte) []byte {
 	data := chunk
 	if b.codec == deflated {
 		b.crc = crc32.Update(b.crc, crc32.IEEETable, chunk)
-		data = deflate(chunk)
+		squeezed, pays := squeeze(chunk)
+		if data = squeezed; !pays && b.size == 0 {
+			b.codec, b.crc, data = identity, 0, chunk
+		}
 	}
 	b.size += int64(len(chunk))
 	b.stored += int64(len(data))
@@ -3317,13 +3372,15 @@ func entryBytes(key string, b *blob) int {
 // a slow client holds neither connection nor transaction. The content of a
 // HEAD has no data and is not to be read.
 type content struct {
-	shard  *shard
-	blob   *blob
-	held   bool   // the blob's id is
-	made   func() // notes progress; nil where one write sends it all
-	offset int64
-	chunk  []byte // chunk number seq, when not empty
-	seq    int64
+	shard    *shard
+	blob     *blob
+	headOnly bool // the blob's data stayed on the disk
+	held     bool // the blob's id is
+	zipped   bool // to be sent as one gzip member
+	offset   int64
+	chunk    []byte // chunk number seq, when not empty; of a gzip member the piece
+	seq      int64
+	crc      uint32 // of the chunks so far, for the member's end
 
 	// For several ranges http.ServeContent reads in a goroutine of its own,
 	// which may outlive it when the client goes away.
@@ -3353,17 +3410,10 @@ func (c *content) Read(p []byte) (int, error) {
 	if c.offset >= c.blob.size {
 		return 0, io.EOF
 	}
-	if c.made != nil {
-		c.made() // the client took the piece before
+	if c.err = c.load(c.offset / chunkSize); c.err != nil {
+		return 0, c.err
 	}
-	data := c.blob.data
-	if c.blob.chunked() || c.blob.codec != identity {
-		if c.err = c.load(c.offset / chunkSize); c.err != nil {
-			return 0, c.err
-		}
-		data = c.chunk
-	}
-	n := copy(p, data[c.offset%chunkSize:])
+	n := copy(p, c.chunk[c.offset%chunkSize:])
 	c.offset += int64(n)
 	return n, nil
 }
@@ -3372,6 +3422,10 @@ func (c *content) Read(p []byte) (int, error) {
 // length is an error: a download is whole or visibly cut.
 func (c *content) load(seq int64) error {
 	if c.seq == seq && len(c.chunk) > 0 {
+		return nil
+	}
+	if !c.blob.chunked() && c.blob.codec == identity {
+		c.chunk = c.blob.data // others', and not to be written to
 		return nil
 	}
 	want := min(chunkSize, c.blob.size-seq*chunkSize)
@@ -3387,6 +3441,33 @@ func (c *content) load(seq int64) error {
 		c.seq = seq
 		return nil
 	})
+}
+
+// piece returns what chunk seq, the next one, contributes to the answer. It is
+// valid until the next call.
+func (c *content) piece(seq int64) ([]byte, error) {
+	if !c.zipped {
+		err := c.load(seq)
+		return c.chunk, err
+	}
+	b := c.blob
+	if c.chunk = c.chunk[:0]; seq == 0 {
+		c.chunk, c.crc = append(c.chunk, gzipHeader...), b.crc
+	}
+	err := c.fetch(seq, func(data []byte) error {
+		if b.codec == identity {
+			c.crc = crc32.Update(c.crc, crc32.IEEETable, data)
+			data, _ = squeeze(data)
+		}
+		c.chunk = append(c.chunk, data...)
+		return nil
+	})
+	if seq == b.lastSeq() {
+		c.chunk = append(c.chunk, gzipEnd...)
+		c.chunk = binary.LittleEndian.AppendUint32(c.chunk, c.crc)
+		c.chunk = binary.LittleEndian.AppendUint32(c.chunk, uint32(b.size))
+	}
+	return c.chunk, err
 }
 
 // fetch calls use with chunk seq as it lies, which is valid during the call.
@@ -3427,10 +3508,10 @@ func (c *content) Seek(offset int64, whence int) (int64, error) {
 // ============================================================================
 // Upkeep
 //
-// One goroutine per store reclaims space: it finds contents nobody refers to
-// or reads, deletes them a few chunks at a time through the batcher, between
-// the writes, and returns free pages to the file system when the shard is
-// idle.
+// One goroutine per shard reclaims space: it finds blobs whose time has come
+// and contents nobody refers to or reads, deletes a few at a time through the
+// batcher, between the writes, and returns free pages to the file system when
+// the shard is idle.
 //
 // It also keeps the reserve, a file that makes a full disk survivable. A
 // delete has to write to the WAL, and the WAL gives its space back only once
@@ -3444,7 +3525,7 @@ func (c *content) Seek(offset int64, whence int) (int64, error) {
 func (s *shard) litter() {
 	s.garbage.Store(true)
 	select {
-	case s.store.untidy <- struct{}{}:
+	case s.untidy <- struct{}{}:
 	default: // said already
 	}
 }
@@ -3452,70 +3533,81 @@ func (s *shard) litter() {
 // pressed reports whether space is short.
 func (st *store) pressed() bool { return st.full.Load() || !st.reserved.Load() }
 
-func (st *store) upkeep() {
+func (s *shard) upkeep() {
 	tick := time.NewTicker(sweepInterval)
 	defer tick.Stop()
 	for {
-		for _, s := range st.shards {
-			if s.broken == nil && (s.garbage.Swap(false) || st.pressed() || s.expiring()) {
-				if err := s.tidy(st.pressed()); err != nil && !errors.Is(err, errStopping) {
-					s.garbage.Store(true) // again at the next tick
-					st.log.Warn("reclaiming space failed, will try again", "shard", s.index, "error", err)
-				}
+		expired, _ := s.debris()
+		if s.garbage.Swap(false) || expired || s.store.pressed() {
+			if err := s.tidy(); err != nil && !errors.Is(err, errStopping) {
+				s.garbage.Store(true) // again at the next tick
+				s.store.log.Warn("reclaiming space failed, will try again", "shard", s.index, "error", err)
 			}
 		}
-		st.takeReserve() // if it is gone; again at the next tick if it cannot be had
+		s.store.takeReserve() // if it is gone; again at the next tick if it cannot be had
 		select {
-		case <-st.stop:
+		case <-s.store.stop:
 			return
 		case <-tick.C:
-		case <-st.untidy:
+		case <-s.untidy:
 		}
 	}
 }
 
-// expiring reports whether some blob's time has come.
-func (s *shard) expiring() (due bool) {
-	s.note(s.due.QueryRow(s.store.now().UnixMilli()).Scan(&due)) // on an error: not now
-	return due
+// debris reports whether some blob's time has come, and whether there are
+// orphans.
+func (s *shard) debris() (expired, orphans bool) {
+	s.note(s.look.QueryRow(s.store.now().UnixMilli()).Scan(&expired, &orphans)) // on an error: not now
+	return expired, orphans
 }
 
-// tidy deletes what has expired, sweeps the shard's orphans and returns its free pages to the file
-// system. A busy shard will reuse its free pages, and some stay for it when
-// it is idle; not so when pressed.
-func (s *shard) tidy(pressed bool) error {
+// tidy deletes what has expired and what is orphaned, in turn, and returns free
+// pages to the file system: all of them when space is short, all but a few when
+// the shard is idle, and while it is busy, and will reuse them, what exceeds half
+// of the file.
+func (s *shard) tidy() error {
+	pressed := s.store.pressed()
 	if pressed {
 		if err := s.slice((*writer).truncateWAL); err != nil {
 			return err
 		}
 	}
-	for s.expiring() {
-		if err := s.slice((*writer).expire); err != nil {
-			return err
-		}
-	}
-	for id := int64(-1); id != 0; {
-		err := s.slice(func(w *writer) (err error) {
-			if id, err = s.victim(w); err == nil && id != 0 {
-				err = w.sweep(id)
+	for more := true; more; {
+		expired, orphans := s.debris()
+		if more = expired; expired {
+			if err := s.slice((*writer).expire); err != nil {
+				return err
 			}
-			return err
-		})
-		if err != nil {
-			return err
+		}
+		if orphans {
+			err := s.slice(func(w *writer) error {
+				swept, err := w.sweep(func() (int64, error) { return s.victim(w) })
+				more = more || swept
+				return err
+			})
+			if err != nil {
+				return err
+			}
 		}
 	}
-	if writes := s.writes.Load(); writes != s.seenWrites && !pressed {
-		s.seenWrites = writes
+	writes := s.writes.Load()
+	busy := writes != s.seenWrites
+	if s.seenWrites = writes; busy {
 		s.garbage.Store(true) // to look again at the next tick
-		return nil
 	}
 	before := int64(math.MaxInt64)
 	for {
-		var free int64
+		var free, pages int64
 		err := s.slice(func(w *writer) error {
-			err := w.db.QueryRow("PRAGMA freelist_count").Scan(&free)
-			if err != nil || free == 0 || free <= vacuumPages && !pressed || free >= before { // or somebody turned auto_vacuum off
+			err := w.db.QueryRow("SELECT * FROM pragma_freelist_count, pragma_page_count").Scan(&free, &pages)
+			keep := int64(vacuumPages)
+			switch {
+			case pressed:
+				keep = 0
+			case busy:
+				keep = max(keep, pages/2)
+			}
+			if err != nil || free <= keep || free >= before { // or somebody turned auto_vacuum off
 				free = 0
 				return err
 			}
@@ -3612,8 +3704,8 @@ func (st *store) room() error {
 	return st.takeReserve()
 }
 
-// takeReserve writes the reserve file if it is not there; errFull, if not for
-// want of space then with the cause, when it cannot be had.
+// takeReserve writes the reserve file if it is not there, and tries that once
+// in a reserveInterval at most. An error is an errFull.
 func (st *store) takeReserve() error {
 	st.reserveMu.Lock()
 	defer st.reserveMu.Unlock()

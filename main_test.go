@@ -953,6 +953,7 @@ func TestDigests(t *testing.T) {
 			{"sha-512=:AAAA:", 201}, {"sha-512=:AAAA:, md5=::", 201}, {wrong + ", " + right, 201}, {right + "," + wrong, 400}, // the last one counts
 			{strings.ReplaceAll(right, "=:", ":")[:len("sha-256")] + strings.ReplaceAll(right[len("sha-256"):], "=:", ":"), 400}, // no "=:"
 			{strings.TrimSuffix(right, "=:") + ":", 201}, // padding may lack
+			{right + ";x=1", 201}, {wrong + " ; x;y=2", 400}, {right[:len(right)-2] + "==:", 400},
 			{"", 400}, {"sha-256", 400}, {"sha-256=abc", 400}, {"sha-256=:AAAA:", 400}, {"sha-256=:!!!!:", 400}, {right + ",", 400},
 			{"SHA-256" + right[7:], 400}, {"sha-512=1", 400}, {right + " " + right, 400},
 		} {
@@ -970,6 +971,19 @@ func TestDigests(t *testing.T) {
 		s.want(400, "PUT", "/blob/k", body, "Repr-Digest", wrong, "Content-Digest", right)
 		s.want(404, "GET", "/blob/k", nil)
 	}
+	// In a trailer, where it is when the body was not known before.
+	for want, content := range map[int]string{201: "content", 400: "another"} {
+		sum := sha256.Sum256([]byte("content"))
+		req, _ := http.NewRequest("PUT", s.base+"/blob/trailer", unknownLength([]byte(content)))
+		req.Trailer = http.Header{"Content-Digest": {"sha-256=:" + base64.StdEncoding.EncodeToString(sum[:]) + ":"}}
+		resp, err := client.Do(req)
+		if err != nil || resp.StatusCode != want {
+			t.Error("trailer:", resp, err)
+		} else {
+			resp.Body.Close()
+		}
+	}
+	s.wantBlob("trailer", []byte("content"))
 	s.put("k", []byte("old"))
 	s.want(400, "PUT", "/blob/k", []byte("new"), "Repr-Digest", "sha-256=:"+strings.Repeat("A", 43)+"=:")
 	s.wantBlob("k", []byte("old"))
@@ -1084,6 +1098,20 @@ func TestExpirySweep(t *testing.T) {
 	s.wantBlob("stays", []byte("x"))
 }
 
+// Nor does what is deleted wait for what has expired.
+func TestExpirySweepIsFair(t *testing.T) {
+	clock := newClock()
+	s := serveAt(t, testConfig(t, func(c *config) { c.NumShards = 1 }), stallTimeout, clock.now)
+	s.put("large", noise(20*chunkSize, 1))
+	exec1(t, filepath.Join(s.store.dir, shardName(0)), fmt.Sprintf(`INSERT INTO blobs WITH RECURSIVE n (i) AS (SELECT 1000 UNION ALL SELECT i + 1 FROM n WHERE i < 101000)
+		SELECT i, printf('k%%d', i), 0, x'%x', 0, 0, NULL, 'text/plain', 0, 0, %d, 0, x'' FROM n`, sha256.Sum256(nil), clock.ms.Load()))
+	s.want(204, "DELETE", "/blob/large", nil)
+	eventually(t, "the chunks are swept", func() bool { return countRows(t, s.store.dir, "SELECT count(*) FROM chunks") == 0 })
+	if n := countRows(t, s.store.dir, "SELECT count(*) FROM blobs"); n == 0 {
+		t.Error("they waited for all that has expired")
+	}
+}
+
 // page is the answer of a listing.
 type page struct {
 	Blobs []listed
@@ -1194,7 +1222,7 @@ func TestListing(t *testing.T) {
 			if _, body := s.want(200, "HEAD", "/blob/", nil); len(body) != 0 {
 				t.Errorf("HEAD: %q", body)
 			}
-			for _, query := range []string{"limit=0", "limit=10001", "limit=-1", "limit=", "limit=x", "limit=1.0", "limit=1&limit=2", "prefix=%ff", "after=%c3", "prefix=%zz", "a;b"} {
+			for _, query := range []string{"limit=0", "limit=10001", "limit=-1", "limit=", "limit=x", "limit=1.0", "limit=%2B5", "limit=1&limit=2", "prefix=%ff", "after=%c3", "prefix=%zz", "a;b"} {
 				if _, body := s.want(400, "GET", "/blob/?"+query, nil); bytes.Count(body, []byte("\n")) != 1 {
 					t.Errorf("%s: %q", query, body)
 				}
@@ -1207,7 +1235,7 @@ func TestListing(t *testing.T) {
 // A default page, and pages of more than is read at a time.
 func TestListingPages(t *testing.T) {
 	s := newTestServer(t, func(c *config) { c.Durability = "off" })
-	want := make([]string, 2*pagePiece+1)
+	want := make([]string, 2001)
 	var group sync.WaitGroup
 	for w := range 16 {
 		group.Go(func() {
@@ -1242,9 +1270,9 @@ func TestListingPages(t *testing.T) {
 func TestQueryPlans(t *testing.T) {
 	s := newTestServer(t, func(c *config) { c.NumShards = 1 })
 	for query, want := range map[string]string{
-		pageQuery:    "SEARCH blobs USING INDEX sqlite_autoindex_blobs_1 (key>? AND key<?)",
-		expiredQuery: "SEARCH blobs USING INDEX expiring (expires_at<?)",
-		dueQuery:     "SEARCH blobs USING COVERING INDEX expiring (expires_at<?)",
+		pageQuery:   "SEARCH blobs USING INDEX sqlite_autoindex_blobs_1 (key>? AND key<?)",
+		expireQuery: "SEARCH blobs USING COVERING INDEX expiring (expires_at<?)",
+		debrisQuery: "SEARCH blobs USING COVERING INDEX expiring (expires_at<?)",
 	} {
 		args := slices.Repeat([]any{1}, strings.Count(query, "?"))
 		rows, err := s.store.shards[0].readers.Query("EXPLAIN QUERY PLAN "+query, args...)
@@ -1331,6 +1359,35 @@ func TestStorageCompression(t *testing.T) {
 	}
 }
 
+// What does not get smaller is not deflated, nor is what follows a chunk that
+// does.
+func TestCompressionPays(t *testing.T) {
+	s := newTestServer(t, func(c *config) { c.NumShards, c.StorageCompression, c.OutputCompression = 1, true, true })
+	skewed := noise(3*chunkSize, 1) // some bytes are frequent, yet there is next to nothing to gain
+	for i, c := range skewed {
+		if c < 25 {
+			skewed[i] = 0
+		}
+	}
+	for i, c := range []struct {
+		body  []byte
+		codec int64
+	}{
+		{skewed, 0}, {skewed[:chunkSize], 0}, {append(prose(chunkSize, 1), noise(5*chunkSize+100, 2)...), 1},
+		{append(noise(chunkSize, 1), prose(5*chunkSize, 2)...), 0}, {append(prose(chunkSize, 1), skewed...), 1},
+	} {
+		s.put("k", c.body)
+		s.wantBlob("k", c.body)
+		codec, stored := countRows(t, s.store.dir, "SELECT codec FROM blobs"), countRows(t, s.store.dir, "SELECT stored FROM blobs")
+		if most := int64(len(c.body)) + 30*int64(len(c.body)/chunkSize+1); codec != c.codec || stored > most {
+			t.Errorf("case %d: codec %d, %d bytes of %d", i, codec, stored, len(c.body))
+		}
+		if _, got := s.want(200, "GET", "/blob/k", nil, "Accept-Encoding", "gzip"); c.codec == 1 && !bytes.Equal(unzip(t, got), c.body) {
+			t.Errorf("case %d: the gzip member differs", i)
+		}
+	}
+}
+
 // A range on a deflated blob decodes the chunks it touches and no other.
 func TestRangeDecodesItsChunks(t *testing.T) {
 	s := newTestServer(t, func(c *config) { c.NumShards, c.StorageCompression = 1, true })
@@ -1344,7 +1401,12 @@ func TestRangeDecodesItsChunks(t *testing.T) {
 	if _, _, err := s.do("GET", "/blob/k", nil, "Range", fmt.Sprintf("bytes=%d-%d", chunkSize, 2*chunkSize)); err == nil {
 		t.Error("a damaged chunk went unnoticed")
 	}
-	s.want(500, "GET", "/blob/k", nil)
+	for _, header := range []string{"bytes=10-20", "bytes=0-", "bytes=" + strconv.Itoa(2*chunkSize) + "-", "lines=1"} {
+		resp, _ := s.want(500, "GET", "/blob/k", nil, "Range", header)
+		if resp.Header.Get("Content-Range")+resp.Header.Get("ETag") != "" {
+			t.Errorf("%s: %v", header, resp.Header)
+		}
+	}
 	exec1(t, filepath.Join(s.store.dir, shardName(0)), "DELETE FROM chunks; DELETE FROM blobs") // for the check at the end
 }
 
@@ -1611,8 +1673,9 @@ func TestLateAnswer(t *testing.T) {
 
 // A stop does not wait for who waits for another process.
 func TestStopDespiteForeignLock(t *testing.T) {
+	t.Parallel() // it mostly waits
 	if testing.Short() {
-		t.Skip("waits for the drain's end")
+		t.Skip("waits for the end of the drain")
 	}
 	s := newTestServer(t, func(c *config) { c.AsyncWrite, c.NumShards = true, 1 })
 	db := openDB(filepath.Join(s.store.dir, shardName(0)), "")
@@ -2183,6 +2246,7 @@ func TestFlood(t *testing.T) {
 // Another process that holds a shard's lock delays what was answered 202; who
 // waits for an answer is told.
 func TestForeignLock(t *testing.T) {
+	t.Parallel() // it mostly waits
 	for _, async := range []bool{true, false} {
 		s := newTestServer(t, func(c *config) { c.AsyncWrite, c.NumShards = async, 1 })
 		db := openDB(filepath.Join(s.store.dir, shardName(0)), "")
