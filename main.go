@@ -2885,11 +2885,12 @@ func (w *writer) exec(query string, args ...any) (int64, error) {
 const (
 	findQuery = `SELECT id, size, sha256, created_at, updated_at, coalesce(expires_at, 0), version FROM blobs WHERE key = ?`
 
-	// Over a row that has chunks or expires it does nothing.
+	// Over a row that has chunks, or where the old content or the new one
+	// expires, it does nothing: so it leaves that index alone.
 	upsertQuery = `INSERT INTO blobs (id, key, size, sha256, codec, stored, crc32, content_type, created_at, updated_at, expires_at, version, data)
 		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET size = excluded.size, sha256 = excluded.sha256,
 		codec = excluded.codec, stored = excluded.stored, crc32 = excluded.crc32, content_type = excluded.content_type, updated_at = excluded.updated_at,
-		expires_at = excluded.expires_at, version = version + 1, data = excluded.data WHERE size <= ? AND expires_at IS NULL`
+		version = version + 1, data = excluded.data WHERE size <= ? AND expires_at IS NULL AND excluded.expires_at IS NULL`
 
 	orphanQuery   = `INSERT INTO orphans (id) VALUES (?)`
 	unorphanQuery = `DELETE FROM orphans WHERE id = ?`
@@ -3013,9 +3014,9 @@ func (w *writer) put(o *op) error {
 	return err
 }
 
-// insert makes the row of key, or, over a row without chunks that never
-// expires, replaces its content and counts the version. It does nothing over
-// any other row and returns false.
+// insert makes the row of key, or, over a row without chunks where nothing
+// expires, replaces its content and counts the version. It does nothing over any
+// other row and returns false.
 func (w *writer) insert(id int64, key string, b *blob, created, updated, version int64, data any) (bool, error) {
 	var crc, expires any // NULL
 	if b.codec == deflated {
