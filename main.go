@@ -1545,7 +1545,7 @@ func digestsOf(h http.Header) (sums [][]byte, err error) {
 		for member := range strings.SplitSeq(strings.Join(h.Values(name), ","), ",") {
 			m := digest.FindStringSubmatch(member)
 			if m == nil {
-				return nil, fmt.Errorf("%w: %s is not a list such as sha-256=:BASE64:", errBadRequest, name)
+				return nil, fmt.Errorf("%w: %s is not a list of digests, such as sha-256=:BASE64:, with commas", errBadRequest, name)
 			}
 			if m[1] != "sha-256" {
 				continue
