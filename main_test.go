@@ -2800,7 +2800,7 @@ func TestCrash(t *testing.T) {
 	const writers, keys = 16, 4
 	states := make([][keys]state, writers)
 	for round := range rounds {
-		p := startProgram(t, dir, "BLOBNOM_BATCH_SIZE=16")
+		p := startProgram(t, dir, "BLOBNOM_BATCH_SIZE=16", fmt.Sprintf("BLOBNOM_STORAGE_COMPRESSION=%v", round%2 == 0))
 		var wg sync.WaitGroup
 		var acks atomic.Int64
 		for w := range writers {
@@ -2813,7 +2813,8 @@ func TestCrash(t *testing.T) {
 					if rnd.IntN(5) == 0 {
 						method = "DELETE"
 					} else {
-						body = noise([]int{0, 100, 4096, rnd.IntN(3 << 20)}[rnd.IntN(4)], rnd.Uint64())
+						make := []func(int, uint64) []byte{noise, prose}[rnd.IntN(2)]
+						body = make([]int{0, 100, 4096, rnd.IntN(3 << 20)}[rnd.IntN(4)], rnd.Uint64())
 						digest := sha256.Sum256(body)
 						sum = hex.EncodeToString(digest[:])
 					}
