@@ -56,6 +56,7 @@ socket to the disk:
 	Writer          the SQL of those writes
 	Codec           content deflated, and sent as it lies
 	Cache, content  what readers hold on to
+	Metrics         what Prometheus is told
 	Upkeep          expiry, reclaiming space, surviving a full disk
 */
 package main
@@ -237,6 +238,13 @@ CREATE INDEX expiring ON blobs (expires_at) WHERE expires_at IS NOT NULL; -- who
 CREATE TABLE chunks  (id INTEGER PRIMARY KEY, data BLOB NOT NULL); -- id = content id << 20 | sequence
 CREATE TABLE orphans (id INTEGER PRIMARY KEY); -- content ids whose chunks nothing refers to (yet, or any more)
 CREATE TABLE meta    (key TEXT PRIMARY KEY, value); -- num_shards, shard, hash, directory
+CREATE TABLE totals  (blobs INTEGER NOT NULL, bytes INTEGER NOT NULL, orphans INTEGER NOT NULL); -- one row, kept by the triggers; bytes as clients see them
+INSERT INTO totals VALUES (0, 0, 0);
+CREATE TRIGGER blob_added    AFTER INSERT ON blobs BEGIN UPDATE totals SET blobs = blobs + 1, bytes = bytes + new.size; END;
+CREATE TRIGGER blob_replaced AFTER UPDATE OF size ON blobs WHEN new.size <> old.size BEGIN UPDATE totals SET bytes = bytes + new.size - old.size; END;
+CREATE TRIGGER blob_removed  AFTER DELETE ON blobs BEGIN UPDATE totals SET blobs = blobs - 1, bytes = bytes - old.size; END;
+CREATE TRIGGER orphan_added   AFTER INSERT ON orphans BEGIN UPDATE totals SET orphans = orphans + 1; END;
+CREATE TRIGGER orphan_removed AFTER DELETE ON orphans BEGIN UPDATE totals SET orphans = orphans - 1; END;
 `
 
 // blob is one committed or soon to be committed content with its metadata.
@@ -633,13 +641,14 @@ type server struct {
 	log      *slog.Logger
 	compress bool          // answers, for clients that accept it
 	stall    time.Duration // without progress a client is cut off
+	metrics  *metrics
 
 	running sync.RWMutex // held for reading by every handler
 	closed  bool         // no handler is to begin; guarded by running
 }
 
 func newServer(cfg *config, st *store, log *slog.Logger) *server {
-	return &server{store: st, log: log, compress: cfg.OutputCompression, stall: stallTimeout}
+	return &server{store: st, log: log, compress: cfg.OutputCompression, stall: stallTimeout, metrics: newMetrics()}
 }
 
 // routes returns the handler of everything. The mux would answer a path that
@@ -661,7 +670,7 @@ func (s *server) routes() http.Handler {
 	handle("DELETE /blob/{key...}", s.deleteBlob)
 	handle("/blob/{key...}", allowOnly("GET, HEAD, PUT, POST, DELETE"))
 	for path, h := range map[string]handler{
-		"/{$}": s.about, "/healthz": s.healthz, "/readyz": s.readyz,
+		"/{$}": s.about, "/healthz": s.healthz, "/readyz": s.readyz, "/metrics": s.exposeMetrics,
 	} {
 		handle("GET "+path, h)
 		handle(path, allowOnly("GET, HEAD"))
@@ -739,10 +748,10 @@ type handler func(w *response, r *http.Request) error
 // its last progress and not before.
 type response struct {
 	http.ResponseWriter
-	status int
-	bytes  int64
-	stall  time.Duration
-	moved  atomic.Int64 // Unix nanoseconds when the deadlines were
+	status         int
+	received, sent int64 // bytes of bodies
+	stall          time.Duration
+	moved          atomic.Int64 // Unix nanoseconds when the deadlines were
 }
 
 // made notes progress, of the client or of the answer. Any goroutine may call
@@ -773,7 +782,7 @@ func (w *response) Write(p []byte) (n int, err error) {
 	for piece := range slices.Chunk(p, writePiece) {
 		w.made()
 		m, err := w.ResponseWriter.Write(piece)
-		n, w.bytes = n+m, w.bytes+int64(m)
+		n, w.sent = n+m, w.sent+int64(m)
 		if err != nil {
 			return n, fmt.Errorf("%w: %w", errClientGone, err)
 		}
@@ -794,10 +803,18 @@ func (s *server) adapt(h handler) http.Handler {
 		w := &response{ResponseWriter: rw, stall: s.stall}
 		w.moved.Store(start.UnixNano())
 		defer func() {
-			if v := recover(); v == http.ErrAbortHandler {
+			v := recover()
+			if v != nil && v != http.ErrAbortHandler {
+				v = s.fail(w, r, fmt.Errorf("panic: %v\n%s", v, debug.Stack()))
+			}
+			took := time.Since(start)
+			s.metrics.observe(w, r, took)
+			if s.log.Enabled(r.Context(), slog.LevelDebug) {
+				s.log.Debug("request", "method", r.Method, "path", r.URL.EscapedPath(), "status", w.status,
+					"bytes", w.sent, "duration", took, "client", r.RemoteAddr)
+			}
+			if v != nil {
 				panic(v)
-			} else if v != nil {
-				s.fail(w, r, fmt.Errorf("panic: %v\n%s", v, debug.Stack()))
 			}
 		}()
 		err := error(errStopping)
@@ -805,28 +822,27 @@ func (s *server) adapt(h handler) http.Handler {
 			err = h(w, r)
 		}
 		if err != nil {
-			s.fail(w, r, err)
-		}
-		if s.log.Enabled(r.Context(), slog.LevelDebug) {
-			s.log.Debug("request", "method", r.Method, "path", r.URL.EscapedPath(), "status", w.status,
-				"bytes", w.bytes, "duration", time.Since(start), "client", r.RemoteAddr)
+			if v := s.fail(w, r, err); v != nil {
+				panic(v)
+			}
 		}
 	})
 }
 
-// fail answers err, or, where the answer has begun or nobody reads it, cuts
-// the connection so that half an answer cannot be taken for a whole one.
-func (s *server) fail(w *response, r *http.Request, err error) {
+// fail answers err. Where the answer has begun or nobody reads it, it returns
+// what to panic with for the connection to be cut, so that half an answer cannot
+// be taken for a whole one.
+func (s *server) fail(w *response, r *http.Request, err error) any {
 	if errors.Is(err, errClientGone) {
 		s.log.Debug("request cut off", "method", r.Method, "path", r.URL.EscapedPath(), "error", err)
-		panic(http.ErrAbortHandler)
+		return http.ErrAbortHandler
 	}
 	status := kindOf(err).status
 	if status >= 500 {
 		s.log.Error("request failed", "method", r.Method, "path", r.URL.EscapedPath(), "status", status, "error", err)
 	}
 	if w.status != 0 {
-		panic(http.ErrAbortHandler)
+		return http.ErrAbortHandler
 	}
 	for _, name := range append(headerNames[:], "Content-Encoding", "Vary") { // of what is not sent after all
 		w.Header().Del(name)
@@ -838,6 +854,7 @@ func (s *server) fail(w *response, r *http.Request, err error) {
 		w.Header().Set("Connection", "close")
 	}
 	writeText(w, status, publicText(err)+"\n")
+	return nil
 }
 
 // writeText answers a short text; it cannot be made to run in a browser.
@@ -1189,7 +1206,7 @@ func (s *server) putBlob(w *response, r *http.Request) error {
 		return err
 	}
 	p.verify = func(sum []byte) error { return verifyDigests(sum, r.Header, r.Trailer) }
-	body := &upload{body: r.Body, limit: s.store.maxBlob, made: w.made}
+	body := &upload{body: r.Body, limit: s.store.maxBlob, w: w}
 	if r.ContentLength > body.limit {
 		return body.tooLarge()
 	}
@@ -1297,7 +1314,7 @@ type upload struct {
 	body  io.Reader
 	limit int64
 	n     int64
-	made  func()
+	w     *response
 }
 
 func (u *upload) Read(p []byte) (int, error) {
@@ -1306,7 +1323,8 @@ func (u *upload) Read(p []byte) (int, error) {
 		return n, u.tooLarge()
 	}
 	if n > 0 {
-		u.made()
+		u.w.made()
+		u.w.received += int64(n)
 	}
 	if err != nil && err != io.EOF {
 		err = fmt.Errorf("%w: %w", errClientGone, err)
@@ -1327,7 +1345,7 @@ func (s *server) about(w *response, r *http.Request) error {
 		"  curl -r 0-99 "+base+"KEY          the first 100 bytes\n"+
 		"  curl '"+base+"?prefix=P'        list, a page at a time\n"+
 		"  curl -X DELETE "+base+"KEY        delete\n\n"+
-		"A KEY may have slashes. /healthz says whether the process answers, /readyz whether every shard works.\n")
+		"A KEY may have slashes. /healthz says whether the process answers, /readyz whether every shard works, /metrics how it does.\n")
 	return nil
 }
 
@@ -1665,6 +1683,8 @@ type store struct {
 	log     *slog.Logger
 	lock    *sql.DB
 
+	batches, commits *histogram // operations and seconds of the transactions
+
 	// full is set by a write that found no space and cleared by the next put
 	// that does; reserved is set while the reserve file exists, without which
 	// only deletes may use the disk.
@@ -1704,6 +1724,7 @@ func openStore(cfg *config, log *slog.Logger, now func() time.Time) (_ *store, e
 		dir: dir, hash: hashes[cfg.Hash], async: cfg.AsyncWrite, deflate: cfg.StorageCompression, now: now, log: log,
 		maxBlob: min(cmp.Or(cfg.MaxBlobBytes, hardMaxBlob), hardMaxBlob),
 		stop:    make(chan struct{}),
+		batches: newHistogram(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), commits: newHistogram(durations...),
 	}
 	st.halt = sync.OnceFunc(func() { close(st.stop) })
 	st.budget = newBudget(cfg.MaxPendingBytes, queueTimeout, st.stop)
@@ -2116,6 +2137,7 @@ type shard struct {
 	head    *sql.Stmt // a row by key, without its content
 	page    *sql.Stmt // rows by a range of keys, without their content
 	chunk   *sql.Stmt
+	totals  *sql.Stmt
 	look    *sql.Stmt // whether some blob has expired, and whether there are orphans
 	writer  *writer
 	batcher *batcher
@@ -2173,11 +2195,12 @@ func openShard(st *store, i int, path string, cfg *config) (_ *shard, _ *record,
 	s.readers.SetMaxOpenConns(readersPerShard)
 	s.readers.SetMaxIdleConns(readersPerShard)
 	for stmt, text := range map[**sql.Stmt]string{
-		&s.whole: "SELECT " + blobColumns + ", data FROM blobs WHERE key = ?",
-		&s.head:  "SELECT " + blobColumns + ", NULL FROM blobs WHERE key = ?",
-		&s.page:  pageQuery,
-		&s.chunk: "SELECT data FROM chunks WHERE id = ?",
-		&s.look:  debrisQuery,
+		&s.whole:  "SELECT " + blobColumns + ", data FROM blobs WHERE key = ?",
+		&s.head:   "SELECT " + blobColumns + ", NULL FROM blobs WHERE key = ?",
+		&s.page:   pageQuery,
+		&s.chunk:  "SELECT data FROM chunks WHERE id = ?",
+		&s.look:   debrisQuery,
+		&s.totals: "SELECT blobs, bytes, orphans FROM totals",
 	} {
 		if *stmt, err = s.readers.Prepare(text); err != nil {
 			return s, nil, err
@@ -2505,7 +2528,10 @@ func (s *shard) commit(batch []*op) {
 	for _, o := range batch {
 		s.cache.block(o.key)
 	}
+	start := time.Now()
 	err := translate(s.writer.transact(batch))
+	s.store.batches.observe(float64(len(batch)))
+	s.store.commits.observe(time.Since(start).Seconds())
 	for try := 1; errors.Is(err, errBusy); try++ {
 		// Another process has the lock: no operation's fault. Who waits is
 		// told; what was answered 202 is tried for as long as we may.
@@ -2706,6 +2732,13 @@ func (b *batcher) finish(o *op) {
 		b.mu.Unlock()
 	}
 	close(o.done)
+}
+
+// depth returns how many operations are queued.
+func (b *batcher) depth() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return len(b.queue)
 }
 
 // endWindow makes this and all later batches wait for nothing.
@@ -3504,6 +3537,205 @@ func (c *content) Seek(offset int64, whence int) (int64, error) {
 	}
 	c.offset = offset
 	return offset, nil
+}
+
+// ============================================================================
+// Metrics
+//
+// What the server does, in the text format of Prometheus. Labels are bounded:
+// route patterns, known methods, status codes, shards. A scrape looks at one row
+// and two files a shard, however many blobs there are.
+// ============================================================================
+
+// durations are the upper bounds of seconds, from a cached GET to the drain.
+var durations = []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 15}
+
+// histogram counts observations up to each of its bounds. Any goroutine may
+// use it.
+type histogram struct {
+	bounds []float64
+	mu     sync.Mutex // guards the rest
+	counts []int64    // up to each bound and not the one before; the last: above
+	sum    float64
+}
+
+func newHistogram(bounds ...float64) *histogram {
+	return &histogram{bounds: bounds, counts: make([]int64, len(bounds)+1)}
+}
+
+func (h *histogram) observe(v float64) {
+	i, _ := slices.BinarySearch(h.bounds, v)
+	h.mu.Lock()
+	h.counts[i]++
+	h.sum += v
+	h.mu.Unlock()
+}
+
+// metrics are the counts of requests. Any goroutine may use them.
+type metrics struct {
+	mu             sync.Mutex // guards the rest
+	requests       map[requestKind]int64
+	seconds        map[string]*histogram // by route
+	received, sent int64
+}
+
+type requestKind struct {
+	route, method string
+	code          int // 0: cut off
+}
+
+func newMetrics() *metrics {
+	return &metrics{requests: map[requestKind]int64{}, seconds: map[string]*histogram{}}
+}
+
+// observe counts one request.
+func (m *metrics) observe(w *response, r *http.Request, took time.Duration) {
+	_, route, _ := strings.Cut(r.Pattern, " ")
+	k := requestKind{cmp.Or(route, r.Pattern, "none"), r.Method, w.status}
+	if !slices.Contains([]string{"GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS"}, k.method) {
+		k.method = "other"
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.requests[k]++
+	m.received += w.received
+	m.sent += w.sent
+	h := m.seconds[k.route]
+	if h == nil {
+		h = newHistogram(durations...)
+		m.seconds[k.route] = h
+	}
+	h.observe(took.Seconds())
+}
+
+// exposition is a text for Prometheus in the making.
+type exposition struct{ bytes.Buffer }
+
+// metric begins a metric; its samples follow.
+func (e *exposition) metric(name, kind, help string) {
+	fmt.Fprintf(e, "# HELP %s %s\n# TYPE %[1]s %[3]s\n", name, help, kind)
+}
+
+// sample adds a sample; labels are name, value pairs.
+func (e *exposition) sample(name string, v float64, labels ...string) {
+	e.WriteString(name)
+	for i := 0; i < len(labels); i += 2 {
+		fmt.Fprintf(e, "%c%s=%q", "{,"[min(i, 1)], labels[i], labels[i+1])
+	}
+	if len(labels) > 0 {
+		e.WriteByte('}')
+	}
+	fmt.Fprintf(e, " %s\n", strconv.FormatFloat(v, 'g', -1, 64))
+}
+
+func (e *exposition) histogram(name string, h *histogram, labels ...string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	var n int64
+	for i, count := range h.counts {
+		n += count
+		le := "+Inf"
+		if i < len(h.bounds) {
+			le = strconv.FormatFloat(h.bounds[i], 'g', -1, 64)
+		}
+		e.sample(name+"_bucket", float64(n), append(slices.Clip(labels), "le", le)...)
+	}
+	e.sample(name+"_sum", h.sum, labels...)
+	e.sample(name+"_count", float64(n), labels...)
+}
+
+// exposeMetrics serves /metrics.
+func (s *server) exposeMetrics(w *response, _ *http.Request) error {
+	e := &exposition{}
+	s.metrics.expose(e)
+	s.store.expose(e)
+	var mem runtime.MemStats
+	runtime.ReadMemStats(&mem)
+	for _, g := range []struct {
+		name, kind, help string
+		value            float64
+	}{
+		{"go_goroutines", "gauge", "Goroutines that exist.", float64(runtime.NumGoroutine())},
+		{"go_memstats_heap_alloc_bytes", "gauge", "Bytes of heap objects.", float64(mem.HeapAlloc)},
+		{"go_memstats_sys_bytes", "gauge", "Bytes obtained from the system.", float64(mem.Sys)},
+		{"go_memstats_alloc_bytes_total", "counter", "Bytes allocated since the start.", float64(mem.TotalAlloc)},
+		{"go_gc_cycles_total", "counter", "Garbage collections since the start.", float64(mem.NumGC)},
+	} {
+		e.metric(g.name, g.kind, g.help)
+		e.sample(g.name, g.value)
+	}
+	e.metric("blobnom_build_info", "gauge", "What runs.")
+	e.sample("blobnom_build_info", 1, "version", version, "goversion", runtime.Version())
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	w.Header()["X-Content-Type-Options"] = noSniff
+	_, err := w.Write(e.Bytes())
+	return err
+}
+
+func (m *metrics) expose(e *exposition) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	e.metric("blobnom_http_requests_total", "counter", "Requests by route, method and status code; 0 was cut off.")
+	for k, n := range m.requests {
+		e.sample("blobnom_http_requests_total", float64(n), "route", k.route, "method", k.method, "code", strconv.Itoa(k.code))
+	}
+	e.metric("blobnom_http_request_duration_seconds", "histogram", "Time from the request's header to the end of its answer.")
+	for route, h := range m.seconds {
+		e.histogram("blobnom_http_request_duration_seconds", h, "route", route)
+	}
+	e.metric("blobnom_http_received_bytes_total", "counter", "Bytes of uploaded bodies.")
+	e.sample("blobnom_http_received_bytes_total", float64(m.received))
+	e.metric("blobnom_http_sent_bytes_total", "counter", "Bytes of answered bodies.")
+	e.sample("blobnom_http_sent_bytes_total", float64(m.sent))
+}
+
+func (st *store) expose(e *exposition) {
+	e.metric("blobnom_batch_operations", "histogram", "Operations in a transaction.")
+	e.histogram("blobnom_batch_operations", st.batches)
+	e.metric("blobnom_commit_duration_seconds", "histogram", "Time a transaction took, with its sync.")
+	e.histogram("blobnom_commit_duration_seconds", st.commits)
+	e.metric("blobnom_queue_bytes", "gauge", "Bytes of the writes that are queued or being committed.")
+	e.sample("blobnom_queue_bytes", float64(st.budget.size-st.budget.free.Load()))
+	gauges := []struct {
+		name, kind, help string
+		value            func(s *shard, t *totals) int64
+	}{
+		{"blobnom_queue_operations", "gauge", "Writes that are queued.", func(s *shard, _ *totals) int64 { return int64(s.batcher.depth()) }},
+		{"blobnom_failed_background_writes_total", "counter", "Writes that failed after they were answered 202.", func(s *shard, _ *totals) int64 { return s.failedWrites.Load() }},
+		{"blobnom_shard_blobs", "gauge", "Blobs, with expired ones that are not deleted yet.", func(_ *shard, t *totals) int64 { return t.blobs }},
+		{"blobnom_shard_content_bytes", "gauge", "Bytes of their contents, as clients see them.", func(_ *shard, t *totals) int64 { return t.bytes }},
+		{"blobnom_shard_orphans", "gauge", "Contents that are being uploaded or wait to be swept.", func(_ *shard, t *totals) int64 { return t.orphans }},
+		{"blobnom_shard_file_bytes", "gauge", "Size of the database.", func(s *shard, _ *totals) int64 { return s.fileSize("") }},
+		{"blobnom_shard_wal_bytes", "gauge", "Size of its write-ahead log.", func(s *shard, _ *totals) int64 { return s.fileSize("-wal") }},
+	}
+	all := make([]*totals, len(st.shards))
+	for i, s := range st.shards {
+		t := &totals{}
+		if s.broken == nil && s.note(s.totals.QueryRow().Scan(&t.blobs, &t.bytes, &t.orphans)) == nil {
+			all[i] = t
+		}
+	}
+	for _, g := range gauges {
+		e.metric(g.name, g.kind, g.help)
+		for i, s := range st.shards {
+			if all[i] != nil { // a shard that cannot be read has no figures
+				e.sample(g.name, float64(g.value(s, all[i])), "shard", strconv.Itoa(i))
+			}
+		}
+	}
+}
+
+// totals are what a shard's row of that name says.
+type totals struct{ blobs, bytes, orphans int64 }
+
+// fileSize returns the size of the shard's database or of a file beside it, 0
+// when there is none.
+func (s *shard) fileSize(suffix string) int64 {
+	info, err := os.Stat(filepath.Join(s.store.dir, shardName(s.index)) + suffix)
+	if err != nil {
+		return 0
+	}
+	return info.Size()
 }
 
 // ============================================================================

@@ -261,21 +261,23 @@ func verifyDir(t testing.TB, dir string) map[string]string {
 		db := openDB(file, "mode=ro")
 		defer db.Close()
 		var ok, hash string
-		var n, index, stray int64
+		var n, index, stray, astray int64
 		for query, to := range map[string]any{
 			"PRAGMA integrity_check":                          &ok,
 			"SELECT value FROM meta WHERE key = 'num_shards'": &n,
 			"SELECT value FROM meta WHERE key = 'shard'":      &index,
 			"SELECT value FROM meta WHERE key = 'hash'":       &hash,
 			"SELECT count(*) FROM chunks WHERE id >> 20 NOT IN (SELECT id FROM blobs UNION SELECT id FROM orphans)": &stray,
+			`SELECT abs(blobs - (SELECT count(*) FROM blobs)) + abs(bytes - (SELECT coalesce(sum(size), 0) FROM blobs)) + abs(orphans - (SELECT count(*) FROM orphans))
+				FROM totals`: &astray,
 		} {
 			if err := db.QueryRow(query).Scan(to); err != nil {
 				t.Errorf("%s: %s: %v", file, query, err)
 				return sums
 			}
 		}
-		if ok != "ok" || stray != 0 {
-			t.Errorf("%s: integrity_check %q, %d stray chunks", file, ok, stray)
+		if ok != "ok" || stray != 0 || astray != 0 {
+			t.Errorf("%s: integrity_check %q, %d stray chunks, totals wrong by %d", file, ok, stray, astray)
 		}
 		rows, err := db.Query("SELECT key, id, size, stored, codec, coalesce(crc32, -1), sha256, data FROM blobs")
 		if err != nil {
@@ -1698,6 +1700,98 @@ func TestStopDespiteForeignLock(t *testing.T) {
 	}
 	if _, err := db.Exec("ROLLBACK"); err != nil {
 		t.Error(err)
+	}
+}
+
+// metrics scrapes the server: sample to value.
+func (s *testServer) metrics() map[string]float64 {
+	s.t.Helper()
+	resp, body := s.want(200, "GET", "/metrics", nil)
+	if ct := resp.Header.Get("Content-Type"); ct != "text/plain; version=0.0.4; charset=utf-8" {
+		s.t.Error(ct)
+	}
+	samples, typed := map[string]float64{}, map[string]string{}
+	for line := range strings.Lines(string(body)) {
+		line = strings.TrimSuffix(line, "\n")
+		if rest, ok := strings.CutPrefix(line, "# TYPE "); ok {
+			name, kind, _ := strings.Cut(rest, " ")
+			if typed[name] != "" || kind != "gauge" && kind != "counter" && kind != "histogram" || (kind == "counter") != strings.HasSuffix(name, "_total") {
+				s.t.Error(line)
+			}
+			typed[name] = kind
+		} else if !strings.HasPrefix(line, "# HELP ") {
+			i := strings.LastIndexByte(line, ' ')
+			v, err := strconv.ParseFloat(line[i+1:], 64)
+			name, _, _ := strings.Cut(line[:i], "{")
+			for _, suffix := range []string{"_bucket", "_sum", "_count"} {
+				if base := strings.TrimSuffix(name, suffix); typed[base] == "histogram" {
+					name = base
+				}
+			}
+			if _, again := samples[line[:i]]; err != nil || again || typed[name] == "" {
+				s.t.Errorf("%s: %v", line, err)
+			}
+			samples[line[:i]] = v
+		}
+	}
+	return samples
+}
+
+func TestMetrics(t *testing.T) {
+	s := newTestServer(t, func(c *config) { c.NumShards = 2 })
+	small, large := noise(100, 1), noise(3*chunkSize, 2)
+	a, b := s.keyOn(0, "a"), s.keyOn(1, "b")
+	s.put(a, small)
+	s.put(a, small[:40])
+	s.put(b, large)
+	s.wantBlob(b, large)
+	s.want(404, "GET", "/blob/none", nil)
+	s.want(400, "GET", "/blob//x", nil)
+	s.want(405, "PATCH", "/blob/x", nil)
+	s.want(405, "BREW", "/blob/x", nil)
+	s.want(404, "GET", "/nothing/at/all", nil)
+	s.want(204, "DELETE", "/blob/"+b, nil)
+	eventually(t, "the chunks are swept", func() bool { return s.metrics()[`blobnom_shard_orphans{shard="1"}`] == 0 })
+	m := s.metrics()
+	for sample, want := range map[string]float64{
+		`blobnom_http_requests_total{route="/blob/{key...}",method="PUT",code="201"}`:         3,
+		`blobnom_http_requests_total{route="/blob/{key...}",method="GET",code="200"}`:         1,
+		`blobnom_http_requests_total{route="/blob/{key...}",method="GET",code="404"}`:         1,
+		`blobnom_http_requests_total{route="/blob/{key...}",method="DELETE",code="204"}`:      1,
+		`blobnom_http_requests_total{route="/blob/{key...}",method="other",code="405"}`:       2,
+		`blobnom_http_requests_total{route="none",method="GET",code="400"}`:                   1,
+		`blobnom_http_requests_total{route="/",method="GET",code="404"}`:                      1,
+		`blobnom_http_request_duration_seconds_count{route="/blob/{key...}"}`:                 8,
+		`blobnom_http_request_duration_seconds_bucket{route="/blob/{key...}",le="+Inf"}`:      8,
+		`blobnom_http_received_bytes_total`:                                                   140 + 3*chunkSize,
+		`blobnom_batch_operations_count`:                                                      m["blobnom_commit_duration_seconds_count"],
+		`blobnom_batch_operations_sum`:                                                        3 + 2 + 1, // puts, chunks before the last, delete
+		`blobnom_batch_operations_bucket{le="1"}`:                                             6,
+		`blobnom_shard_blobs{shard="0"}`:                                                      1,
+		`blobnom_shard_blobs{shard="1"}`:                                                      0,
+		`blobnom_shard_content_bytes{shard="0"}`:                                              40,
+		`blobnom_shard_content_bytes{shard="1"}`:                                              0,
+		`blobnom_failed_background_writes_total{shard="0"}`:                                   0,
+		`blobnom_queue_operations{shard="0"}`:                                                 0,
+		`blobnom_queue_bytes`:                                                                 0,
+		`blobnom_build_info{version="` + version + `",goversion="` + runtime.Version() + `"}`: 1,
+	} {
+		if got, there := m[sample]; !there || got != want {
+			t.Errorf("%s %v, want %v", sample, got, want)
+		}
+	}
+	for _, sample := range []string{`blobnom_shard_file_bytes{shard="1"}`, `blobnom_shard_wal_bytes{shard="1"}`, `go_goroutines`, `go_memstats_heap_alloc_bytes`, `blobnom_http_sent_bytes_total`} {
+		if m[sample] <= 0 {
+			t.Errorf("%s %v", sample, m[sample])
+		}
+	}
+	before := len(m)
+	for i := range 50 { // neither keys nor paths make new samples
+		s.do("GET", fmt.Sprint("/blob/k", i), nil)
+		s.do("GET", fmt.Sprint("/x", i), nil)
+	}
+	if after := len(s.metrics()); after > before+1 { // that of /metrics itself is new
+		t.Errorf("%d samples became %d", before, after)
 	}
 }
 
