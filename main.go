@@ -67,8 +67,10 @@ import (
 	"cmp"
 	"compress/flate"
 	"context"
+	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
+	"crypto/tls"
 	"database/sql"
 	_ "embed"
 	"encoding/base64"
@@ -192,6 +194,7 @@ func (k *kind) Error() string { return k.text }
 
 var (
 	errBadRequest = &kind{http.StatusBadRequest, "bad request"}
+	errToken      = &kind{http.StatusUnauthorized, "unauthorized"} // and no hint why
 	errNotFound   = &kind{http.StatusNotFound, "not found"}
 	errMethod     = &kind{http.StatusMethodNotAllowed, "method not allowed"}
 	errCondition  = &kind{http.StatusPreconditionFailed, "precondition failed"}
@@ -313,6 +316,7 @@ type call struct {
 func commands() []command {
 	return []command{
 		{"serve", "", "run the server (the default command)", cmdServe},
+		{"sign", "[-method GET] [-ttl 1h] KEY", "print a signed URL path for KEY that expires", cmdSign},
 		{"version", "", "print the version", cmdVersion},
 	}
 }
@@ -320,10 +324,9 @@ func commands() []command {
 func usage(w io.Writer) {
 	fmt.Fprint(w, "usage: blobnom [-config FILE] [COMMAND] [ARGUMENTS]\n\n")
 	for _, c := range commands() {
-		fmt.Fprintf(w, "  %-18s %s\n", strings.TrimSpace(c.name+" "+c.args), c.help)
+		fmt.Fprintf(w, "  %-32s %s\n", strings.TrimSpace(c.name+" "+c.args), c.help)
 	}
-	fmt.Fprint(w, "\n  -config FILE       configuration (default config.toml, else the built-in example)\n"+
-		"  -h                 print this\n")
+	fmt.Fprintf(w, "\n  %-32s %s\n  %-32s %s\n", "-config FILE", "configuration (default config.toml, else the built-in example)", "-h", "print this")
 }
 
 // run executes one command line and returns the exit code.
@@ -346,12 +349,15 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 	if i < 0 {
 		return misuse(stderr, fmt.Sprintf("unknown command %q", name))
 	}
-	if len(rest) > 0 {
-		return misuse(stderr, fmt.Sprintf("%s takes no argument %q", name, rest[0]))
-	}
 	err := all[i].run(ctx, &call{*configFile, environ, rest, stdout, stderr})
-	if err == nil {
+	switch {
+	case err == nil:
 		return 0
+	case errors.Is(err, flag.ErrHelp):
+		usage(stdout)
+		return 0
+	case errors.As(err, new(usageError)):
+		return misuse(stderr, name+": "+err.Error())
 	}
 	fmt.Fprintln(stderr, "blobnom:", err)
 	if errors.As(err, new(*configError)) {
@@ -366,7 +372,37 @@ func misuse(stderr io.Writer, problem string) int {
 	return 2
 }
 
+// usageError says what is wrong with a command's arguments.
+type usageError string
+
+func (e usageError) Error() string { return string(e) }
+
+// parse parses the arguments of a command by flags, which may be nil, and
+// returns those that are left: at least least and at most most.
+func (c *call) parse(flags *flag.FlagSet, least, most int) ([]string, error) {
+	if flags == nil {
+		flags = flag.NewFlagSet("", flag.ContinueOnError)
+	}
+	flags.SetOutput(io.Discard)
+	err := flags.Parse(c.args)
+	switch left := flags.Args(); {
+	case errors.Is(err, flag.ErrHelp):
+		return nil, err
+	case err != nil:
+		return nil, usageError(err.Error())
+	case len(left) < least:
+		return nil, usageError("an argument is missing")
+	case len(left) > most:
+		return nil, usageError(fmt.Sprintf("there is no argument %q", left[most]))
+	default:
+		return left, nil
+	}
+}
+
 func cmdVersion(_ context.Context, c *call) error {
+	if _, err := c.parse(nil, 0, 0); err != nil {
+		return err
+	}
 	_, err := fmt.Fprintf(c.stdout, "blobnom %s %s %s/%s\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 	return err
 }
@@ -374,6 +410,9 @@ func cmdVersion(_ context.Context, c *call) error {
 // cmdServe runs until SIGTERM, SIGINT or the end of ctx, then drains. A
 // second signal meets the default handler and ends the process at once.
 func cmdServe(ctx context.Context, c *call) (err error) {
+	if _, err := c.parse(nil, 0, 0); err != nil {
+		return err
+	}
 	cfg, source, err := loadConfig(c.configFile, c.environ)
 	if err != nil {
 		return err
@@ -394,10 +433,38 @@ func cmdServe(ctx context.Context, c *call) (err error) {
 	defer func() { err = errors.Join(err, st.close()) }()
 
 	log.Info("serving", append([]any{"version", version, "listen", ln.Addr().String(), "config", source}, cfg.logArgs()...)...)
-	if host := ln.Addr().(*net.TCPAddr).IP; !host.IsLoopback() {
-		log.Warn("anyone who can reach this address can read, replace and delete every blob; set addr to 127.0.0.1 or keep it behind a firewall", "listen", ln.Addr().String())
+	if host := ln.Addr().(*net.TCPAddr).IP; !host.IsLoopback() && cfg.AuthToken == "" {
+		log.Warn("anyone who can reach this address can read, replace and delete every blob; set auth_token, or addr to 127.0.0.1, or keep it behind a firewall", "listen", ln.Addr().String())
 	}
 	return newServer(cfg, st, log).serve(ctx, stop, ln)
+}
+
+// cmdSign prints a path that needs no token until it expires.
+func cmdSign(_ context.Context, c *call) error {
+	flags := flag.NewFlagSet("", flag.ContinueOnError)
+	method := flags.String("method", http.MethodGet, "")
+	ttl := flags.Duration("ttl", time.Hour, "")
+	args, err := c.parse(flags, 1, 1)
+	if err != nil {
+		return err
+	}
+	key := args[0]
+	if err := checkKey(key); err != nil {
+		return usageError(err.Error())
+	}
+	if *ttl < time.Second || !slices.Contains(strings.Split(blobMethods, ", "), *method) {
+		return usageError(fmt.Sprintf("-ttl is at least 1s and -method one of %s", blobMethods))
+	}
+	cfg, source, err := loadConfig(c.configFile, c.environ)
+	if err != nil {
+		return err
+	}
+	if cfg.AuthToken == "" {
+		return &configError{source, []string{"auth_token: is empty; a signature needs it as its key"}}
+	}
+	expires := strconv.FormatInt(time.Now().Add(*ttl).Unix(), 10)
+	_, err = fmt.Fprintf(c.stdout, "%s?expires=%s&sig=%s\n", keyPath(key), expires, sign(cfg.AuthToken, *method, key, expires))
+	return err
 }
 
 func newLogger(cfg *config, w io.Writer) *slog.Logger {
@@ -435,6 +502,10 @@ type config struct {
 	Hash                                  string
 	MaxBlobBytes                          int64
 	MaxPendingBytes                       int64
+	AuthToken                             string
+	PublicRead                            bool
+	TLSCert, TLSKey                       string
+	CORSOrigin                            string
 	LogFormat                             string
 	LogLevel                              string
 }
@@ -495,6 +566,22 @@ func (c *config) options() []option {
 		{"hash", &c.Hash, false, oneOf(&c.Hash, slices.Sorted(maps.Keys(hashes))...)},
 		{"max_blob_bytes", &c.MaxBlobBytes, false, atLeast(&c.MaxBlobBytes, 0)},
 		{"max_pending_bytes", &c.MaxPendingBytes, false, atLeast(&c.MaxPendingBytes, 1)},
+		{"auth_token", &c.AuthToken, false, func() string {
+			if strings.ContainsFunc(c.AuthToken, func(r rune) bool { return r <= ' ' || r > '~' }) {
+				return "must be visible ASCII without spaces"
+			}
+			return ""
+		}},
+		{"public_read", &c.PublicRead, false, nil},
+		{"tls_cert", &c.TLSCert, false, nil},
+		{"tls_key", &c.TLSKey, false, nil}, // see pair
+		{"cors_origin", &c.CORSOrigin, false, func() string {
+			u, err := url.Parse(c.CORSOrigin)
+			if c.CORSOrigin != "" && c.CORSOrigin != "*" && (err != nil || u.Host == "" || c.CORSOrigin != u.Scheme+"://"+u.Host) {
+				return `must be an origin such as "https://example.org", or "*"`
+			}
+			return ""
+		}},
 		{"log_format", &c.LogFormat, false, oneOf(&c.LogFormat, "text", "json")},
 		{"log_level", &c.LogLevel, false, oneOf(&c.LogLevel, "debug", "info", "warn", "error")},
 	}
@@ -516,9 +603,29 @@ func defaultConfig() *config {
 // logArgs is the effective configuration for the start line.
 func (c *config) logArgs() (args []any) {
 	for _, o := range c.options() {
-		args = append(args, o.key, reflect.ValueOf(o.to).Elem().Interface())
+		args = append(args, o.key, o.shown(reflect.ValueOf(o.to).Elem().Interface()))
 	}
 	return args
+}
+
+// shown is value as logs and errors show it.
+func (o *option) shown(value any) any {
+	if o.key == "auth_token" && value != "" {
+		return "(secret)"
+	}
+	return value
+}
+
+// pair returns what is wrong with tls_cert and tls_key.
+func (c *config) pair() error {
+	if c.TLSCert == "" && c.TLSKey == "" {
+		return nil
+	}
+	if c.TLSCert == "" || c.TLSKey == "" {
+		return errors.New("both or neither must be set")
+	}
+	_, err := tls.LoadX509KeyPair(c.TLSCert, c.TLSKey)
+	return err
 }
 
 // configError lists every problem of a configuration, one a line.
@@ -563,12 +670,20 @@ func loadConfig(file string, environ []string) (*config, string, error) {
 			continue
 		}
 		if want := o.set(value, name != o.key); want != "" {
-			problems = append(problems, fmt.Sprintf("%s = %#v: %s", name, value, want))
+			problems = append(problems, fmt.Sprintf("%s = %#v: %s", name, o.shown(value), want))
 		}
 	}
+	if err := c.pair(); err != nil {
+		problems = append(problems, fmt.Sprintf("tls_cert = %q, tls_key = %q: %v", c.TLSCert, c.TLSKey, err))
+	}
 	for _, key := range slices.Sorted(maps.Keys(values)) {
-		if key == "auth_token" { // perhaps a newer server's, and a secret
-			values[key] = "…"
+		switch values[key].(type) {
+		case string, int64, float64, bool:
+			if strings.Contains(key, "token") { // misspelt, and a secret all the same
+				values[key] = "(secret)"
+			}
+		default: // who knows what is in it
+			values[key] = "(table)"
 		}
 		problems = append(problems, fmt.Sprintf("%s = %#v: unknown key", key, values[key]))
 	}
@@ -637,18 +752,18 @@ func fileExists(name string) bool {
 
 // server is the HTTP face of a store. It has no storage logic.
 type server struct {
-	store    *store
-	log      *slog.Logger
-	compress bool          // answers, for clients that accept it
-	stall    time.Duration // without progress a client is cut off
-	metrics  *metrics
+	store   *store
+	log     *slog.Logger
+	cfg     *config
+	stall   time.Duration // without progress a client is cut off
+	metrics *metrics
 
 	running sync.RWMutex // held for reading by every handler
 	closed  bool         // no handler is to begin; guarded by running
 }
 
 func newServer(cfg *config, st *store, log *slog.Logger) *server {
-	return &server{store: st, log: log, compress: cfg.OutputCompression, stall: stallTimeout, metrics: newMetrics()}
+	return &server{store: st, log: log, cfg: cfg, stall: stallTimeout, metrics: newMetrics()}
 }
 
 // routes returns the handler of everything. The mux would answer a path that
@@ -668,7 +783,7 @@ func (s *server) routes() http.Handler {
 	handle("PUT /blob/{key...}", s.putBlob)
 	handle("POST /blob/{key...}", s.putBlob)
 	handle("DELETE /blob/{key...}", s.deleteBlob)
-	handle("/blob/{key...}", allowOnly("GET, HEAD, PUT, POST, DELETE"))
+	handle("/blob/{key...}", allowOnly(blobMethods))
 	for path, h := range map[string]handler{
 		"/{$}": s.about, "/healthz": s.healthz, "/readyz": s.readyz, "/metrics": s.exposeMetrics,
 	} {
@@ -677,18 +792,95 @@ func (s *server) routes() http.Handler {
 	}
 	handle("/blob", notFound) // else the mux redirects it to /blob/
 	handle("/", notFound)
+	preflight := s.adapt(func(w *response, r *http.Request) error {
+		h := w.Header()
+		h.Set("Access-Control-Allow-Methods", blobMethods)
+		h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, Content-Digest, Repr-Digest, Range, If-Range, "+strings.Join(conditionHeaders, ", "))
+		h.Set("Access-Control-Max-Age", "86400")
+		w.WriteHeader(http.StatusNoContent)
+		return nil
+	})
+	exposed := strings.Join(append(headerNames[:], "Content-Encoding", "Content-Range", "Allow", "Retry-After", "WWW-Authenticate"), ", ")
 	unclean := s.adapt(func(*response, *http.Request) error {
 		return fmt.Errorf(`%w: the path has an empty, "." or ".." segment; percent-encode what belongs to a key, / as %%2F and . as %%2E`, errBadRequest)
 	})
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		r.URL.Path = cmp.Or(r.URL.Path, "/") // GET http://host HTTP/1.1
 		r.URL.RawPath = escapeRaw(r.URL.RawPath)
-		if needsCleaning(r.URL.EscapedPath()) {
-			unclean.ServeHTTP(w, r)
-			return
+		if s.cfg.CORSOrigin != "" {
+			w.Header().Set("Access-Control-Allow-Origin", s.cfg.CORSOrigin)
+			w.Header().Set("Access-Control-Expose-Headers", exposed)
 		}
-		mux.ServeHTTP(w, r)
+		switch {
+		case s.cfg.CORSOrigin != "" && isPreflight(r):
+			preflight.ServeHTTP(w, r)
+		case needsCleaning(r.URL.EscapedPath()):
+			unclean.ServeHTTP(w, r)
+		default:
+			mux.ServeHTTP(w, r)
+		}
 	})
+}
+
+const blobMethods = "GET, HEAD, PUT, POST, DELETE"
+
+// isPreflight reports whether a browser asks what it may ask: it shows no
+// token yet.
+func isPreflight(r *http.Request) bool {
+	return r.Method == http.MethodOptions && r.Header.Get("Access-Control-Request-Method") != ""
+}
+
+// authorize returns errToken unless r may do what it asks for. A token or a
+// signature that is shown has to be right, even where none is needed.
+func (s *server) authorize(r *http.Request) error {
+	if s.cfg.AuthToken == "" || isPreflight(r) {
+		return nil
+	}
+	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
+	key := r.PathValue("key")
+	q := r.URL.Query()
+	shown := r.Header.Values("Authorization")
+	var ok bool
+	switch {
+	case len(shown) > 0:
+		scheme, token, _ := strings.Cut(shown[0], " ")
+		ok = len(shown) == 1 && strings.EqualFold(scheme, "Bearer") && hmac.Equal(mac(s.cfg.AuthToken, strings.TrimSpace(token)), mac(s.cfg.AuthToken, s.cfg.AuthToken))
+	case q.Has("sig"):
+		method, expires := r.Method, q.Get("expires")
+		until, err := strconv.ParseInt(expires, 10, 64)
+		fits := func(method string) bool {
+			return hmac.Equal([]byte(q.Get("sig")), []byte(sign(s.cfg.AuthToken, method, key, expires)))
+		}
+		ok = err == nil && key != "" && s.store.now().Unix() < until && strings.Count(r.URL.RawQuery, "&") == 1 &&
+			(fits(method) || method == http.MethodHead && fits(http.MethodGet))
+	default:
+		ok = strings.HasSuffix(r.Pattern, "/healthz") || strings.HasSuffix(r.Pattern, "/readyz") || s.cfg.PublicRead && reads && key != ""
+	}
+	if !ok {
+		return errToken
+	}
+	return nil
+}
+
+// sign returns the signature that lets method be used on key until expires, in
+// Unix seconds.
+func sign(token, method, key, expires string) string {
+	return hex.EncodeToString(mac(token, method+"\n"+key+"\n"+expires))
+}
+
+func mac(key, message string) []byte {
+	h := hmac.New(sha256.New, []byte(key))
+	io.WriteString(h, message)
+	return h.Sum(nil)
+}
+
+// keyPath is the path of a key, so encoded that nothing cleans it.
+func keyPath(key string) string {
+	path := "/blob/" + strings.ReplaceAll(url.PathEscape(key), "%2F", "/")
+	if needsCleaning(path) {
+		path = "/blob/" + strings.ReplaceAll(url.PathEscape(key), ".", "%2E")
+	}
+	return path
 }
 
 // escapeRaw percent-encodes what a client should have in a path that has
@@ -819,6 +1011,9 @@ func (s *server) adapt(h handler) http.Handler {
 		}()
 		err := error(errStopping)
 		if !s.closed {
+			err = s.authorize(r)
+		}
+		if err == nil {
 			err = h(w, r)
 		}
 		if err != nil {
@@ -848,6 +1043,8 @@ func (s *server) fail(w *response, r *http.Request, err error) any {
 		w.Header().Del(name)
 	}
 	switch status {
+	case http.StatusUnauthorized:
+		w.Header().Set("WWW-Authenticate", "Bearer")
 	case http.StatusServiceUnavailable:
 		w.Header().Set("Retry-After", "1")
 	case http.StatusRequestEntityTooLarge: // what the client still sends is not worth reading
@@ -886,7 +1083,13 @@ func (s *server) serve(ctx context.Context, stop func(), ln net.Listener) error 
 		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 	}
 	failed := make(chan error, 1)
-	go func() { failed <- hs.Serve(corkedListener{ln}) }()
+	accept := func() error { return hs.Serve(corkedListener{ln}) }
+	if s.cfg.TLSCert != "" {
+		pair := &keyPair{cfg: s.cfg, log: s.log}
+		hs.TLSConfig = &tls.Config{GetCertificate: pair.get, MinVersion: tls.VersionTLS12}
+		accept = func() error { return hs.ServeTLS(ln, "", "") }
+	}
+	go func() { failed <- accept() }()
 	var err error
 	select {
 	case err = <-failed:
@@ -908,6 +1111,43 @@ func (s *server) serve(ctx context.Context, stop func(), ln net.Listener) error 
 	s.closed = true
 	s.running.Unlock()
 	return err
+}
+
+// keyPair is the certificate and key of the configuration, read again when
+// their files change. Any goroutine may call get.
+type keyPair struct {
+	cfg *config
+	log *slog.Logger
+
+	mu    sync.Mutex // guards the rest
+	files string     // size and time of both, when they were read
+	pair  *tls.Certificate
+}
+
+// get returns the newest pair that could be read: while one file is new and the
+// other is not, that is the old one.
+func (k *keyPair) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	var files string
+	for _, name := range []string{k.cfg.TLSCert, k.cfg.TLSKey} {
+		if info, err := os.Stat(name); err == nil {
+			files += fmt.Sprint(info.Size(), info.ModTime().UnixNano(), " ")
+		}
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if files != k.files {
+		k.files = files
+		pair, err := tls.LoadX509KeyPair(k.cfg.TLSCert, k.cfg.TLSKey)
+		if err == nil {
+			k.pair = &pair
+		} else {
+			k.log.Warn("cannot read the new tls_cert and tls_key, going on with the old ones", "error", err)
+		}
+	}
+	if k.pair == nil {
+		return nil, errors.New("no certificate")
+	}
+	return k.pair, nil
 }
 
 // corkedConn gathers what is written between cork and uncork, up to corkBytes,
@@ -982,18 +1222,26 @@ func (l corkedListener) Accept() (net.Conn, error) {
 // the result in headers; what is no success is an error for the adapter.
 // ============================================================================
 
+// checkKey returns an errBadRequest unless key is one.
+func checkKey(key string) error {
+	switch {
+	case key == "":
+		return fmt.Errorf("%w: the key is empty", errBadRequest)
+	case len(key) > maxKeyBytes:
+		return fmt.Errorf("%w: the key has %d bytes, at most %d are allowed", errBadRequest, len(key), maxKeyBytes)
+	case !utf8.ValidString(key):
+		return fmt.Errorf("%w: the key is not valid UTF-8", errBadRequest)
+	case strings.ContainsRune(key, 0):
+		return fmt.Errorf("%w: the key has a NUL byte", errBadRequest)
+	}
+	return nil
+}
+
 // locate returns the request's key, checked, and its shard.
 func (s *server) locate(r *http.Request) (key string, sh *shard, err error) {
 	key = r.PathValue("key")
-	switch {
-	case key == "":
-		return "", nil, fmt.Errorf("%w: the key is empty", errBadRequest)
-	case len(key) > maxKeyBytes:
-		return "", nil, fmt.Errorf("%w: the key has %d bytes, at most %d are allowed", errBadRequest, len(key), maxKeyBytes)
-	case !utf8.ValidString(key):
-		return "", nil, fmt.Errorf("%w: the key is not valid UTF-8", errBadRequest)
-	case strings.ContainsRune(key, 0):
-		return "", nil, fmt.Errorf("%w: the key has a NUL byte", errBadRequest)
+	if err := checkKey(key); err != nil {
+		return "", nil, err
 	}
 	sh, err = s.store.shardOf(key)
 	return key, sh, err
@@ -1070,7 +1318,7 @@ func (s *server) getBlob(w *response, r *http.Request) error {
 	b, h := c.blob, w.Header()
 	// net/http refuses units it does not know, and makes bytes 0--1/0 of nothing.
 	whole := !strings.HasPrefix(r.Header.Get("Range"), "bytes=") || b.size == 0
-	c.zipped = s.compress && whole && b.zips() && acceptsGzip(r.Header)
+	c.zipped = s.cfg.OutputCompression && whole && b.zips() && acceptsGzip(r.Header)
 	conditions, _ := conditionsOf(r.Header) // a malformed one is ignored
 	if err := conditions.refuse(b); err != nil {
 		return err
@@ -1337,7 +1585,7 @@ func (u *upload) tooLarge() error {
 }
 
 func (s *server) about(w *response, r *http.Request) error {
-	base := "http://" + r.Host + "/blob/"
+	base := map[bool]string{false: "http://", true: "https://"}[r.TLS != nil] + r.Host + "/blob/"
 	writeText(w, http.StatusOK, "Blobnom "+version+", a small sharded blob server\n\n"+
 		"  curl -T FILE "+base+"KEY          store or replace\n"+
 		"  curl -o FILE "+base+"KEY          fetch\n"+

@@ -6,18 +6,25 @@ import (
 	"cmp"
 	"compress/gzip"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	crand "crypto/rand"
 	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
 	"database/sql"
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log/slog"
 	"maps"
+	"math/big"
 	"math/rand/v2"
 	"mime"
 	"mime/multipart"
@@ -111,7 +118,9 @@ func serveConfig(t testing.TB, cfg *config, stall time.Duration) *testServer {
 func serveAt(t testing.TB, cfg *config, stall time.Duration, now func() time.Time) *testServer {
 	t.Helper()
 	s, dir := &testServer{t: t, log: &syncBuffer{}}, cfg.DataDir
-	log := slog.New(slog.NewTextHandler(s.log, nil))
+	var level slog.Level
+	level.UnmarshalText([]byte(cfg.LogLevel))
+	log := slog.New(slog.NewTextHandler(s.log, &slog.HandlerOptions{Level: level}))
 	var err error
 	if s.store, err = openStore(cfg, log, now); err != nil {
 		t.Fatal(err)
@@ -450,8 +459,15 @@ func TestCommandLine(t *testing.T) {
 		{"-h", 0, "usage: blobnom [-config FILE] [COMMAND]", ""},
 		{"version", 0, "blobnom " + version, ""},
 		{"frobnicate", 2, "", `unknown command "frobnicate"`},
-		{"version please", 2, "", `version takes no argument "please"`},
-		{"serve here", 2, "", `serve takes no argument "here"`},
+		{"version please", 2, "", `version: there is no argument "please"`},
+		{"serve here", 2, "", `serve: there is no argument "here"`},
+		{"sign", 2, "", "sign: an argument is missing"},
+		{"sign -method BREW k", 2, "", "-method one of GET"},
+		{"sign -ttl 0s k", 2, "", "-ttl is at least 1s"},
+		{"sign a b", 2, "", `sign: there is no argument "b"`},
+		{"sign \xff", 2, "", "not valid UTF-8"},
+		{"sign k", 2, "", "auth_token: is empty"},
+		{"sign -h", 0, "usage: blobnom", ""},
 		{"-frob", 2, "", "-frob"},
 		{"-config", 2, "", "-config"},
 		{"-config missing.toml", 2, "", "missing.toml"},
@@ -528,7 +544,7 @@ func TestConfig(t *testing.T) {
 		{"foreign env", min, []string{"BLOBNOM_NO_SUCH_KEY=1"}, nil},
 		{"empty", "", nil, []string{"data_dir: is required", "num_shards: is required"}},
 		{"syntax", "data_dir = \n", []string{"BLOBNOM_HASH=md5"}, []string{"not valid TOML", "BLOBNOM_HASH"}},
-		{"token", min + "auth_token = 'sekret'\n", nil, []string{"auth_token"}},
+		{"token", min + "auth_token = 'sekret\u00e9'\n", nil, []string{"auth_token"}},
 		{"several", "num_shards = 0\nbatch_size = 'x'\nasync_write = 1\nfoo = 2\n[bar]\n", nil,
 			[]string{"data_dir: is required", "num_shards = 0: must be at least 1", `batch_size = "x": must be a whole number`, "async_write = 1: must be true or false", "foo = 2: unknown key", "bar = "}},
 		{"float", min + "batch_size = 1.5\n", nil, []string{"batch_size = 1.5"}},
@@ -536,7 +552,12 @@ func TestConfig(t *testing.T) {
 		{"words", min + "durability = 'most'\nhash = 'md5'\nlog_level = 'loud'\nlog_format = ''\naddr = 'here'\n", nil,
 			[]string{"durability", "full, normal, off", "crc32c, fnv1a, sha256", "log_level", "log_format", "addr"}},
 		{"env types", min, []string{"BLOBNOM_BATCH_SIZE=many", "BLOBNOM_ASYNC_WRITE=yes", "BLOBNOM_DATA_DIR="}, []string{"BLOBNOM_BATCH_SIZE", "BLOBNOM_ASYNC_WRITE", "BLOBNOM_DATA_DIR"}},
-		{"later keys", min + "public_read = true\n", nil, []string{"public_read = true: unknown key"}},
+		{"later keys", min + "no_such_key = true\n", nil, []string{"no_such_key = true: unknown key"}},
+		{"misspelt token", min + "auth_tokens = 'sekret'\n[x]\nauth_token = 'sekret'\n", nil, []string{"auth_tokens", "x ="}},
+		{"token from the environment", min, []string{"BLOBNOM_AUTH_TOKEN=sekret with spaces"}, []string{"BLOBNOM_AUTH_TOKEN", "visible ASCII"}},
+		{"half a pair", min + "tls_cert = 'cert.pem'\n", nil, []string{"tls_cert = \"cert.pem\", tls_key = \"\"", "both or neither"}},
+		{"no pair", min + "tls_cert = 'missing.pem'\ntls_key = 'missing.key'\n", nil, []string{"missing.pem"}},
+		{"origin", min + "cors_origin = 'https://example.org/'\n", nil, []string{"cors_origin", "must be an origin"}},
 	} {
 		file := filepath.Join(t.TempDir(), "c.toml")
 		if err := os.WriteFile(file, []byte(c.file), 0o600); err != nil {
@@ -1700,6 +1721,180 @@ func TestStopDespiteForeignLock(t *testing.T) {
 	}
 	if _, err := db.Exec("ROLLBACK"); err != nil {
 		t.Error(err)
+	}
+}
+
+// Who may do what: each row is a request to a server with a token.
+func TestAuth(t *testing.T) {
+	const token = "correct-horse"
+	clock := newClock()
+	now := clock.now().Unix()
+	at := func(d int64) string { return strconv.FormatInt(now+d, 10) }
+	signed := func(method, key, expires string) string {
+		return "/blob/" + key + "?expires=" + expires + "&sig=" + sign(token, method, key, expires)
+	}
+	for _, public := range []bool{false, true} {
+		s := serveAt(t, testConfig(t, func(c *config) { c.AuthToken, c.PublicRead, c.LogLevel = token, public, "debug" }), stallTimeout, clock.now)
+		s.want(201, "PUT", "/blob/k", []byte("v"), "Authorization", "Bearer "+token)
+		s.want(201, "PUT", "/blob/a/b", []byte("v"), "Authorization", "bearer  "+token)
+		readable := 401
+		if public {
+			readable = 200
+		}
+		for _, c := range []struct {
+			code                int
+			method, path, token string // the header, "" for none
+		}{
+			{readable, "GET", "/blob/k", ""}, {readable, "HEAD", "/blob/k", ""}, {401, "PUT", "/blob/k", ""}, {401, "POST", "/blob/k", ""}, {401, "DELETE", "/blob/k", ""},
+			{401, "GET", "/blob/", ""}, {401, "GET", "/", ""}, {401, "GET", "/metrics", ""}, {401, "GET", "/nothing", ""}, {401, "PATCH", "/blob/k", ""}, {401, "GET", "/blob//x", ""},
+			{401, "OPTIONS", "/blob/k", ""}, {200, "GET", "/healthz", ""}, {200, "GET", "/readyz", ""}, {200, "HEAD", "/healthz", ""},
+			{200, "GET", "/blob/k", "Bearer " + token}, {200, "GET", "/blob/", "BEARER " + token}, {200, "GET", "/metrics", "Bearer " + token}, {404, "GET", "/nothing", "Bearer " + token},
+			{401, "GET", "/blob/k", "Bearer wrong"}, {401, "GET", "/blob/k", "Bearer"}, {401, "GET", "/blob/k", "Basic " + token}, {401, "GET", "/blob/k", token},
+			{401, "GET", "/blob/k", "Bearer " + token + "x"}, {401, "GET", "/blob/k", "Bearer " + token[:5]}, {401, "GET", "/healthz", "Bearer wrong"}, {401, "GET", "/readyz", "Bearer wrong"},
+			{200, "GET", signed("GET", "k", at(10)), ""}, {200, "HEAD", signed("GET", "k", at(10)), ""}, {200, "HEAD", signed("HEAD", "k", at(10)), ""}, {200, "GET", signed("GET", "a/b", at(10)), ""},
+			{401, "GET", signed("HEAD", "k", at(10)), ""}, {401, "GET", signed("PUT", "k", at(10)), ""}, {401, "PUT", signed("GET", "k", at(10)), ""}, {401, "POST", signed("PUT", "k", at(10)), ""},
+			{201, "PUT", signed("PUT", "k", at(10)), ""}, {201, "POST", signed("POST", "k", at(10)), ""}, {204, "DELETE", signed("DELETE", "none", at(10)), ""},
+			{401, "GET", signed("GET", "k", at(0)), ""}, {401, "GET", signed("GET", "k", at(-1)), ""}, {200, "GET", signed("GET", "k", at(1)), ""}, {401, "GET", signed("GET", "k", "soon"), ""},
+			{401, "GET", strings.Replace(signed("GET", "a/b", at(10)), "a/b", "k", 1), ""}, {401, "GET", strings.Replace(signed("GET", "k", at(10)), "expires=", "expires=1", 1), ""},
+			{401, "GET", signed("GET", "k", at(10)) + "0", ""}, {401, "GET", signed("GET", "k", at(10)) + "&ttl=1", ""}, {401, "PUT", signed("PUT", "k", at(10)) + "&ttl=1h", ""},
+			{401, "GET", "/blob/k?sig=", ""}, {401, "GET", "/blob/k?sig=00&sig=11", ""}, {401, "GET", signed("GET", "", at(10)), ""},
+			{200, "GET", signed("GET", "k", at(10)), "Bearer " + token}, {401, "GET", signed("GET", "k", at(10)), "Bearer wrong"},
+		} {
+			headers := []string{"Authorization", c.token}
+			if c.token == "" {
+				headers = nil
+			}
+			resp, body := s.want(c.code, c.method, c.path, []byte("v"), headers...)
+			if c.code == 401 && (resp.Header.Get("WWW-Authenticate") != "Bearer" || c.method != "HEAD" && string(body) != "unauthorized\n") {
+				t.Errorf("%s %s: %v %q", c.method, c.path, resp.Header, body)
+			}
+		}
+		s.stop()
+		if log := s.log.String(); strings.Contains(log, token) || strings.Contains(log, "sig=") || strings.Contains(log, "expires") {
+			t.Errorf("a secret in the log: %s", log)
+		}
+	}
+}
+
+// What sign prints works, for every key.
+func TestSign(t *testing.T) {
+	s := newTestServer(t, func(c *config) { c.AuthToken = "sekret" })
+	t.Chdir(t.TempDir())
+	for _, key := range []string{"k", "photos/2026/cat.jpg", "a//b", "../x", ".", "a/./b", "/", "a b", "ä/日本", "%2F", "a?b#c&d=e+f", "\x01\x7f", "'\"", "a/"} {
+		for _, method := range []string{"PUT", "GET"} {
+			var stdout, stderr bytes.Buffer
+			env := []string{"BLOBNOM_AUTH_TOKEN=sekret"}
+			if code := run(t.Context(), []string{"sign", "-method", method, "-ttl", "1m", key}, env, &stdout, &stderr); code != 0 {
+				t.Fatalf("%q: code %d, %s", key, code, &stderr)
+			}
+			path := strings.TrimSuffix(stdout.String(), "\n")
+			if method == "PUT" {
+				s.want(201, method, path, []byte(key))
+			} else if _, got := s.want(200, method, path, nil); string(got) != key {
+				t.Errorf("%q: %q", key, got)
+			}
+			s.want(401, "DELETE", path, nil)
+		}
+	}
+}
+
+func TestCORS(t *testing.T) {
+	s := newTestServer(t, func(c *config) { c.AuthToken, c.PublicRead, c.CORSOrigin = "sekret", true, "https://example.org" })
+	for _, path := range []string{"/blob/k", "/blob/a//b", "/"} {
+		resp, body := s.want(204, "OPTIONS", path, nil, "Origin", "https://example.org", "Access-Control-Request-Method", "PUT", "Access-Control-Request-Headers", "authorization")
+		h := resp.Header
+		if h.Get("Access-Control-Allow-Origin") != "https://example.org" || !strings.Contains(h.Get("Access-Control-Allow-Methods"), "PUT") ||
+			!strings.Contains(h.Get("Access-Control-Allow-Headers"), "Authorization") || len(body) > 0 {
+			t.Errorf("%s: %v", path, h)
+		}
+	}
+	s.want(401, "OPTIONS", "/blob/k", nil)
+	s.want(201, "PUT", "/blob/k", []byte("v"), "Authorization", "Bearer sekret")
+	for code, path := range map[int]string{200: "/blob/k", 404: "/blob/none", 401: "/metrics"} {
+		resp, _ := s.want(code, "GET", path, nil)
+		exposed := resp.Header.Get("Access-Control-Expose-Headers")
+		if resp.Header.Get("Access-Control-Allow-Origin") != "https://example.org" || !strings.Contains(exposed, "Blob-Version") || !strings.Contains(exposed, "Etag") {
+			t.Errorf("%s: %v", path, resp.Header)
+		}
+	}
+	off := newTestServer(t)
+	resp, _ := off.want(405, "OPTIONS", "/blob/k", nil, "Origin", "https://example.org", "Access-Control-Request-Method", "PUT")
+	if resp.Header.Get("Access-Control-Allow-Origin") != "" {
+		t.Error(resp.Header)
+	}
+}
+
+// writePair writes a new certificate and its key, and returns the certificate.
+func writePair(t *testing.T, cert, key string) *x509.Certificate {
+	private, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(rand.Int64()), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, IsCA: true, BasicConstraintsValid: true}
+	der, err := x509.CreateCertificate(crand.Reader, template, template, private.Public(), private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pkcs8, err := x509.MarshalPKCS8PrivateKey(private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, block := range map[string]*pem.Block{cert: {Type: "CERTIFICATE", Bytes: der}, key: {Type: "PRIVATE KEY", Bytes: pkcs8}} {
+		if err := os.WriteFile(name, pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	parsed, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return parsed
+}
+
+func TestTLS(t *testing.T) {
+	cert, key := filepath.Join(t.TempDir(), "cert.pem"), filepath.Join(t.TempDir(), "key.pem")
+	first := writePair(t, cert, key)
+	s := newTestServer(t, func(c *config) { c.TLSCert, c.TLSKey = cert, key })
+	s.base = strings.Replace(s.base, "http:", "https:", 1)
+	request := func(trusted *x509.Certificate, http2 bool) error {
+		roots := x509.NewCertPool()
+		roots.AddCert(trusted)
+		transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}, ForceAttemptHTTP2: http2}
+		defer transport.CloseIdleConnections()
+		c := &http.Client{Transport: transport}
+		body := noise(3*chunkSize, 1)
+		req, _ := http.NewRequest("PUT", s.base+"/blob/k", bytes.NewReader(body))
+		resp, err := c.Do(req)
+		if err != nil {
+			return err
+		}
+		resp.Body.Close()
+		if resp, err = c.Get(s.base + "/blob/k"); err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		if got, err := io.ReadAll(resp.Body); err != nil || !bytes.Equal(got, body) || (resp.ProtoMajor == 2) != http2 {
+			t.Errorf("%s: %d bytes, %v", resp.Proto, len(got), err)
+		}
+		return nil
+	}
+	for _, http2 := range []bool{true, false} {
+		if err := request(first, http2); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := os.WriteFile(cert, []byte("half a file"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := request(first, true); err != nil {
+		t.Error("with a broken new file:", err)
+	}
+	second := writePair(t, cert, key)
+	if err := request(second, true); err != nil {
+		t.Error("the new certificate is not served:", err)
+	}
+	if err := request(first, true); err == nil {
+		t.Error("the old certificate is served")
 	}
 }
 
