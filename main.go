@@ -7,6 +7,9 @@ Usage:
 	blobnom [-config FILE] [COMMAND] [ARGUMENTS]
 
 	serve      run the server (the default)
+	check      verify a data directory
+	backup     copy it, also while the server runs
+	sign       print a signed URL path that expires
 	version    print the version
 
 A session, with the server started by "go run ." in another terminal:
@@ -58,6 +61,7 @@ socket to the disk:
 	Cache, content  what readers hold on to
 	Metrics         what Prometheus is told
 	Upkeep          expiry, reclaiming space, surviving a full disk
+	Maintenance     check and backup
 */
 package main
 
@@ -167,6 +171,7 @@ const (
 	opOverhead      = 2 << 10              // what a queued write counts for beside key and content, in memory and in the WAL
 	reserveBytes    = 6 << 20              // head-room on a full disk: more than a shard's WAL, see Upkeep
 	sliceTime       = 2 * time.Millisecond // of upkeep between two batches: about what a batch takes
+	copyPages       = 256                  // copied by backup between two pauses
 	sweepChunks     = 4                    // chunks deleted between two looks at the time
 	vacuumPages     = 256                  // free pages returned per slice, and left alone
 	headerTimeout   = 15 * time.Second
@@ -283,6 +288,15 @@ func (b *blob) chunked() bool { return b.size > chunkSize }
 // lastSeq is the sequence number of the last chunk of a chunked blob.
 func (b *blob) lastSeq() int64 { return (b.size - 1) / chunkSize }
 
+// fits returns an errCorrupt unless n bytes of data are what b, which is not
+// chunked, says of it.
+func (b *blob) fits(n int) error {
+	if b.size < 0 || int64(n) != b.stored || b.codec == identity && b.stored != b.size {
+		return fmt.Errorf("%w: %d bytes lie there where %d were stored, of a content of %d", errCorrupt, n, b.stored, b.size)
+	}
+	return nil
+}
+
 // expired reports whether the blob is gone at now, in Unix milliseconds: from
 // the moment that expires names.
 func (b *blob) expired(now int64) bool { return b.expires != 0 && b.expires <= now }
@@ -316,6 +330,8 @@ type call struct {
 func commands() []command {
 	return []command{
 		{"serve", "", "run the server (the default command)", cmdServe},
+		{"check", "[DIR]", "verify a data directory: structure, placement, every checksum", cmdCheck},
+		{"backup", "DIR", "copy the data directory into DIR, also while the server runs", cmdBackup},
 		{"sign", "[-method GET] [-ttl 1h] KEY", "print a signed URL path for KEY that expires", cmdSign},
 		{"version", "", "print the version", cmdVersion},
 	}
@@ -2334,15 +2350,19 @@ func (st *store) stopping() bool {
 	}
 }
 
-// openDB returns a pool for the database at path; nothing is opened yet.
-// params are URI parameters.
-func openDB(path, params string) *sql.DB {
+// dbURI is how SQLite is told of the database at path. params are URI
+// parameters.
+func dbURI(path, params string) string {
 	path = filepath.ToSlash(path)
 	if !strings.HasPrefix(path, "/") {
 		path = "/" + path // a drive letter
 	}
-	u := url.URL{Scheme: "file", Path: path, RawQuery: params}
-	db, err := sql.Open("sqlite", u.String())
+	return (&url.URL{Scheme: "file", Path: path, RawQuery: params}).String()
+}
+
+// openDB returns a pool for the database at path; nothing is opened yet.
+func openDB(path, params string) *sql.DB {
+	db, err := sql.Open("sqlite", dbURI(path, params))
 	if err != nil {
 		panic(err) // only an unknown driver
 	}
@@ -2429,7 +2449,7 @@ func openShard(st *store, i int, path string, cfg *config) (_ *shard, _ *record,
 	if s.writer, err = openWriter(path, cfg.Durability); err != nil {
 		return s, nil, err
 	}
-	r, err := s.writer.record()
+	r, err := recordOf(s.writer.db)
 	if err != nil {
 		return s, nil, err
 	}
@@ -2439,7 +2459,19 @@ func openShard(st *store, i int, path string, cfg *config) (_ *shard, _ *record,
 	}
 	s.nextID.Store(last)
 	s.writer.newID, s.writer.now, s.writer.room = s.newID, st.now, st.room
-	s.readers = openDB(path, fmt.Sprintf("mode=ro&_pragma=busy_timeout(%d)&_pragma=cache_size(-%d)", busyTimeout.Milliseconds(), readerCacheKiB))
+	if err := s.openReaders(path, ""); err != nil {
+		return s, nil, err
+	}
+	s.garbage.Store(true) // an earlier run may have left some
+	s.batcher = newBatcher(int(cfg.BatchSize), time.Duration(cfg.BatchTimeoutMS)*time.Millisecond, s.commit)
+	go s.batcher.run()
+	return s, r, nil
+}
+
+// openReaders opens the shard at path for reading. params are more URI
+// parameters.
+func (s *shard) openReaders(path, params string) (err error) {
+	s.readers = openDB(path, fmt.Sprintf("mode=ro&_pragma=busy_timeout(%d)&_pragma=cache_size(-%d)%s", busyTimeout.Milliseconds(), readerCacheKiB, params))
 	s.readers.SetMaxOpenConns(readersPerShard)
 	s.readers.SetMaxIdleConns(readersPerShard)
 	for stmt, text := range map[**sql.Stmt]string{
@@ -2451,13 +2483,10 @@ func openShard(st *store, i int, path string, cfg *config) (_ *shard, _ *record,
 		&s.totals: "SELECT blobs, bytes, orphans FROM totals",
 	} {
 		if *stmt, err = s.readers.Prepare(text); err != nil {
-			return s, nil, err
+			return err
 		}
 	}
-	s.garbage.Store(true) // an earlier run may have left some
-	s.batcher = newBatcher(int(cfg.BatchSize), time.Duration(cfg.BatchTimeoutMS)*time.Millisecond, s.commit)
-	go s.batcher.run()
-	return s, r, nil
+	return nil
 }
 
 // close closes the database; its batcher has ended.
@@ -2552,8 +2581,8 @@ func (s *shard) lookup(stmt *sql.Stmt, key string) (_ *blob, err error) {
 		return nil, err
 	}
 	if stmt == s.whole && !b.chunked() {
-		if int64(len(data)) != b.stored {
-			return nil, fmt.Errorf("%w: %d bytes of content where %d were stored", errCorrupt, len(data), b.stored)
+		if err := b.fits(len(data)); err != nil {
+			return nil, err
 		}
 		b.data = bytes.Clone(data)
 	}
@@ -2565,7 +2594,7 @@ func (s *shard) lookup(stmt *sql.Stmt, key string) (_ *blob, err error) {
 }
 
 // scanBlob scans a row that begins with blobColumns, or with a key before
-// them, and ends with its data or without.
+// them, and ends with its data or without. An error beside a blob is about that.
 func scanBlob(rows *sql.Rows, key *string, data *sql.RawBytes) (*blob, error) {
 	b := &blob{}
 	var sum, contentType sql.RawBytes
@@ -2581,10 +2610,10 @@ func scanBlob(rows *sql.Rows, key *string, data *sql.RawBytes) (*blob, error) {
 		return nil, err
 	}
 	if copy(b.sum[:], sum) != len(b.sum) {
-		return nil, fmt.Errorf("%w: a SHA-256 of %d bytes", errCorrupt, len(sum))
+		return b, fmt.Errorf("%w: a SHA-256 of %d bytes", errCorrupt, len(sum))
 	}
 	if b.codec != identity && b.codec != deflated {
-		return nil, fmt.Errorf("%w: codec %d is unknown", errCorrupt, b.codec)
+		return b, fmt.Errorf("%w: codec %d is unknown", errCorrupt, b.codec)
 	}
 	b.contentType = string(contentType)
 	return b, nil
@@ -3194,9 +3223,13 @@ func openWriter(path, durability string) (_ *writer, err error) {
 		return nil, err
 	}
 	if v > schemaVersion {
-		return nil, fmt.Errorf("its schema is version %d, this server knows up to %d; use a newer server", v, schemaVersion)
+		return nil, newerSchema(v)
 	}
 	return w, nil
+}
+
+func newerSchema(v int64) error {
+	return fmt.Errorf("its schema is version %d, this program knows up to %d; use a newer one", v, schemaVersion)
 }
 
 // truncateWAL copies the WAL into the database and empties it, unless a reader
@@ -3206,10 +3239,10 @@ func (w *writer) truncateWAL() error {
 	return err
 }
 
-// record reads what the shard knows of its directory.
-func (w *writer) record() (*record, error) {
+// recordOf reads what a shard knows of its directory.
+func recordOf(db *sql.DB) (*record, error) {
 	r := &record{}
-	err := w.db.QueryRow(`SELECT n.value, s.value, h.value, d.value FROM meta n, meta s, meta h, meta d
+	err := db.QueryRow(`SELECT n.value, s.value, h.value, d.value FROM meta n, meta s, meta h, meta d
 		WHERE n.key = 'num_shards' AND s.key = 'shard' AND h.key = 'hash' AND d.key = 'directory'`).
 		Scan(&r.NumShards, &r.Shard, &r.Hash, &r.Directory)
 	if errors.Is(err, sql.ErrNoRows) {
@@ -4221,4 +4254,499 @@ func (st *store) lendReserve(f func() error) error {
 func (st *store) dropReserve() {
 	st.reserved.Store(false)
 	os.Remove(filepath.Join(st.dir, reserveFile)) // missing is as good
+}
+
+// ============================================================================
+// Maintenance
+//
+// Commands over a data directory that a server may be using: they read it as
+// any other SQLite client would, in a process of their own. What they find goes
+// to standard output, how far they are to a terminal on standard error.
+// ============================================================================
+
+// progress shows how far long work has come, where somebody watches.
+type progress struct {
+	w            io.Writer // nil: nobody does
+	what         string
+	blobs, bytes int64
+	shown        time.Time
+}
+
+func (c *call) newProgress(what string) *progress {
+	p := &progress{what: what}
+	if f, ok := c.stderr.(*os.File); ok {
+		if info, err := f.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
+			p.w = f
+		}
+	}
+	return p
+}
+
+func (p *progress) add(blobs, bytes int64) {
+	p.blobs, p.bytes = p.blobs+blobs, p.bytes+bytes
+	if p.w != nil && time.Since(p.shown) > 200*time.Millisecond {
+		p.shown = time.Now()
+		fmt.Fprintf(p.w, "\r%s: %s ", p.what, p)
+	}
+}
+
+func (p *progress) String() string {
+	return fmt.Sprintf("%d blobs, %.1f MiB", p.blobs, float64(p.bytes)/(1<<20))
+}
+
+// done ends the line on the terminal.
+func (p *progress) done() {
+	if p.w != nil && !p.shown.IsZero() {
+		fmt.Fprintln(p.w)
+	}
+}
+
+// dataDir is the directory a command works on, from the configuration.
+func (c *call) dataDir() (string, error) {
+	cfg, _, err := loadConfig(c.configFile, c.environ)
+	if err != nil {
+		return "", err
+	}
+	return filepath.Abs(cfg.DataDir)
+}
+
+// cmdCheck verifies a data directory, in use or not.
+func cmdCheck(ctx context.Context, c *call) error {
+	args, err := c.parse(nil, 0, 1)
+	if err != nil {
+		return err
+	}
+	var dir string
+	if len(args) > 0 {
+		dir, err = filepath.Abs(args[0])
+	} else {
+		dir, err = c.dataDir()
+	}
+	if err != nil {
+		return err
+	}
+	k := &checker{dir: dir, out: c.stdout, progress: c.newProgress("checking")}
+	err = k.check(ctx)
+	k.progress.done()
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(c.stdout, "%s: %d shards, %s, %d defects\n", dir, k.shards, k.progress, k.defects)
+	if k.defects > 0 {
+		return fmt.Errorf("%s has defects; restore what is damaged from a backup", dir)
+	}
+	return nil
+}
+
+// checker verifies a directory and counts its defects, each of which is a line
+// on out.
+type checker struct {
+	dir      string
+	out      io.Writer
+	progress *progress
+	shards   int
+	defects  int
+}
+
+func (k *checker) defect(shard int, format string, args ...any) {
+	k.defects++
+	fmt.Fprintf(k.out, "shard %d: %s\n", shard, strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", " "))
+}
+
+// check returns an error where there is nothing to check.
+func (k *checker) check(ctx context.Context) error {
+	entries, err := os.ReadDir(k.dir)
+	if err != nil {
+		return fmt.Errorf("cannot read the data directory: %w", err)
+	}
+	var first *record
+	found := map[int]*record{}
+	for _, e := range entries {
+		i, ok := shardIndex(e.Name())
+		if !ok || e.IsDir() {
+			continue
+		}
+		k.shards++
+		r, err := k.checkShard(ctx, i)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err != nil {
+			k.defect(i, "%v", translate(err))
+		}
+		if found[i] = r; first == nil {
+			first = r
+		}
+	}
+	switch {
+	case k.shards == 0:
+		return fmt.Errorf("%s holds no shards", k.dir)
+	case first == nil:
+		return nil // each has its line
+	}
+	for i := range int(first.NumShards) {
+		if r, there := found[i]; !there {
+			k.defect(i, "the file is missing")
+		} else if r != nil && (r.NumShards != first.NumShards || r.Hash != first.Hash || r.Directory != first.Directory || r.Shard != int64(i)) {
+			k.defect(i, "it says that it is shard %d of %d by %s in directory %s, not %d of %d by %s in %s",
+				r.Shard, r.NumShards, r.Hash, r.Directory, i, first.NumShards, first.Hash, first.Directory)
+		}
+	}
+	for i := range found {
+		if i >= int(first.NumShards) {
+			k.defect(i, "the directory has only %d shards", first.NumShards)
+		}
+	}
+	return nil
+}
+
+const strayQuery = `WITH RECURSIVE content (id) AS (
+		SELECT min(id) >> 20 FROM chunks
+		UNION ALL SELECT (SELECT min(id) >> 20 FROM chunks WHERE id >= (content.id + 1) << 20) FROM content WHERE id IS NOT NULL)
+	SELECT id FROM content WHERE id IS NOT NULL AND NOT EXISTS (SELECT 1 FROM orphans WHERE orphans.id = content.id)
+		AND NOT EXISTS (SELECT 1 FROM blobs WHERE blobs.id = content.id AND size > ?)`
+
+// checkShard checks one shard and returns its record, if that can be read. An
+// error is one more defect.
+func (k *checker) checkShard(ctx context.Context, i int) (_ *record, err error) {
+	s := &shard{store: &store{dir: k.dir, now: time.Now}, index: i, held: map[int64]int{}}
+	defer func() { err = cmp.Or(err, s.close()) }()
+	path, params := filepath.Join(k.dir, shardName(i)), ""
+	if !fileExists(filepath.Join(k.dir, lockFile)) && !fileExists(path+"-wal") {
+		params = "&immutable=1" // no server uses it: nothing is left behind, and it may lie on read-only media
+	}
+	if err := s.openReaders(path, params); err != nil {
+		return nil, err
+	}
+	r, err := recordOf(s.readers)
+	if err != nil {
+		return nil, err
+	}
+	if hashes[r.Hash] == nil || r.NumShards < 1 {
+		return nil, fmt.Errorf("%w: %d shards by %q", errCorrupt, r.NumShards, r.Hash)
+	}
+	var v int64
+	if err := s.readers.QueryRow("PRAGMA user_version").Scan(&v); err != nil || v > schemaVersion {
+		return r, cmp.Or(err, newerSchema(v))
+	}
+	var problems []string
+	err = queryAll(s.readers, func(text string) { problems = append(problems, text) }, "PRAGMA integrity_check")
+	if err != nil {
+		return r, err
+	}
+	for _, text := range problems {
+		if text != "ok" {
+			k.defect(i, "SQLite: %s", text)
+		}
+	}
+	if err := k.checkSchema(s); err != nil {
+		return r, err
+	}
+	// A content that comes or goes meanwhile is seen whole or not at all: each
+	// of these looks is one statement, and a blob that is gone when its chunks
+	// are looked for is none of the shard's any more.
+	var off int64
+	if err := s.readers.QueryRow(`SELECT abs(blobs - (SELECT count(*) FROM blobs)) + abs(bytes - (SELECT coalesce(sum(size), 0) FROM blobs)) +
+		abs(orphans - (SELECT count(*) FROM orphans)) FROM totals`).Scan(&off); err != nil {
+		return r, err
+	} else if off != 0 {
+		k.defect(i, "the totals are not those of its blobs and orphans")
+	}
+	if err := queryAll(s.readers, func(id int64) { k.defect(i, "content %d has chunks that no blob and no orphan mentions", id) }, strayQuery, chunkSize); err != nil {
+		return r, err
+	}
+	row, err := s.readers.Prepare("SELECT key, " + blobColumns + ", data FROM blobs WHERE id > ? ORDER BY id LIMIT 1")
+	if err != nil {
+		return r, err
+	}
+	last := int64(math.MaxInt64) // what is new since we came is not checked, or a busy shard were never done
+	if err := s.readers.QueryRow("SELECT coalesce(max(id), 0) FROM blobs").Scan(&last); err != nil {
+		return r, err
+	}
+	for id := int64(0); id < last && ctx.Err() == nil; {
+		key, b, err := nextBlob(row, id)
+		if b == nil {
+			if err != nil {
+				return r, err
+			}
+			break
+		}
+		id = b.id
+		if err == nil {
+			err = s.verify(b)
+		}
+		if err != nil {
+			var there bool
+			if qerr := s.readers.QueryRow("SELECT EXISTS (SELECT 1 FROM blobs WHERE id = ?)", id).Scan(&there); qerr != nil || there {
+				k.defect(i, "key %q: %v", key, translate(err))
+			}
+		}
+		if err := checkKey(key); err != nil {
+			k.defect(i, "key %q: %v", key, err)
+		}
+		if home := hashes[r.Hash](key) % uint64(r.NumShards); home != uint64(i) {
+			k.defect(i, "key %q: it belongs to shard %d", key, home)
+		}
+		k.progress.add(1, b.size)
+	}
+	return r, ctx.Err()
+}
+
+// queryAll calls row with the one column of each row of a query.
+func queryAll[T any](db *sql.DB, row func(T), query string, args ...any) error {
+	rows, err := db.Query(query, args...)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var v T
+		if err := rows.Scan(&v); err != nil {
+			return err
+		}
+		row(v)
+	}
+	return rows.Err()
+}
+
+// nextBlob returns the first blob behind id with its data, nil when there is
+// none. An error beside a blob concerns that blob alone.
+func nextBlob(row *sql.Stmt, id int64) (key string, b *blob, err error) {
+	rows, err := row.Query(id)
+	if err != nil {
+		return "", nil, err
+	}
+	defer rows.Close()
+	if !rows.Next() {
+		return "", nil, rows.Err()
+	}
+	var data sql.RawBytes
+	b, err = scanBlob(rows, &key, &data)
+	if b != nil && !b.chunked() {
+		b.data = bytes.Clone(data)
+	}
+	return key, b, err
+}
+
+// checkSchema compares what is ours in the schema with what it is to be. Other
+// tools may have added to it.
+func (k *checker) checkSchema(s *shard) error {
+	model, err := sql.Open("sqlite", ":memory:")
+	if err != nil {
+		return err
+	}
+	defer model.Close()
+	model.SetMaxOpenConns(1) // another connection would have another memory
+	if _, err := model.Exec(schema); err != nil {
+		return err
+	}
+	var want, got []string
+	for db, to := range map[*sql.DB]*[]string{model: &want, s.readers: &got} {
+		add := func(text string) { *to = append(*to, sqlNoise.ReplaceAllString(text, " ")) }
+		if err := queryAll(db, add, "SELECT type || ' ' || name || ' ' || coalesce(sql, '') FROM sqlite_schema"); err != nil {
+			return err
+		}
+	}
+	for _, text := range want {
+		if !slices.Contains(got, text) {
+			k.defect(s.index, "the schema lacks, or has otherwise: %s", text)
+		}
+	}
+	return nil
+}
+
+// sqlNoise is what may differ between two texts of the same statement.
+var sqlNoise = regexp.MustCompile(`(?:--[^\n]*|\s)+`)
+
+// verify reads the content of b and compares it with what b says of it.
+func (s *shard) verify(b *blob) error {
+	if !b.chunked() {
+		if err := b.fits(len(b.data)); err != nil {
+			return err
+		}
+	} else {
+		var chunks, stored int64
+		if err := s.readers.QueryRow("SELECT count(*), coalesce(sum(length(data)), 0) FROM chunks WHERE id >= ?1 << 20 AND id < (?1 + 1) << 20", b.id).Scan(&chunks, &stored); err != nil {
+			return err
+		}
+		if chunks != b.lastSeq()+1 || stored != b.stored {
+			return fmt.Errorf("%w: %d chunks of %d bytes where there are to be %d of %d", errCorrupt, chunks, stored, b.lastSeq()+1, b.stored)
+		}
+	}
+	hash, crc := sha256.New(), uint32(0)
+	c := &content{shard: s, blob: b}
+	for seq := range b.lastSeq() + 1 {
+		if err := c.load(seq); err != nil {
+			return err
+		}
+		hash.Write(c.chunk)
+		if b.codec == deflated {
+			crc = crc32.Update(crc, crc32.IEEETable, c.chunk)
+		}
+	}
+	if sum := hash.Sum(nil); !bytes.Equal(sum, b.sum[:]) || crc != b.crc {
+		return fmt.Errorf("%w: the content's SHA-256 is %x and its CRC-32 %08x, not %x and %08x", errCorrupt, sum, crc, b.sum, b.crc)
+	}
+	return nil
+}
+
+// cmdBackup copies the data directory, in use or not, into a new one. Each shard
+// is as it was at one moment, when its turn came. The copy is made and verified
+// beside its place, and has its name only when it is complete and synced.
+func cmdBackup(ctx context.Context, c *call) (err error) {
+	args, err := c.parse(nil, 1, 1)
+	if err != nil {
+		return err
+	}
+	from, err := c.dataDir()
+	if err != nil {
+		return err
+	}
+	to, err := filepath.Abs(args[0])
+	if err != nil {
+		return err
+	}
+	if left, err := os.ReadDir(to); err == nil && len(left) > 0 {
+		return fmt.Errorf("%s is not empty; back up into a new directory", to)
+	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("cannot back up into %s: %w", to, err)
+	}
+	start := time.Now()
+	shards, err := shardCount(from)
+	if err != nil {
+		return err
+	}
+	partial := to + ".partial"
+	unlock, err := clearPartial(partial)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, unlock(), os.RemoveAll(partial))
+		}
+	}()
+	p := c.newProgress("copying pages")
+	for i := range shards {
+		if err := copyShard(ctx, filepath.Join(from, shardName(i)), filepath.Join(partial, shardName(i)), p); err != nil {
+			return fmt.Errorf("cannot copy shard %d: %w", i, err)
+		}
+	}
+	p.done()
+	k := &checker{dir: partial, out: c.stdout, progress: c.newProgress("verifying")}
+	err = k.check(ctx)
+	k.progress.done()
+	if err == nil && k.defects > 0 {
+		err = fmt.Errorf("the copy has %d defects, and so, most likely, has %s: check that; nothing was backed up", k.defects, from)
+	}
+	if err != nil {
+		return err
+	}
+	if err := install(partial, to, unlock); err != nil {
+		return err
+	}
+	fmt.Fprintf(c.stdout, "%s: %d shards, %s, copied and verified in %.1f s\n", to, k.shards, k.progress, time.Since(start).Seconds())
+	return nil
+}
+
+// shardCount returns how many shards dir holds, all of which are there.
+func shardCount(dir string) (int, error) {
+	path := filepath.Join(dir, shardName(0))
+	if !fileExists(path) {
+		return 0, fmt.Errorf("%s holds no data: %s is missing", dir, path)
+	}
+	db := openDB(path, fmt.Sprintf("mode=ro&_pragma=busy_timeout(%d)", busyTimeout.Milliseconds()))
+	defer db.Close()
+	r, err := recordOf(db)
+	if err != nil {
+		return 0, fmt.Errorf("cannot read %s: %w", path, translate(err))
+	}
+	for i := range int(r.NumShards) {
+		if path := filepath.Join(dir, shardName(i)); !fileExists(path) {
+			return 0, fmt.Errorf("%s is missing", path)
+		}
+	}
+	return int(r.NumShards), nil
+}
+
+// clearPartial makes dir an empty directory that is ours until unlock: what an
+// interrupted run left there goes, anything else is an error.
+func clearPartial(dir string) (unlock func() error, err error) {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
+	}
+	left, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range left {
+		name, _, _ := strings.Cut(e.Name(), ".db-")
+		if _, ok := shardIndex(strings.TrimSuffix(name, ".db") + ".db"); !ok && e.Name() != lockFile && e.Name() != reserveFile && e.Name() != newDir {
+			return nil, fmt.Errorf("%s is in the way, and holds %s, which is not ours; take it away", dir, e.Name())
+		}
+	}
+	st := &store{dir: dir}
+	if err := st.takeLock(); err != nil {
+		return nil, err
+	}
+	for _, e := range left {
+		if e.Name() != lockFile {
+			err = cmp.Or(err, os.RemoveAll(filepath.Join(dir, e.Name())))
+		}
+	}
+	return sync.OnceValue(st.lock.Close), err
+}
+
+// install gives the complete directory partial its name.
+func install(partial, to string, unlock func() error) error {
+	if err := cmp.Or(unlock(), os.Remove(filepath.Join(partial, lockFile)), syncDir(partial)); err != nil {
+		return err
+	}
+	if err := os.Remove(to); err != nil && !errors.Is(err, fs.ErrNotExist) { // it was empty
+		return err
+	}
+	return cmp.Or(os.Rename(partial, to), syncDir(filepath.Dir(to)))
+}
+
+// copyShard copies a database, page by page, as it is at one moment.
+func copyShard(ctx context.Context, from, to string, p *progress) (err error) {
+	db := openDB(from, fmt.Sprintf("mode=ro&_pragma=busy_timeout(%d)", busyTimeout.Milliseconds()))
+	defer func() { err = cmp.Or(err, db.Close()) }()
+	conn, err := db.Conn(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	// The transaction is the moment: without it the copy would begin anew with
+	// every write of the server.
+	var page int64
+	if _, err := conn.ExecContext(ctx, "BEGIN"); err != nil {
+		return err
+	}
+	if err := conn.QueryRowContext(ctx, "SELECT page_size FROM pragma_page_size, (SELECT 1 FROM meta LIMIT 1)").Scan(&page); err != nil {
+		return err
+	}
+	return conn.Raw(func(driver any) error {
+		source, ok := driver.(interface {
+			NewBackup(uri string) (*sqlite.Backup, error)
+		})
+		if !ok {
+			return errors.New("the SQLite driver cannot copy")
+		}
+		b, err := source.NewBackup(dbURI(to, ""))
+		if err != nil {
+			return err
+		}
+		for more := true; more && err == nil; {
+			start, left := time.Now(), b.Remaining()
+			if more, err = b.Step(copyPages); left > 0 {
+				p.add(0, int64(left-b.Remaining())*page)
+			}
+			if err == nil {
+				err = ctx.Err()
+			}
+			time.Sleep(time.Since(start)) // the disk is the server's, too
+		}
+		return cmp.Or(err, b.Finish())
+	})
 }

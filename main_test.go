@@ -2885,6 +2885,268 @@ func TestReadsAreMonotonic(t *testing.T) {
 }
 
 // ============================================================================
+// Maintenance
+// ============================================================================
+
+// runCommand runs one command line in this process; env is for its configuration.
+func runCommand(t testing.TB, env []string, args ...string) (code int, stdout, stderr string) {
+	t.Helper()
+	var out, errs bytes.Buffer
+	code = run(t.Context(), args, env, &out, &errs)
+	return code, out.String(), errs.String()
+}
+
+// sampleDir is a stopped directory with every kind of blob: small and large, as
+// it is and deflated.
+func sampleDir(t testing.TB) *config {
+	cfg := testConfig(t, func(c *config) { c.StorageCompression = true })
+	s := serveConfig(t, cfg, stallTimeout)
+	for key, body := range map[string][]byte{"empty": nil, "small": noise(5000, 1), "text": prose(5000, 2), "large": noise(3*chunkSize, 3), "prose": prose(3*chunkSize+5, 4)} {
+		s.put(key, body)
+	}
+	for i := range 50 {
+		s.put(fmt.Sprint("more/", i), prose(i*20, uint64(i)))
+	}
+	if err := s.stop(); err != nil {
+		t.Fatal(err)
+	}
+	return cfg
+}
+
+// Each row damages one place, and check names it.
+func TestCheck(t *testing.T) {
+	t.Chdir(t.TempDir())
+	sample := sampleDir(t)
+	home := func(key string) int { return int(hashes["fnv1a"](key) % 4) }
+	shard := func(dir, key string) string { return filepath.Join(dir, shardName(home(key))) }
+	update := func(key, what string) func(*testing.T, string) {
+		return func(t *testing.T, dir string) { exec1(t, shard(dir, key), what) }
+	}
+	flip := func(column string) string {
+		return fmt.Sprintf("%s = CAST(substr(%[1]s, 1, 2000) || char((unicode(CAST(substr(%[1]s, 2001, 1) AS TEXT)) + 1) %% 128) || substr(%[1]s, 2002) AS BLOB)", column)
+	}
+	of := func(key string) string { return fmt.Sprintf("shard %d: key %q: ", home(key), key) }
+	for _, c := range []struct {
+		name   string
+		damage func(t *testing.T, dir string)
+		want   []string
+	}{
+		{"nothing", func(*testing.T, string) {}, nil},
+		{"small content", update("small", "UPDATE blobs SET "+flip("data")+" WHERE key = 'small'"), []string{of("small") + "shard is corrupt"}},
+		{"deflated content", update("text", "UPDATE blobs SET data = zeroblob(length(data)) WHERE key = 'text'"), []string{of("text")}},
+		{"a chunk", update("large", "UPDATE chunks SET "+flip("data")+" WHERE id = (SELECT id << 20 | 1 FROM blobs WHERE key = 'large')"), []string{of("large") + "shard is corrupt"}},
+		{"a deflated chunk", update("prose", "UPDATE chunks SET data = zeroblob(length(data)) WHERE id = (SELECT id << 20 | 3 FROM blobs WHERE key = 'prose')"), []string{of("prose")}},
+		{"a chunk is missing", update("large", "DELETE FROM chunks WHERE id = (SELECT id << 20 | 2 FROM blobs WHERE key = 'large')"), []string{of("large"), "2 chunks"}},
+		{"a chunk too many", update("large", "INSERT INTO chunks SELECT id << 20 | 3, x'00' FROM blobs WHERE key = 'large'"), []string{of("large"), "4 chunks"}},
+		{"SHA-256", update("small", "UPDATE blobs SET sha256 = zeroblob(32) WHERE key = 'small'"), []string{of("small")}},
+		{"half a SHA-256", update("small", "UPDATE blobs SET sha256 = zeroblob(16) WHERE key = 'small'"), []string{of("small"), "16 bytes"}},
+		{"CRC-32", update("text", "UPDATE blobs SET crc32 = crc32 + 1 WHERE key = 'text'"), []string{of("text"), "CRC-32"}},
+		{"size", update("small", "UPDATE blobs SET size = size - 1 WHERE key = 'small'"), []string{of("small")}},
+		{"stored", update("prose", "UPDATE blobs SET stored = stored + 1 WHERE key = 'prose'"), []string{of("prose")}},
+		{"codec", update("small", "UPDATE blobs SET codec = 9 WHERE key = 'small'"), []string{of("small"), "codec 9"}},
+		{"an emptied blob", update("empty", "UPDATE blobs SET data = x'00', stored = 1 WHERE key = 'empty'"), []string{of("empty")}},
+		{"placement", update("small", "UPDATE blobs SET key = 'smalls' WHERE key = 'small'"), []string{fmt.Sprintf("shard %d: key \"smalls\": it belongs to shard %d", home("small"), home("smalls"))}},
+		{"a bad key", update("small", "UPDATE blobs SET key = CAST(x'ff' AS TEXT) WHERE key = 'small'"), []string{"not valid UTF-8"}},
+		{"stray chunks", update("large", "INSERT INTO chunks VALUES (99 << 20, x'00')"), []string{fmt.Sprintf("shard %d: content 99 has chunks", home("large"))}},
+		{"orphaned chunks", update("large", "INSERT INTO chunks VALUES (99 << 20, x'00'); INSERT INTO orphans VALUES (99)"), nil},
+		{"totals", update("large", "UPDATE totals SET bytes = bytes + 1"), []string{fmt.Sprintf("shard %d: the totals", home("large"))}},
+		{"an index", update("large", "DROP INDEX expiring"), []string{fmt.Sprintf("shard %d: the schema lacks", home("large")), "expiring"}},
+		{"another tool's table", update("large", "CREATE TABLE _litestream_seq (id INTEGER)"), nil},
+		{"a newer schema", update("large", "PRAGMA user_version = 7"), []string{"version 7", "newer"}},
+		{"the record", update("large", "UPDATE meta SET value = 'another' WHERE key = 'directory'"), []string{"it says that it is shard"}},
+		{"no record", update("large", "DELETE FROM meta"), []string{"meta is incomplete"}},
+		{"a missing shard", func(t *testing.T, dir string) { os.Remove(shard(dir, "large")) }, []string{fmt.Sprintf("shard %d: the file is missing", home("large"))}},
+		{"a shard too many", func(t *testing.T, dir string) { copyFile(t, shard(dir, "large"), filepath.Join(dir, shardName(7))) }, []string{"shard 7: the directory has only 4"}},
+		{"no database", func(t *testing.T, dir string) { os.WriteFile(shard(dir, "large"), []byte("garbage"), 0o600) }, []string{fmt.Sprintf("shard %d: ", home("large")), "not a database"}},
+		{"a torn page", func(t *testing.T, dir string) {
+			f, err := os.OpenFile(shard(dir, "large"), os.O_RDWR, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			if _, err := f.WriteAt(noise(100, 1), 4096); err != nil {
+				t.Fatal(err)
+			}
+		}, []string{fmt.Sprintf("shard %d: ", home("large"))}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "data")
+			if err := os.CopyFS(dir, os.DirFS(sample.DataDir)); err != nil {
+				t.Fatal(err)
+			}
+			c.damage(t, dir)
+			code, stdout, stderr := runCommand(t, nil, "check", dir)
+			lines := strings.Split(strings.TrimSuffix(stdout, "\n"), "\n")
+			if (code == 1) != (c.want != nil) || code == 1 != (strings.Count(stderr, "\n") == 1) || !strings.Contains(lines[len(lines)-1], "shards, ") {
+				t.Errorf("code %d\n%s%s", code, stdout, stderr)
+			}
+			for _, want := range c.want {
+				if !strings.Contains(stdout, want) {
+					t.Errorf("%s, want %q", stdout, want)
+				}
+			}
+			for _, line := range lines[:len(lines)-1] {
+				if !strings.HasPrefix(line, "shard ") {
+					t.Errorf("line %q", line)
+				}
+			}
+		})
+	}
+	for args, want := range map[string]string{"check " + t.TempDir(): "holds no shards", "check missing": "cannot read", "check a b": "no argument"} {
+		if code, stdout, stderr := runCommand(t, nil, strings.Fields(args)...); code == 0 || !strings.Contains(stderr, want) || stdout != "" {
+			t.Errorf("%s: code %d, %s%s", args, code, stdout, stderr)
+		}
+	}
+	if code, stdout, stderr := runCommand(t, []string{"BLOBNOM_DATA_DIR=" + sample.DataDir}, "check"); code != 0 || !strings.Contains(stdout, "4 shards, 55 blobs, ") {
+		t.Errorf("of the configured directory: code %d, %s%s", code, stdout, stderr)
+	}
+}
+
+// load writes, replaces and deletes until it is stopped.
+func (s *testServer) load() (stop func()) {
+	done := make(chan struct{})
+	var group sync.WaitGroup
+	for w := range 4 {
+		group.Go(func() {
+			rnd := rand.New(rand.NewPCG(uint64(w), 0))
+			for i := 0; ; i++ {
+				select {
+				case <-done:
+					return
+				default:
+				}
+				key := fmt.Sprintf("load/%d/%d", w, rnd.IntN(20))
+				if rnd.IntN(5) == 0 {
+					s.want(204, "DELETE", "/blob/"+key, nil)
+				} else {
+					s.put(key, noise([]int{100, 20_000, 2 * chunkSize}[rnd.IntN(3)], rnd.Uint64()))
+				}
+			}
+		})
+	}
+	return func() { close(done); group.Wait() }
+}
+
+func TestBackup(t *testing.T) {
+	t.Chdir(t.TempDir())
+	cfg := testConfig(t, func(c *config) { c.StorageCompression = true })
+	s := serveConfig(t, cfg, stallTimeout)
+	want := map[string][]byte{}
+	for i, size := range []int{0, 100, 20_000, 3 * chunkSize, 10 * chunkSize} {
+		want[fmt.Sprint("n", i)], want[fmt.Sprint("p", i)] = noise(size, 1), prose(size, 2)
+	}
+	for key, body := range want {
+		s.put(key, body, "Content-Type", "a/b")
+	}
+	env := []string{"BLOBNOM_DATA_DIR=" + cfg.DataDir}
+	to := filepath.Join(t.TempDir(), "copy #1 100%")
+	stop := s.load()
+	for range 3 { // under load, a live directory is copied and checked
+		if code, stdout, stderr := runCommand(t, env, "backup", to); code != 0 || !strings.Contains(stdout, "copied and verified") {
+			t.Fatalf("code %d, %s%s", code, stdout, stderr)
+		}
+		if code, stdout, _ := runCommand(t, env, "check"); code != 0 {
+			t.Errorf("check of the live directory: code %d, %s", code, stdout)
+		}
+		if code, stdout, _ := runCommand(t, nil, "check", to); code != 0 {
+			t.Errorf("check of the copy: code %d, %s", code, stdout)
+		}
+		if code, _, stderr := runCommand(t, env, "backup", to); code != 1 || !strings.Contains(stderr, "not empty") {
+			t.Errorf("over a backup: code %d, %s", code, stderr)
+		}
+		if left, _ := filepath.Glob(filepath.Join(filepath.Dir(to), "*.partial")); len(left) > 0 {
+			t.Error("left:", left)
+		}
+		os.Rename(to, to+".old")
+		os.RemoveAll(to + ".older")
+		os.Rename(to+".old", to+".older")
+	}
+	stop()
+	// Restoring is copying it back.
+	restored := *cfg
+	restored.DataDir = to + ".older"
+	r := serveConfig(t, &restored, stallTimeout)
+	for key, body := range want {
+		resp := r.wantBlob(key, body)
+		if orig := s.wantBlob(key, body); orig.Header.Get("Blob-Created") != resp.Header.Get("Blob-Created") || resp.Header.Get("Content-Type") != "a/b" {
+			t.Errorf("%q: %v", key, resp.Header)
+		}
+	}
+	r.put("new", []byte("x"))
+	// An empty directory is as good as none; something else in the way is not.
+	if err := os.Mkdir(to, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if code, stdout, stderr := runCommand(t, env, "backup", to); code != 0 {
+		t.Errorf("into an empty directory: code %d, %s%s", code, stdout, stderr)
+	}
+	other := filepath.Join(t.TempDir(), "b")
+	os.Mkdir(other+".partial", 0o755)
+	os.WriteFile(filepath.Join(other+".partial", "diary.txt"), []byte("mine"), 0o600)
+	for args, want := range map[string]string{other: "diary.txt", "": "argument is missing", to + "/shard_0.db": "cannot back up into"} {
+		if code, stdout, stderr := runCommand(t, env, strings.Fields("backup "+strings.ReplaceAll(args, " ", "\x00"))...); strings.ContainsRune(args, ' ') == false && (code == 0 || !strings.Contains(stderr, want) || stdout != "") {
+			t.Errorf("backup %q: code %d, %s%s", args, code, stdout, stderr)
+		}
+	}
+	if _, err := os.Stat(filepath.Join(other+".partial", "diary.txt")); err != nil {
+		t.Error("what was not ours is gone")
+	}
+	// Damage is not backed up as if it were none.
+	if err := s.stop(); err != nil {
+		t.Fatal(err)
+	}
+	key := "n3"
+	exec1(t, filepath.Join(cfg.DataDir, shardName(int(hashes["fnv1a"](key)%4))), "UPDATE blobs SET sha256 = zeroblob(32) WHERE key = 'n3'")
+	bad := filepath.Join(t.TempDir(), "bad")
+	if code, stdout, _ := runCommand(t, env, "backup", bad); code != 1 || !strings.Contains(stdout, `key "n3"`) || fileExists(bad) || fileExists(bad+".partial") {
+		t.Errorf("of a damaged directory: code %d, %s", code, stdout)
+	}
+	exec1(t, filepath.Join(cfg.DataDir, shardName(int(hashes["fnv1a"](key)%4))), fmt.Sprintf("UPDATE blobs SET sha256 = x'%x' WHERE key = 'n3'", sha256.Sum256(want[key])))
+}
+
+// A backup that is killed leaves nothing that passes for one, and the next run
+// completes.
+func TestBackupKilled(t *testing.T) {
+	cfg := testConfig(t, func(c *config) { c.NumShards = 2 })
+	s := serveConfig(t, cfg, stallTimeout)
+	for i := range 24 {
+		s.put(fmt.Sprint("k", i), noise(1<<20, uint64(i)))
+	}
+	to := filepath.Join(t.TempDir(), "copy")
+	backup := func() *exec.Cmd {
+		cmd := exec.Command(os.Args[0], "backup", to)
+		cmd.Dir = t.TempDir()
+		cmd.Env = append(os.Environ(), asProgram+"=1", "BLOBNOM_DATA_DIR="+cfg.DataDir)
+		return cmd
+	}
+	for range 3 {
+		cmd := backup()
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the copy begins", func() bool { return fileExists(filepath.Join(to+".partial", shardName(0))) })
+		cmd.Process.Kill()
+		cmd.Wait()
+		if fileExists(to) {
+			t.Skip("it was done before it was killed")
+		}
+		if code, stdout, _ := runCommand(t, nil, "check", to+".partial"); code == 0 {
+			t.Errorf("check takes half a backup for a whole one: %s", stdout)
+		}
+		half := *cfg
+		half.DataDir = to + ".partial"
+		if st, err := openStore(&half, slog.New(slog.DiscardHandler), time.Now); err == nil {
+			st.close()
+			t.Error("serve takes half a backup for a whole one")
+		}
+	}
+	if out, err := backup().CombinedOutput(); err != nil || !strings.Contains(string(out), "24 blobs") {
+		t.Errorf("%v: %s", err, out)
+	}
+	verifyDir(t, to)
+}
+
+// ============================================================================
 // All together
 // ============================================================================
 
