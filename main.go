@@ -9,6 +9,8 @@ Usage:
 	serve      run the server (the default)
 	check      verify a data directory
 	backup     copy it, also while the server runs
+	migrate    copy the blobs of another directory into a new one: other shard
+	           count, other hash, other codec, or of the Rust servers
 	sign       print a signed URL path that expires
 	version    print the version
 
@@ -61,7 +63,7 @@ socket to the disk:
 	Cache, content  what readers hold on to
 	Metrics         what Prometheus is told
 	Upkeep          expiry, reclaiming space, surviving a full disk
-	Maintenance     check and backup
+	Maintenance     check, backup, migrate
 */
 package main
 
@@ -70,6 +72,7 @@ import (
 	"bytes"
 	"cmp"
 	"compress/flate"
+	"compress/gzip"
 	"context"
 	"crypto/hmac"
 	"crypto/rand"
@@ -332,6 +335,7 @@ func commands() []command {
 		{"serve", "", "run the server (the default command)", cmdServe},
 		{"check", "[DIR]", "verify a data directory: structure, placement, every checksum", cmdCheck},
 		{"backup", "DIR", "copy the data directory into DIR, also while the server runs", cmdBackup},
+		{"migrate", "[-codec gzip] [-gunzip] [-skip-invalid] SRC", "copy every blob of SRC into the configured, new data directory", cmdMigrate},
 		{"sign", "[-method GET] [-ttl 1h] KEY", "print a signed URL path for KEY that expires", cmdSign},
 		{"version", "", "print the version", cmdVersion},
 	}
@@ -340,9 +344,9 @@ func commands() []command {
 func usage(w io.Writer) {
 	fmt.Fprint(w, "usage: blobnom [-config FILE] [COMMAND] [ARGUMENTS]\n\n")
 	for _, c := range commands() {
-		fmt.Fprintf(w, "  %-32s %s\n", strings.TrimSpace(c.name+" "+c.args), c.help)
+		fmt.Fprintf(w, "  %s\n        %s\n", strings.TrimSpace(c.name+" "+c.args), c.help)
 	}
-	fmt.Fprintf(w, "\n  %-32s %s\n  %-32s %s\n", "-config FILE", "configuration (default config.toml, else the built-in example)", "-h", "print this")
+	fmt.Fprint(w, "\n  -config FILE\n        configuration (default config.toml, else the built-in example)\n  -h    print this\n")
 }
 
 // run executes one command line and returns the exit code.
@@ -442,6 +446,9 @@ func cmdServe(ctx context.Context, c *call) (err error) {
 		return fmt.Errorf("cannot listen on addr %q: %w", cfg.Addr, err)
 	}
 	defer ln.Close()
+	if err := unfinished(cfg.DataDir); err != nil {
+		return err
+	}
 	st, err := openStore(cfg, log, time.Now)
 	if err != nil {
 		return err
@@ -1915,6 +1922,7 @@ const (
 	lockFile    = "blobnom.lock"    // an SQLite file, exclusively locked while a server runs
 	reserveFile = "blobnom.reserve" // head-room for a full disk, given up when needed
 	newDir      = "blobnom.new"     // where shards are created
+	partialFile = "blobnom.partial" // in a directory that backup or migrate has not completed
 )
 
 // hashes are the placement functions; a key's shard is the value modulo
@@ -2681,6 +2689,7 @@ type putOptions struct {
 	length      int64                  // of the body as announced, -1 when unknown
 	ttl         time.Duration          // 0: for ever
 	conditions  *conditions            // nil: none
+	copyOf      *blob                  // whose times and version it gets; nil: it is new
 	verify      func(sum []byte) error // decides on the SHA-256 of the body, once that is read; nil: any will do
 }
 
@@ -2709,6 +2718,9 @@ func (s *shard) put(key string, body io.Reader, p *putOptions) (_ *blob, queued 
 			s.unhold(b)
 			return nil, false, err
 		}
+	}
+	if p.copyOf != nil {
+		b.created, b.updated, b.expires, b.version = p.copyOf.created, p.copyOf.updated, p.copyOf.expires, p.copyOf.version
 	}
 	if p.ttl != 0 {
 		b.expires = s.store.now().Add(p.ttl).UnixMilli()
@@ -3292,16 +3304,19 @@ func (w *writer) put(o *op) error {
 		return err
 	}
 	b, now := o.blob, w.now().UnixMilli()
+	created, updated, version := now, now, int64(0)
+	if b.created != 0 { // a copy
+		created, updated, version = b.created, b.updated, b.version
+	}
 	if !b.chunked() && o.conditions == nil {
 		// Nearly always one statement does it: nothing there, or a small
 		// content to be replaced in place. Measured: 0.9 of the time of
 		// looking first.
-		done, err := w.insert(w.newID(), o.key, b, now, now, 0, b.data)
+		done, err := w.insert(w.newID(), o.key, b, created, updated, version, b.data)
 		if done || err != nil {
 			return err
 		}
 	}
-	created, version := now, int64(0)
 	old, err := w.admit(o, now)
 	if err != nil || o.refused != nil {
 		return err
@@ -3315,7 +3330,7 @@ func (w *writer) put(o *op) error {
 		}
 	}
 	if !b.chunked() {
-		_, err := w.insert(w.newID(), o.key, b, created, now, version, b.data)
+		_, err := w.insert(w.newID(), o.key, b, created, updated, version, b.data)
 		return err
 	}
 	if err := w.insertChunk(b.id, b.lastSeq(), b.data); err != nil {
@@ -3324,7 +3339,7 @@ func (w *writer) put(o *op) error {
 	if _, err := w.exec(unorphanQuery, b.id); err != nil {
 		return err
 	}
-	_, err = w.insert(b.id, o.key, b, created, now, version, nil)
+	_, err = w.insert(b.id, o.key, b, created, updated, version, nil)
 	return err
 }
 
@@ -4325,6 +4340,9 @@ func cmdCheck(ctx context.Context, c *call) error {
 	if err != nil {
 		return err
 	}
+	if err := unfinished(dir); err != nil {
+		return err
+	}
 	k := &checker{dir: dir, out: c.stdout, progress: c.newProgress("checking")}
 	err = k.check(ctx)
 	k.progress.done()
@@ -4412,7 +4430,7 @@ func (k *checker) checkShard(ctx context.Context, i int) (_ *record, err error) 
 	s := &shard{store: &store{dir: k.dir, now: time.Now}, index: i, held: map[int64]int{}}
 	defer func() { err = cmp.Or(err, s.close()) }()
 	path, params := filepath.Join(k.dir, shardName(i)), ""
-	if !fileExists(filepath.Join(k.dir, lockFile)) && !fileExists(path+"-wal") {
+	if (!fileExists(filepath.Join(k.dir, lockFile)) || unfinished(k.dir) != nil) && !fileExists(path+"-wal") {
 		params = "&immutable=1" // no server uses it: nothing is left behind, and it may lie on read-only media
 	}
 	if err := s.openReaders(path, params); err != nil {
@@ -4606,10 +4624,8 @@ func cmdBackup(ctx context.Context, c *call) (err error) {
 	if err != nil {
 		return err
 	}
-	if left, err := os.ReadDir(to); err == nil && len(left) > 0 {
-		return fmt.Errorf("%s is not empty; back up into a new directory", to)
-	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("cannot back up into %s: %w", to, err)
+	if err := vacant(to); err != nil {
+		return err
 	}
 	start := time.Now()
 	shards, err := shardCount(from)
@@ -4633,12 +4649,7 @@ func cmdBackup(ctx context.Context, c *call) (err error) {
 		}
 	}
 	p.done()
-	k := &checker{dir: partial, out: c.stdout, progress: c.newProgress("verifying")}
-	err = k.check(ctx)
-	k.progress.done()
-	if err == nil && k.defects > 0 {
-		err = fmt.Errorf("the copy has %d defects, and so, most likely, has %s: check that; nothing was backed up", k.defects, from)
-	}
+	k, err := c.verifyCopy(ctx, partial)
 	if err != nil {
 		return err
 	}
@@ -4647,6 +4658,29 @@ func cmdBackup(ctx context.Context, c *call) (err error) {
 	}
 	fmt.Fprintf(c.stdout, "%s: %d shards, %s, copied and verified in %.1f s\n", to, k.shards, k.progress, time.Since(start).Seconds())
 	return nil
+}
+
+// vacant returns an error unless dir is empty or does not exist.
+func vacant(dir string) error {
+	left, err := os.ReadDir(dir)
+	switch {
+	case err == nil && len(left) > 0:
+		return fmt.Errorf("%s is not empty; a copy needs a new directory", dir)
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("cannot copy into %s: %w", dir, err)
+	}
+	return nil
+}
+
+// verifyCopy checks a copy that has no name yet.
+func (c *call) verifyCopy(ctx context.Context, dir string) (*checker, error) {
+	k := &checker{dir: dir, out: c.stdout, progress: c.newProgress("verifying")}
+	err := k.check(ctx)
+	k.progress.done()
+	if err == nil && k.defects > 0 {
+		err = fmt.Errorf("the copy has %d defects, perhaps as the original: check that; nothing was copied", k.defects)
+	}
+	return k, err
 }
 
 // shardCount returns how many shards dir holds, all of which are there.
@@ -4681,7 +4715,7 @@ func clearPartial(dir string) (unlock func() error, err error) {
 	}
 	for _, e := range left {
 		name, _, _ := strings.Cut(e.Name(), ".db-")
-		if _, ok := shardIndex(strings.TrimSuffix(name, ".db") + ".db"); !ok && e.Name() != lockFile && e.Name() != reserveFile && e.Name() != newDir {
+		if _, ok := shardIndex(strings.TrimSuffix(name, ".db") + ".db"); !ok && e.Name() != lockFile && e.Name() != reserveFile && e.Name() != newDir && e.Name() != partialFile {
 			return nil, fmt.Errorf("%s is in the way, and holds %s, which is not ours; take it away", dir, e.Name())
 		}
 	}
@@ -4694,12 +4728,21 @@ func clearPartial(dir string) (unlock func() error, err error) {
 			err = cmp.Or(err, os.RemoveAll(filepath.Join(dir, e.Name())))
 		}
 	}
+	err = cmp.Or(err, os.WriteFile(filepath.Join(dir, partialFile), nil, 0o644))
 	return sync.OnceValue(st.lock.Close), err
+}
+
+// unfinished returns an error where backup or migrate has not completed dir.
+func unfinished(dir string) error {
+	if fileExists(filepath.Join(dir, partialFile)) {
+		return fmt.Errorf("%s is what an interrupted backup or migrate has left; run that again, or remove the directory", dir)
+	}
+	return nil
 }
 
 // install gives the complete directory partial its name.
 func install(partial, to string, unlock func() error) error {
-	if err := cmp.Or(unlock(), os.Remove(filepath.Join(partial, lockFile)), syncDir(partial)); err != nil {
+	if err := cmp.Or(unlock(), os.Remove(filepath.Join(partial, lockFile)), os.Remove(filepath.Join(partial, partialFile)), syncDir(partial)); err != nil {
 		return err
 	}
 	if err := os.Remove(to); err != nil && !errors.Is(err, fs.ErrNotExist) { // it was empty
@@ -4749,4 +4792,434 @@ func copyShard(ctx context.Context, from, to string, p *progress) (err error) {
 		}
 		return cmp.Or(err, b.Finish())
 	})
+}
+
+// cmdMigrate copies the blobs of a directory into the configured one, which is
+// new. It reads every row of every shard, wherever it lies; what decides between
+// two copies of a key is where the source's hash places it.
+func cmdMigrate(ctx context.Context, c *call) (err error) {
+	flags := flag.NewFlagSet("", flag.ContinueOnError)
+	codec := flags.String("codec", "", "")
+	gunzip := flags.Bool("gunzip", false, "")
+	skipInvalid := flags.Bool("skip-invalid", false, "")
+	args, err := c.parse(flags, 1, 1)
+	if err != nil {
+		return err
+	}
+	if *codec != "" && *codec != "gzip" || *codec != "" && *gunzip {
+		return usageError(fmt.Sprintf("-codec %s: only gzip can be read, and not with -gunzip; have the server that wrote it write it uncompressed", *codec))
+	}
+	cfg, _, err := loadConfig(c.configFile, c.environ)
+	if err != nil {
+		return err
+	}
+	to, err := filepath.Abs(cfg.DataDir)
+	if err != nil {
+		return err
+	}
+	if err := vacant(to); err != nil {
+		return err
+	}
+	start := time.Now()
+	m := &migration{call: c, log: newLogger(cfg, c.stderr), codec: *codec, gunzip: *gunzip, progress: c.newProgress("copying")}
+	defer func() { err = errors.Join(err, m.close()) }()
+	if err := m.open(args[0]); err != nil {
+		return err
+	}
+	if err := m.findInvalid(*skipInvalid); err != nil {
+		return err
+	}
+	partial := to + ".partial"
+	unlock, err := clearPartial(partial)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, unlock(), os.RemoveAll(partial))
+		}
+	}()
+	if err := unlock(); err != nil { // the store has a lock of its own
+		return err
+	}
+	target := *cfg
+	target.DataDir, target.AsyncWrite, target.Durability, target.BatchSize = partial, true, "normal", 64
+	m.now = func() time.Time { return start } // nothing more expires on the way
+	if m.to, err = openStore(&target, m.log, m.now); err != nil {
+		return err
+	}
+	err = m.copyAll(ctx)
+	m.progress.done()
+	failed := int64(0)
+	for _, s := range m.to.shards {
+		s.batcher.settle(everything)
+		failed += s.failedWrites.Load()
+	}
+	if err = cmp.Or(err, m.to.close()); err != nil {
+		return err
+	}
+	if failed > 0 {
+		return fmt.Errorf("%d blobs could not be written", failed)
+	}
+	k, err := c.verifyCopy(ctx, partial)
+	if err != nil {
+		return err
+	}
+	if k.progress.blobs != m.progress.blobs || k.progress.bytes != m.progress.bytes {
+		return fmt.Errorf("%s were copied, but %s are there", m.progress, k.progress)
+	}
+	if err := install(partial, to, unlock); err != nil {
+		return err
+	}
+	fmt.Fprintf(c.stdout, "%s: %s copied and verified in %.1f s; dropped: %d expired, %d with invalid keys, %d found twice; unpacked %d, kept %d as they were\n",
+		to, k.progress, time.Since(start).Seconds(), m.expired, m.invalid, m.twice, m.unpacked, m.progress.blobs-m.unpacked)
+	return nil
+}
+
+// migration is one run of migrate.
+type migration struct {
+	*call
+	log      *slog.Logger
+	codec    string // of a Blobasaur's contents
+	gunzip   bool   // what is valid gzip
+	progress *progress
+	to       *store
+	now      func() time.Time
+
+	dir    string
+	tables []*sourceTable
+	homes  func(key string) int // the shard a key belongs to; nil: nobody knows
+	undo   []func() error       // in reverse
+
+	expired, invalid, twice, unpacked int64
+}
+
+// sourceTable is a table with blobs in one shard of the source.
+type sourceTable struct {
+	shard     *shard // of which only the readers are there
+	name      string
+	namespace string // before each key, with its slash
+	ours      bool
+	row       *sql.Stmt // by rowid
+}
+
+func (m *migration) close() error {
+	var errs []error
+	for _, undo := range slices.Backward(m.undo) {
+		errs = append(errs, undo())
+	}
+	m.undo = nil
+	return errors.Join(errs...)
+}
+
+// open opens the source, of which it changes nothing.
+func (m *migration) open(dir string) (err error) {
+	if m.dir, err = filepath.Abs(dir); err != nil {
+		return err
+	}
+	entries, err := os.ReadDir(m.dir)
+	if err != nil {
+		return fmt.Errorf("cannot read the source: %w", err)
+	}
+	if err := unfinished(m.dir); err != nil {
+		return err
+	}
+	if lock := filepath.Join(m.dir, lockFile); fileExists(lock) { // else no server of ours was ever there
+		st := &store{dir: m.dir}
+		if err := st.takeLock(); err != nil {
+			return err
+		}
+		m.undo = append(m.undo, st.lock.Close)
+	}
+	shards := 0
+	for _, e := range entries {
+		if _, ok := shardIndex(e.Name()); ok && !e.IsDir() {
+			shards++
+		}
+	}
+	if shards == 0 {
+		return fmt.Errorf("%s holds no shards", m.dir)
+	}
+	for i := range shards {
+		if err := m.openShard(i, shards); err != nil {
+			return fmt.Errorf("cannot read %s: %w", filepath.Join(m.dir, shardName(i)), translate(err))
+		}
+	}
+	return nil
+}
+
+func (m *migration) openShard(i, shards int) error {
+	path := filepath.Join(m.dir, shardName(i))
+	if !fileExists(path) {
+		return errors.New("it is missing")
+	}
+	params := "mode=ro"
+	switch shm := path + "-shm"; {
+	case !fileExists(path + "-wal"): // and SQLite would make one
+		params += "&immutable=1"
+	case !fileExists(shm): // SQLite makes it, to read the WAL
+		m.undo = append(m.undo, func() error { os.Remove(shm); return nil })
+	}
+	s := &shard{store: &store{dir: m.dir, now: time.Now}, index: i, readers: openDB(path, params)}
+	m.undo = append(m.undo, s.close)
+	var names []string
+	err := queryAll(s.readers, func(name string) { names = append(names, name) },
+		"SELECT name FROM sqlite_schema WHERE type = 'table' AND (name = 'blobs' OR name LIKE 'blobs\\_%' ESCAPE '\\' OR name = 'meta')")
+	if err != nil {
+		return err
+	}
+	if !slices.Contains(names, "blobs") {
+		return errors.New("it has no table of blobs")
+	}
+	if slices.Contains(names, "meta") {
+		return m.openOurs(s, shards)
+	}
+	for _, name := range names {
+		var columns []string
+		err := queryAll(s.readers, func(name string) { columns = append(columns, name) }, "SELECT name FROM pragma_table_info(?)", name)
+		if err != nil {
+			return err
+		}
+		content := "data"
+		if !slices.Contains(columns, content) {
+			content = "value"
+		}
+		if !slices.Contains(columns, "key") || !slices.Contains(columns, content) {
+			return fmt.Errorf("table %s has no columns key and data", name)
+		}
+		query := fmt.Sprintf("SELECT %s, %[1]s IS NULL", content)
+		for _, column := range []string{"created_at", "updated_at", "expires_at", "version"} { // in seconds
+			if !slices.Contains(columns, column) {
+				column = "NULL"
+			}
+			query += ", " + column
+		}
+		t := &sourceTable{shard: s, name: name}
+		if rest, ok := strings.CutPrefix(name, "blobs_"); ok {
+			t.namespace = rest + "/"
+		}
+		if t.row, err = s.readers.Prepare(fmt.Sprintf("%s FROM %s WHERE rowid = ?", query, quoteSQL(name))); err != nil {
+			return err
+		}
+		// Blobasaur, known by its tables or its column, places by a ring of its
+		// own; Blobnom by FNV.
+		if t.namespace != "" || content == "value" {
+			m.homes = nil
+		} else if i == 0 && len(names) == 1 {
+			m.homes = func(key string) int { return int(hashes["fnv1a"](key) % uint64(shards)) }
+		}
+		m.tables = append(m.tables, t)
+	}
+	return nil
+}
+
+// openOurs opens a shard of our own format.
+func (m *migration) openOurs(s *shard, shards int) error {
+	r, err := recordOf(s.readers)
+	if err != nil {
+		return err
+	}
+	hash := hashes[r.Hash]
+	if hash == nil || r.NumShards != int64(shards) || r.Shard != int64(s.index) {
+		return fmt.Errorf("it is shard %d of %d by %s, in a directory of %d", r.Shard, r.NumShards, r.Hash, shards)
+	}
+	if m.codec != "" || m.gunzip {
+		return errors.New("it is of our own format, which knows its codecs: no -codec, no -gunzip")
+	}
+	m.homes = func(key string) int { return int(hash(key) % uint64(shards)) }
+	t := &sourceTable{shard: s, name: "blobs", ours: true}
+	t.row, err = s.readers.Prepare("SELECT " + blobColumns + ", data FROM blobs WHERE id = ?")
+	if err != nil {
+		return err
+	}
+	s.chunk, err = s.readers.Prepare("SELECT data FROM chunks WHERE id = ?")
+	m.tables = append(m.tables, t)
+	return err
+}
+
+func quoteSQL(name string) string { return `"` + strings.ReplaceAll(name, `"`, `""`) + `"` }
+
+// each calls f with the rows of t.
+func (t *sourceTable) each(f func(rowid int64, key string) error) error {
+	rows, err := t.shard.readers.Query(fmt.Sprintf("SELECT rowid, CAST(key AS BLOB) FROM %s ORDER BY rowid", quoteSQL(t.name)))
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var rowid int64
+		var key []byte
+		if err := rows.Scan(&rowid, &key); err != nil {
+			return err
+		}
+		if err := f(rowid, t.namespace+string(key)); err != nil {
+			return err
+		}
+	}
+	return rows.Err()
+}
+
+// findInvalid lists the keys that our rules refuse.
+func (m *migration) findInvalid(skip bool) error {
+	for _, t := range m.tables {
+		err := t.each(func(_ int64, key string) error {
+			if err := checkKey(key); err != nil {
+				m.invalid++
+				fmt.Fprintf(m.stdout, "shard %d: key %q: %v\n", t.shard.index, key, err)
+			}
+			return nil
+		})
+		if err != nil {
+			return fmt.Errorf("cannot read table %s of shard %d: %w", t.name, t.shard.index, translate(err))
+		}
+	}
+	if m.invalid > 0 && !skip {
+		return fmt.Errorf("%d keys cannot be taken over; -skip-invalid leaves them out", m.invalid)
+	}
+	return nil
+}
+
+// copyAll copies first what lies where it belongs, of which there is one copy,
+// then the rest, which is not to replace anything.
+func (m *migration) copyAll(ctx context.Context) error {
+	for _, sure := range []bool{true, false} {
+		for _, t := range m.tables {
+			err := t.each(func(rowid int64, key string) error {
+				home := m.homes != nil && t.namespace == "" && m.homes(key) == t.shard.index
+				if home != sure || checkKey(key) != nil {
+					return ctx.Err()
+				}
+				var c *conditions
+				if !sure {
+					c = &conditions{noneMatch: tags{"*"}}
+				}
+				err := m.copy(t, rowid, key, c)
+				if errors.Is(err, errCondition) {
+					err = m.settle(t, key)
+				}
+				if err != nil {
+					return fmt.Errorf("key %q in table %s of shard %d: %w", key, t.name, t.shard.index, translate(err))
+				}
+				return ctx.Err()
+			})
+			if err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// settle decides what to do with a key of t that another row had, too.
+func (m *migration) settle(t *sourceTable, key string) error {
+	if m.homes != nil && t.namespace == "" {
+		home := m.homes(key)
+		i := slices.IndexFunc(m.tables, func(t *sourceTable) bool { return t.shard.index == home && t.namespace == "" })
+		var there bool
+		err := m.tables[i].shard.readers.QueryRow("SELECT EXISTS (SELECT 1 FROM blobs WHERE key = ?)", key).Scan(&there)
+		if err != nil || there {
+			m.twice++
+			fmt.Fprintf(m.stdout, "key %q: in shard %d, where it belongs, and in shard %d: the first is taken\n", key, home, t.shard.index)
+			return err
+		}
+	}
+	return errors.New("it is in another table or shard, too, and nothing says which copy counts; remove one")
+}
+
+// copy copies one row.
+func (m *migration) copy(t *sourceTable, rowid int64, key string, c *conditions) error {
+	b, body, err := t.content(rowid)
+	if err != nil {
+		return err
+	}
+	if b.expired(m.now().UnixMilli()) {
+		m.expired++
+		return nil
+	}
+	p := &putOptions{contentType: b.contentType, length: b.size, conditions: c, copyOf: b}
+	if t.ours {
+		p.verify = func(sum []byte) error {
+			if !bytes.Equal(sum, b.sum[:]) {
+				return fmt.Errorf("%w: its SHA-256 is %x, not %x", errCorrupt, sum, b.sum)
+			}
+			return nil
+		}
+	} else if body, err = m.unpack(key, b.data, p); err != nil {
+		return err
+	}
+	s, err := m.to.shardOf(key)
+	if err != nil {
+		return err
+	}
+	stored, _, err := s.put(key, body, p)
+	if err == nil {
+		m.progress.add(1, stored.size)
+	}
+	return err
+}
+
+// unpack returns the content of a row of a Rust server, and whether its length
+// is known in p.
+func (m *migration) unpack(key string, data []byte, p *putOptions) (io.Reader, error) {
+	if data == nil || m.codec == "" && !m.gunzip { // NULL is empty
+		return bytes.NewReader(data), nil
+	}
+	r, err := gzip.NewReader(bytes.NewReader(data))
+	if err == nil {
+		_, err = io.Copy(io.Discard, r) // all of it, before anything is written
+	}
+	switch {
+	case err != nil && m.codec != "":
+		return nil, fmt.Errorf("it is not %s: %w", m.codec, err)
+	case err != nil:
+		return bytes.NewReader(data), nil
+	}
+	m.unpacked++
+	m.log.Debug("unpacked", "key", key)
+	p.length = -1
+	return r, r.Reset(bytes.NewReader(data))
+}
+
+// content returns what is in a row: its metadata and, of one of our own, its
+// content; else that is in the blob's data.
+func (t *sourceTable) content(rowid int64) (b *blob, body io.Reader, err error) {
+	rows, err := t.row.Query(rowid)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer rows.Close()
+	if !rows.Next() {
+		return nil, nil, cmp.Or(rows.Err(), errors.New("the row is gone"))
+	}
+	var data sql.RawBytes
+	if t.ours {
+		b, err := scanBlob(rows, nil, &data)
+		if err != nil {
+			return nil, nil, err
+		}
+		if !b.chunked() {
+			err = b.fits(len(data))
+			b.data = bytes.Clone(data)
+		}
+		return b, &content{shard: t.shard, blob: b}, err
+	}
+	var null bool
+	var created, updated, expires, version sql.NullInt64
+	if err := rows.Scan(&data, &null, &created, &updated, &expires, &version); err != nil {
+		return nil, nil, err
+	}
+	now := time.Now().Unix()
+	millis := func(seconds sql.NullInt64, otherwise int64) int64 {
+		if !seconds.Valid {
+			return otherwise * 1000
+		}
+		return seconds.Int64 * 1000
+	}
+	if data = append(sql.RawBytes{}, data...); null {
+		data = nil
+	}
+	b = &blob{size: int64(len(data)), data: data, contentType: "application/octet-stream", expires: millis(expires, 0), version: version.Int64}
+	b.created = millis(created, now)
+	b.updated = max(millis(updated, now), b.created)
+	return b, nil, nil
 }

@@ -3083,9 +3083,12 @@ func TestBackup(t *testing.T) {
 	other := filepath.Join(t.TempDir(), "b")
 	os.Mkdir(other+".partial", 0o755)
 	os.WriteFile(filepath.Join(other+".partial", "diary.txt"), []byte("mine"), 0o600)
-	for args, want := range map[string]string{other: "diary.txt", "": "argument is missing", to + "/shard_0.db": "cannot back up into"} {
-		if code, stdout, stderr := runCommand(t, env, strings.Fields("backup "+strings.ReplaceAll(args, " ", "\x00"))...); strings.ContainsRune(args, ' ') == false && (code == 0 || !strings.Contains(stderr, want) || stdout != "") {
-			t.Errorf("backup %q: code %d, %s%s", args, code, stdout, stderr)
+	for _, c := range []struct {
+		args []string
+		want string
+	}{{[]string{other}, "diary.txt"}, {nil, "argument is missing"}, {[]string{to + "/shard_0.db"}, "cannot copy into"}, {[]string{to, to}, "no argument"}} {
+		if code, stdout, stderr := runCommand(t, env, append([]string{"backup"}, c.args...)...); code == 0 || !strings.Contains(stderr, c.want) || stdout != "" {
+			t.Errorf("backup %q: code %d, %s%s", c.args, code, stdout, stderr)
 		}
 	}
 	if _, err := os.Stat(filepath.Join(other+".partial", "diary.txt")); err != nil {
@@ -3104,46 +3107,350 @@ func TestBackup(t *testing.T) {
 	exec1(t, filepath.Join(cfg.DataDir, shardName(int(hashes["fnv1a"](key)%4))), fmt.Sprintf("UPDATE blobs SET sha256 = x'%x' WHERE key = 'n3'", sha256.Sum256(want[key])))
 }
 
-// A backup that is killed leaves nothing that passes for one, and the next run
-// completes.
-func TestBackupKilled(t *testing.T) {
+// A backup or a migration that is killed leaves nothing that passes for whole,
+// and the next run completes.
+func TestCopyKilled(t *testing.T) {
 	cfg := testConfig(t, func(c *config) { c.NumShards = 2 })
 	s := serveConfig(t, cfg, stallTimeout)
 	for i := range 24 {
 		s.put(fmt.Sprint("k", i), noise(1<<20, uint64(i)))
 	}
-	to := filepath.Join(t.TempDir(), "copy")
-	backup := func() *exec.Cmd {
-		cmd := exec.Command(os.Args[0], "backup", to)
-		cmd.Dir = t.TempDir()
-		cmd.Env = append(os.Environ(), asProgram+"=1", "BLOBNOM_DATA_DIR="+cfg.DataDir)
-		return cmd
+	if err := s.stop(); err != nil {
+		t.Fatal(err)
 	}
-	for range 3 {
-		cmd := backup()
-		if err := cmd.Start(); err != nil {
+	to := filepath.Join(t.TempDir(), "copy")
+	for _, args := range [][]string{{"BLOBNOM_DATA_DIR=" + cfg.DataDir, "backup", to}, {"BLOBNOM_DATA_DIR=" + to, "migrate", cfg.DataDir}} {
+		start := func() *exec.Cmd {
+			cmd := exec.Command(os.Args[0], args[1:]...)
+			cmd.Dir = t.TempDir()
+			cmd.Env = append(os.Environ(), asProgram+"=1", args[0], "BLOBNOM_NUM_SHARDS=3")
+			return cmd
+		}
+		for _, far := range []string{partialFile, shardName(0), shardName(1), shardName(1)} {
+			cmd := start()
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "the copy begins", func() bool { return fileExists(filepath.Join(to+".partial", far)) })
+			cmd.Process.Kill()
+			cmd.Wait()
+			if fileExists(to) {
+				t.Fatal("it was done before it was killed")
+			}
+			if code, stdout, stderr := runCommand(t, nil, "check", to+".partial"); code != 1 || !strings.Contains(stderr, "interrupted") {
+				t.Errorf("check takes half a copy for a whole one: %s%s", stdout, stderr)
+			}
+			if code, _, stderr := runCommand(t, []string{"BLOBNOM_DATA_DIR=" + to + ".partial", "BLOBNOM_NUM_SHARDS=2", "BLOBNOM_ADDR=127.0.0.1:0"}, "serve"); code != 1 || !strings.Contains(stderr, "interrupted") {
+				t.Errorf("serve takes half a copy for a whole one: %d %s", code, stderr)
+			}
+		}
+		if out, err := start().CombinedOutput(); err != nil || !strings.Contains(string(out), "24 blobs") {
+			t.Errorf("%v: %s", err, out)
+		}
+		verifyDir(t, to)
+		os.RemoveAll(to)
+	}
+}
+
+// foreign makes shards as another program left them that never closed them:
+// rows in the databases, rows in the WALs. sql gives the statements for a shard.
+func foreign(t *testing.T, shards int, sql func(shard int, exec func(query string, args ...any))) string {
+	t.Helper()
+	made, dir := t.TempDir(), filepath.Join(t.TempDir(), "foreign dir")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for i := range shards {
+		db := openDB(filepath.Join(made, shardName(i)), "_pragma=journal_mode(wal)&_pragma=wal_autocheckpoint(200)")
+		defer db.Close()
+		db.SetMaxOpenConns(1)
+		sql(i, func(query string, args ...any) {
+			if _, err := db.Exec(query, args...); err != nil {
+				t.Fatalf("%s: %v", query, err)
+			}
+		})
+		copyFile(t, filepath.Join(made, shardName(i)), filepath.Join(dir, shardName(i)))
+		copyFile(t, filepath.Join(made, shardName(i)+"-wal"), filepath.Join(dir, shardName(i)+"-wal"))
+		if i%2 == 0 {
+			copyFile(t, filepath.Join(made, shardName(i)+"-shm"), filepath.Join(dir, shardName(i)+"-shm"))
+		}
+	}
+	return dir
+}
+
+func oddKey(i int) string {
+	return fmt.Sprintf([]string{"plain/%d", "a b/%d", "ü/日本/%d", "'\";-- %d", "100%%/%d?#", "//%d/../x", "\x01\x7f%d", "%d"}[i%8], i)
+}
+
+func oddBody(i int) []byte {
+	switch {
+	case i%100 == 7:
+		return nil
+	case i%1000 == 9:
+		return prose(300_000+i, uint64(i))
+	}
+	return prose(i%3000, uint64(i))
+}
+
+// contents fetches everything a directory holds.
+func contents(t *testing.T, dir string) map[string][]byte {
+	t.Helper()
+	found := map[string][]byte{}
+	files, _ := filepath.Glob(filepath.Join(dir, "shard_*.db"))
+	for i := range files {
+		s := &shard{store: &store{dir: dir, now: time.Now}, index: i}
+		if err := s.openReaders(filepath.Join(dir, shardName(i)), ""); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "the copy begins", func() bool { return fileExists(filepath.Join(to+".partial", shardName(0))) })
-		cmd.Process.Kill()
-		cmd.Wait()
-		if fileExists(to) {
-			t.Skip("it was done before it was killed")
+		row, err := s.readers.Prepare("SELECT key, " + blobColumns + ", data FROM blobs WHERE id > ? ORDER BY id LIMIT 1")
+		if err != nil {
+			t.Fatal(err)
 		}
-		if code, stdout, _ := runCommand(t, nil, "check", to+".partial"); code == 0 {
-			t.Errorf("check takes half a backup for a whole one: %s", stdout)
+		for id := int64(0); ; {
+			key, b, err := nextBlob(row, id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if b == nil {
+				break
+			}
+			id = b.id
+			if found[key], err = io.ReadAll(&content{shard: s, blob: b}); err != nil {
+				t.Fatal(err)
+			}
 		}
-		half := *cfg
-		half.DataDir = to + ".partial"
-		if st, err := openStore(&half, slog.New(slog.DiscardHandler), time.Now); err == nil {
-			st.close()
-			t.Error("serve takes half a backup for a whole one")
+		s.close()
+	}
+	return found
+}
+
+func TestMigrateForeign(t *testing.T) {
+	const keys, shards = 10_000, 3
+	future := time.Now().Unix() + 1000
+	home := func(key string) int { return int(hashes["fnv1a"](key) % shards) }
+	zip := func(b []byte) []byte {
+		var out bytes.Buffer
+		w := gzip.NewWriter(&out)
+		w.Write(b)
+		w.Close()
+		return out.Bytes()
+	}
+	plain := func(i int, exec func(string, ...any)) {
+		exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)")
+		exec("BEGIN")
+		for k := range keys {
+			if key := oddKey(k); home(key) == i {
+				if body := oddBody(k); body == nil {
+					exec("INSERT INTO blobs VALUES (?, NULL)", key)
+				} else {
+					exec("INSERT INTO blobs VALUES (?, ?)", key, body)
+				}
+			}
+			if k%2000 == 0 {
+				exec("COMMIT")
+				exec("BEGIN")
+			}
+		}
+		exec("COMMIT")
+	}
+	const metadata = "(key TEXT PRIMARY KEY, %s BLOB, created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL, expires_at INTEGER, version INTEGER NOT NULL DEFAULT 0)"
+	all := map[string][]byte{}
+	for k := range keys {
+		all[oddKey(k)] = oddBody(k)
+	}
+	for _, c := range []struct {
+		name string
+		make func(i int, exec func(string, ...any))
+		args string
+		want map[string][]byte // nil: it fails
+		says []string
+	}{
+		{"blobnom", plain, "", all, []string{"10000 blobs"}},
+		{"metadata", func(i int, exec func(string, ...any)) {
+			exec("CREATE TABLE blobs " + fmt.Sprintf(metadata, "data"))
+			if i == home("k") {
+				exec("INSERT INTO blobs VALUES ('k', 'text', 1000, 2000, ?, 7)", future)
+			}
+			exec("INSERT INTO blobs VALUES (?, 'old', 1000, 2000, 3000, 7)", fmt.Sprint("expired", i))
+		}, "", map[string][]byte{"k": []byte("text")}, []string{"3 expired"}},
+		{"blobasaur", func(i int, exec func(string, ...any)) {
+			for _, table := range []string{"blobs", "blobs_photos", `"blobs_with space"`} {
+				exec("CREATE TABLE " + table + fmt.Sprintf(metadata, "value"))
+				exec("INSERT INTO "+table+" VALUES (?, ?, 1, 2, NULL, 0)", fmt.Sprint("k", i), []byte(table+fmt.Sprint(i)))
+			}
+		}, "", map[string][]byte{
+			"k0": []byte("blobs0"), "k1": []byte("blobs1"), "k2": []byte("blobs2"),
+			"photos/k0": []byte("blobs_photos0"), "photos/k1": []byte("blobs_photos1"), "photos/k2": []byte("blobs_photos2"),
+			"with space/k0": []byte(`"blobs_with space"0`), "with space/k1": []byte(`"blobs_with space"1`), "with space/k2": []byte(`"blobs_with space"2`),
+		}, []string{"9 blobs"}},
+		{"gzip", func(i int, exec func(string, ...any)) {
+			exec("CREATE TABLE blobs " + fmt.Sprintf(metadata, "data"))
+			exec("CREATE TABLE blobs_n " + fmt.Sprintf(metadata, "data"))
+			exec("INSERT INTO blobs VALUES (?, ?, 1, 2, NULL, 0), (?, NULL, 1, 2, NULL, 0)", fmt.Sprint("k", i), zip(prose(i*chunkSize, 1)), fmt.Sprint("null", i))
+		}, "-codec gzip", map[string][]byte{"k0": {}, "k1": prose(chunkSize, 1), "k2": prose(2*chunkSize, 1), "null0": {}, "null1": {}, "null2": {}}, []string{"unpacked 3"}},
+		{"not gzip", func(i int, exec func(string, ...any)) {
+			exec("CREATE TABLE blobs_n " + fmt.Sprintf(metadata, "data"))
+			exec("CREATE TABLE blobs " + fmt.Sprintf(metadata, "data"))
+			exec("INSERT INTO blobs VALUES (?, ?, 1, 2, NULL, 0)", fmt.Sprint("k", i), slices.Concat(zip(prose(100, 1))[i:]))
+		}, "-codec gzip", nil, []string{`key "k`, "is not gzip"}},
+		{"gunzip", func(i int, exec func(string, ...any)) {
+			exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)")
+			for key, body := range map[string][]byte{"zipped": zip(prose(3*chunkSize, 1)), "raw": prose(100, 1), "torn": zip(prose(1000, 1))[:60], "tail": append(zip(prose(100, 1)), "tail"...)} {
+				if home(key) == i {
+					exec("INSERT INTO blobs VALUES (?, ?)", key, body)
+				}
+			}
+		}, "-gunzip", map[string][]byte{"zipped": prose(3*chunkSize, 1), "raw": prose(100, 1), "torn": zip(prose(1000, 1))[:60], "tail": append(zip(prose(100, 1)), "tail"...)}, []string{"unpacked 1, kept 3"}},
+		{"misplaced", func(i int, exec func(string, ...any)) {
+			exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)")
+			exec("INSERT INTO blobs VALUES (?, 'lost')", fmt.Sprint("lost", i))
+			exec("INSERT INTO blobs VALUES ('twice', ?)", fmt.Sprint("in ", i == home("twice")))
+		}, "", map[string][]byte{"lost0": []byte("lost"), "lost1": []byte("lost"), "lost2": []byte("lost"), "twice": []byte("in true")}, []string{`key "twice": in shard`, "2 found twice"}},
+		{"undecided", func(i int, exec func(string, ...any)) {
+			exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)")
+			if i != home("twice") {
+				exec("INSERT INTO blobs VALUES ('twice', ?)", i)
+			}
+		}, "", nil, []string{`key "twice"`, "nothing says which"}},
+		{"undecided by a ring", func(i int, exec func(string, ...any)) {
+			exec("CREATE TABLE blobs " + fmt.Sprintf(metadata, "value"))
+			exec("INSERT INTO blobs VALUES ('twice', 'x', 1, 2, NULL, 0)")
+		}, "", nil, []string{`key "twice"`, "nothing says which"}},
+		{"a namespaced key collides", func(i int, exec func(string, ...any)) {
+			exec("CREATE TABLE blobs " + fmt.Sprintf(metadata, "data"))
+			exec("CREATE TABLE blobs_a " + fmt.Sprintf(metadata, "data"))
+			if i == 0 {
+				exec("INSERT INTO blobs VALUES ('a/b', 'x', 1, 2, NULL, 0)")
+				exec("INSERT INTO blobs_a VALUES ('b', 'x', 1, 2, NULL, 0)")
+			}
+		}, "", nil, []string{`key "a/b"`, "nothing says which"}},
+		{"invalid keys", func(i int, exec func(string, ...any)) {
+			exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)")
+			exec("INSERT INTO blobs VALUES ('', 'x'), (?, 'x'), (CAST(x'ff' AS TEXT), 'x')", strings.Repeat("k", maxKeyBytes+1))
+		}, "", nil, []string{"the key is empty", "1025 bytes", "not valid UTF-8", "9 keys cannot be taken over"}},
+		{"invalid keys left out", func(i int, exec func(string, ...any)) {
+			exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)")
+			exec("INSERT INTO blobs VALUES ('', 'x'), (?, 'y')", fmt.Sprint(i))
+		}, "-skip-invalid", map[string][]byte{"0": []byte("y"), "1": []byte("y"), "2": []byte("y")}, []string{"3 with invalid keys"}},
+		{"another program's", func(i int, exec func(string, ...any)) { exec("CREATE TABLE songs (title)") }, "", nil, []string{"no table of blobs"}},
+		{"another codec", plain, "-codec zstd", nil, []string{"-codec zstd: only gzip"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Chdir(t.TempDir())
+			from, to := foreign(t, shards, c.make), filepath.Join(t.TempDir(), "new", "data")
+			before := snapshot(t, from)
+			env := []string{"BLOBNOM_DATA_DIR=" + to, "BLOBNOM_NUM_SHARDS=4", "BLOBNOM_STORAGE_COMPRESSION=true"}
+			code, stdout, stderr := runCommand(t, env, slices.Concat([]string{"migrate"}, strings.Fields(c.args), []string{from})...)
+			for _, want := range c.says {
+				if !strings.Contains(stdout+stderr, want) {
+					t.Errorf("%s%s, want %q", stdout, stderr, want)
+				}
+			}
+			for name, sum := range snapshot(t, from) {
+				if before[name] != sum && !strings.HasSuffix(name, "-shm") {
+					t.Errorf("%s has changed", name)
+				}
+				delete(before, name)
+			}
+			if len(before) > 0 {
+				t.Errorf("gone: %v", before)
+			}
+			if c.want == nil {
+				if code == 0 || fileExists(to) || fileExists(to+".partial") {
+					t.Errorf("code %d, %s%s", code, stdout, stderr)
+				}
+				return
+			}
+			if code != 0 {
+				t.Fatalf("code %d, %s%s", code, stdout, stderr)
+			}
+			verifyDir(t, to)
+			got := contents(t, to)
+			for key, body := range c.want {
+				if found, there := got[key]; !there || !bytes.Equal(found, body) {
+					t.Errorf("%q: %d bytes, want %d", key, len(found), len(body))
+				}
+			}
+			if len(got) != len(c.want) {
+				t.Errorf("%d blobs, want %d", len(got), len(c.want))
+			}
+			if c.name == "metadata" {
+				s := serveConfig(t, testConfig(t, func(c *config) { c.DataDir = to }), stallTimeout)
+				h := s.wantBlob("k", []byte("text")).Header
+				for name, want := range map[string]string{"Blob-Version": "7", "Blob-Created": stamp(1_000_000), "Blob-Updated": stamp(2_000_000), "Blob-Expires": stamp(future * 1000)} {
+					if h.Get(name) != want {
+						t.Errorf("%s %s, want %s", name, h.Get(name), want)
+					}
+				}
+			}
+		})
+	}
+}
+
+// From one shape to another and back nothing changes.
+func TestReshard(t *testing.T) {
+	t.Chdir(t.TempDir())
+	cfg := testConfig(t, func(c *config) { c.StorageCompression = true })
+	s := serveConfig(t, cfg, stallTimeout)
+	for i, size := range []int{0, 1, 5000, 20_000, chunkSize, 3*chunkSize + 5} {
+		for j, kind := range []func(int, uint64) []byte{noise, prose} {
+			key := fmt.Sprint("blob/", i, j)
+			s.put(key, kind(size, 1), "Content-Type", "a/"+key)
+			s.want(201, "PUT", "/blob/"+key+"?ttl=1h", kind(size, 2), "Content-Type", "a/"+key)
 		}
 	}
-	if out, err := backup().CombinedOutput(); err != nil || !strings.Contains(string(out), "24 blobs") {
-		t.Errorf("%v: %s", err, out)
+	for i := range 500 {
+		s.put(oddKey(i), oddBody(i))
 	}
-	verifyDir(t, to)
+	want := s.list(url.Values{"limit": {"10000"}}).Blobs
+	bodies := contents(t, cfg.DataDir)
+	env := func(dir string, shards int, hash string, more ...string) []string {
+		return append(more, "BLOBNOM_DATA_DIR="+dir, fmt.Sprint("BLOBNOM_NUM_SHARDS=", shards), "BLOBNOM_HASH="+hash)
+	}
+	next := filepath.Join(t.TempDir(), "next")
+	if code, _, stderr := runCommand(t, env(next, 7, "fnv1a"), "migrate", cfg.DataDir); code != 1 || !strings.Contains(stderr, "in use") {
+		t.Errorf("from under a running server: code %d, %s", code, stderr)
+	}
+	if err := s.stop(); err != nil {
+		t.Fatal(err)
+	}
+	from := cfg.DataDir
+	for i, c := range []struct {
+		shards   int
+		hash     string
+		compress bool
+	}{{7, "fnv1a", false}, {3, "sha256", true}, {1, "crc32c", false}, {4, "fnv1a", true}} {
+		to := filepath.Join(t.TempDir(), fmt.Sprint("d", i))
+		code, stdout, stderr := runCommand(t, env(to, c.shards, c.hash, fmt.Sprint("BLOBNOM_STORAGE_COMPRESSION=", c.compress)), "migrate", from)
+		if code != 0 || !strings.Contains(stdout, fmt.Sprintf("%d blobs", len(want))) {
+			t.Fatalf("code %d, %s%s", code, stdout, stderr)
+		}
+		if got := contents(t, to); !maps.EqualFunc(got, bodies, bytes.Equal) {
+			t.Errorf("%+v: %d contents, want %d", c, len(got), len(bodies))
+		}
+		moved := *cfg
+		moved.DataDir, moved.NumShards, moved.Hash = to, int64(c.shards), c.hash
+		s := serveConfig(t, &moved, stallTimeout)
+		if got := s.list(url.Values{"limit": {"10000"}}).Blobs; !slices.Equal(got, want) {
+			t.Errorf("%+v: %d rows, want %d", c, len(got), len(want))
+		}
+		if err := s.stop(); err != nil {
+			t.Fatal(err)
+		}
+		from = to
+	}
+	if code, _, stderr := runCommand(t, env(from, 4, "fnv1a"), "migrate", cfg.DataDir); code != 1 || !strings.Contains(stderr, "not empty") {
+		t.Errorf("over a directory: code %d, %s", code, stderr)
+	}
+	if code, _, stderr := runCommand(t, env(next, 4, "fnv1a"), "migrate", "-gunzip", cfg.DataDir); code != 1 || !strings.Contains(stderr, "our own format") {
+		t.Errorf("-gunzip on our own: code %d, %s", code, stderr)
+	}
+	// What is damaged does not arrive as if it were whole.
+	exec1(t, filepath.Join(cfg.DataDir, shardName(int(hashes["fnv1a"]("blob/50")%4))), "UPDATE chunks SET data = zeroblob(length(data)) WHERE id & 1048575 = 1")
+	if code, _, stderr := runCommand(t, env(next, 4, "fnv1a"), "migrate", cfg.DataDir); code != 1 || !strings.Contains(stderr, `key "blob/5`) || fileExists(next) {
+		t.Errorf("of a damaged directory: code %d, %s", code, stderr)
+	}
+	os.RemoveAll(cfg.DataDir) // not for the check at the end
 }
 
 // ============================================================================
