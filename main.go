@@ -175,6 +175,7 @@ const (
 	reserveBytes    = 6 << 20              // head-room on a full disk: more than a shard's WAL, see Upkeep
 	sliceTime       = 2 * time.Millisecond // of upkeep between two batches: about what a batch takes
 	copyPages       = 256                  // copied by backup between two pauses
+	paceFactor      = 8                    // that last so many times as long
 	sweepChunks     = 4                    // chunks deleted between two looks at the time
 	vacuumPages     = 256                  // free pages returned per slice, and left alone
 	headerTimeout   = 15 * time.Second
@@ -4316,6 +4317,21 @@ func (p *progress) done() {
 	}
 }
 
+// pacer keeps long work from taking the machine from a running server: a nil
+// one does not.
+type pacer struct{ worked time.Time }
+
+// pause pauses for some times as long as the work took since the last pause.
+func (p *pacer) pause() {
+	if p == nil {
+		return
+	}
+	if took := time.Since(p.worked); took > sliceTime {
+		time.Sleep(paceFactor * took)
+		p.worked = time.Now()
+	}
+}
+
 // dataDir is the directory a command works on, from the configuration.
 func (c *call) dataDir() (string, error) {
 	cfg, _, err := loadConfig(c.configFile, c.environ)
@@ -4362,6 +4378,7 @@ type checker struct {
 	dir      string
 	out      io.Writer
 	progress *progress
+	pacer    *pacer
 	shards   int
 	defects  int
 }
@@ -4506,6 +4523,7 @@ func (k *checker) checkShard(ctx context.Context, i int) (_ *record, err error) 
 			k.defect(i, "key %q: it belongs to shard %d", key, home)
 		}
 		k.progress.add(1, b.size)
+		k.pacer.pause()
 	}
 	return r, ctx.Err()
 }
@@ -4642,14 +4660,18 @@ func cmdBackup(ctx context.Context, c *call) (err error) {
 			err = errors.Join(err, unlock(), os.RemoveAll(partial))
 		}
 	}()
-	p := c.newProgress("copying pages")
+	var pace *pacer
+	if inUse(from) {
+		pace = &pacer{time.Now()}
+	}
+	p := c.newProgress("copying")
 	for i := range shards {
-		if err := copyShard(ctx, filepath.Join(from, shardName(i)), filepath.Join(partial, shardName(i)), p); err != nil {
+		if err := copyShard(ctx, filepath.Join(from, shardName(i)), filepath.Join(partial, shardName(i)), p, pace); err != nil {
 			return fmt.Errorf("cannot copy shard %d: %w", i, err)
 		}
 	}
 	p.done()
-	k, err := c.verifyCopy(ctx, partial)
+	k, err := c.verifyCopy(ctx, partial, pace)
 	if err != nil {
 		return err
 	}
@@ -4673,8 +4695,8 @@ func vacant(dir string) error {
 }
 
 // verifyCopy checks a copy that has no name yet.
-func (c *call) verifyCopy(ctx context.Context, dir string) (*checker, error) {
-	k := &checker{dir: dir, out: c.stdout, progress: c.newProgress("verifying")}
+func (c *call) verifyCopy(ctx context.Context, dir string, pace *pacer) (*checker, error) {
+	k := &checker{dir: dir, pacer: pace, out: c.stdout, progress: c.newProgress("verifying")}
 	err := k.check(ctx)
 	k.progress.done()
 	if err == nil && k.defects > 0 {
@@ -4701,6 +4723,12 @@ func shardCount(dir string) (int, error) {
 		}
 	}
 	return int(r.NumShards), nil
+}
+
+// inUse reports whether a server of ours holds dir.
+func inUse(dir string) bool {
+	st := &store{dir: dir}
+	return fileExists(filepath.Join(dir, lockFile)) && (st.takeLock() != nil || st.lock.Close() != nil)
 }
 
 // clearPartial makes dir an empty directory that is ours until unlock: what an
@@ -4752,7 +4780,7 @@ func install(partial, to string, unlock func() error) error {
 }
 
 // copyShard copies a database, page by page, as it is at one moment.
-func copyShard(ctx context.Context, from, to string, p *progress) (err error) {
+func copyShard(ctx context.Context, from, to string, p *progress, pace *pacer) (err error) {
 	db := openDB(from, fmt.Sprintf("mode=ro&_pragma=busy_timeout(%d)", busyTimeout.Milliseconds()))
 	defer func() { err = cmp.Or(err, db.Close()) }()
 	conn, err := db.Conn(ctx)
@@ -4781,14 +4809,14 @@ func copyShard(ctx context.Context, from, to string, p *progress) (err error) {
 			return err
 		}
 		for more := true; more && err == nil; {
-			start, left := time.Now(), b.Remaining()
+			left := b.Remaining()
 			if more, err = b.Step(copyPages); left > 0 {
 				p.add(0, int64(left-b.Remaining())*page)
 			}
 			if err == nil {
 				err = ctx.Err()
 			}
-			time.Sleep(time.Since(start)) // the disk is the server's, too
+			pace.pause()
 		}
 		return cmp.Or(err, b.Finish())
 	})
@@ -4861,7 +4889,7 @@ func cmdMigrate(ctx context.Context, c *call) (err error) {
 	if failed > 0 {
 		return fmt.Errorf("%d blobs could not be written", failed)
 	}
-	k, err := c.verifyCopy(ctx, partial)
+	k, err := c.verifyCopy(ctx, partial, nil)
 	if err != nil {
 		return err
 	}
@@ -4871,8 +4899,12 @@ func cmdMigrate(ctx context.Context, c *call) (err error) {
 	if err := install(partial, to, unlock); err != nil {
 		return err
 	}
-	fmt.Fprintf(c.stdout, "%s: %s copied and verified in %.1f s; dropped: %d expired, %d with invalid keys, %d found twice; unpacked %d, kept %d as they were\n",
-		to, k.progress, time.Since(start).Seconds(), m.expired, m.invalid, m.twice, m.unpacked, m.progress.blobs-m.unpacked)
+	summary := fmt.Sprintf("%s: %s copied and verified in %.1f s; dropped: %d expired, %d with invalid keys, %d found twice",
+		to, k.progress, time.Since(start).Seconds(), m.expired, m.invalid, m.twice)
+	if m.gunzip || m.codec != "" {
+		summary += fmt.Sprintf("; unpacked %d, kept %d as they were", m.unpacked, m.progress.blobs-m.unpacked)
+	}
+	fmt.Fprintln(c.stdout, summary)
 	return nil
 }
 
@@ -5128,7 +5160,12 @@ func (m *migration) settle(t *sourceTable, key string) error {
 
 // copy copies one row.
 func (m *migration) copy(t *sourceTable, rowid int64, key string, c *conditions) error {
-	b, body, err := t.content(rowid)
+	rows, err := t.row.Query(rowid)
+	if err != nil {
+		return err
+	}
+	defer rows.Close() // until then the row's data is valid: it may be large
+	b, body, err := t.content(rows)
 	if err != nil {
 		return err
 	}
@@ -5180,14 +5217,9 @@ func (m *migration) unpack(key string, data []byte, p *putOptions) (io.Reader, e
 	return r, r.Reset(bytes.NewReader(data))
 }
 
-// content returns what is in a row: its metadata and, of one of our own, its
-// content; else that is in the blob's data.
-func (t *sourceTable) content(rowid int64) (b *blob, body io.Reader, err error) {
-	rows, err := t.row.Query(rowid)
-	if err != nil {
-		return nil, nil, err
-	}
-	defer rows.Close()
+// content returns what is in the one row of rows: its metadata and, of one of
+// our own, its content; else that is in the blob's data, until rows is closed.
+func (t *sourceTable) content(rows *sql.Rows) (b *blob, body io.Reader, err error) {
 	if !rows.Next() {
 		return nil, nil, cmp.Or(rows.Err(), errors.New("the row is gone"))
 	}
@@ -5215,8 +5247,11 @@ func (t *sourceTable) content(rowid int64) (b *blob, body io.Reader, err error) 
 		}
 		return seconds.Int64 * 1000
 	}
-	if data = append(sql.RawBytes{}, data...); null {
+	switch { // the driver does not tell them apart
+	case null:
 		data = nil
+	case data == nil:
+		data = sql.RawBytes{}
 	}
 	b = &blob{size: int64(len(data)), data: data, contentType: "application/octet-stream", expires: millis(expires, 0), version: version.Int64}
 	b.created = millis(created, now)
