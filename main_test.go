@@ -3924,6 +3924,42 @@ func BenchmarkList(b *testing.B) {
 	}
 }
 
+// BenchmarkMaintenance runs the commands over 200 MB, half of it in small blobs.
+func BenchmarkMaintenance(b *testing.B) {
+	cfg := testConfig(b)
+	s := serveConfig(b, cfg, stallTimeout)
+	var size int64
+	for i := range 400 {
+		body := noise([]int{4 << 10, 1 << 20}[i%2], uint64(i))
+		for j := range []int{128, 1}[i%2] {
+			s.put(fmt.Sprint(i, "/", j), body)
+			size += int64(len(body))
+		}
+	}
+	if err := s.stop(); err != nil {
+		b.Fatal(err)
+	}
+	for _, name := range []string{"check", "backup", "migrate"} {
+		b.Run(name, func(b *testing.B) {
+			b.SetBytes(size)
+			for b.Loop() {
+				to := filepath.Join(b.TempDir(), "to")
+				args, from := []string{name}, cfg.DataDir
+				switch name {
+				case "backup":
+					args = append(args, to)
+				case "migrate":
+					args, from = append(args, cfg.DataDir), to
+				}
+				if code, _, stderr := runCommand(b, []string{"BLOBNOM_DATA_DIR=" + from, "BLOBNOM_NUM_SHARDS=4"}, args...); code != 0 {
+					b.Fatal(stderr)
+				}
+				os.RemoveAll(to)
+			}
+		})
+	}
+}
+
 const benchKeys = 256
 
 func bareServer(b *testing.B, body []byte) string {
