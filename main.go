@@ -676,7 +676,7 @@ func loadConfig(file string, environ []string) (*config, string, error) {
 		text, source = string(data), name
 	}
 	if _, err := toml.Decode(text, &values); err != nil {
-		problems = append(problems, "not valid TOML: "+err.Error())
+		problems = append(problems, "not valid TOML: "+tomlProblem(err, text))
 	}
 	unread := problems != nil
 	c := defaultConfig()
@@ -703,7 +703,7 @@ func loadConfig(file string, environ []string) (*config, string, error) {
 	for _, key := range slices.Sorted(maps.Keys(values)) {
 		switch values[key].(type) {
 		case string, int64, float64, bool:
-			if strings.Contains(key, "token") { // misspelt, and a secret all the same
+			if secretive(key) {
 				values[key] = "(secret)"
 			}
 		default: // who knows what is in it
@@ -716,6 +716,22 @@ func loadConfig(file string, environ []string) (*config, string, error) {
 	}
 	return c, source, nil
 }
+
+// tomlProblem is err without what might be of a token.
+func tomlProblem(err error, text string) string {
+	var p toml.ParseError
+	if !errors.As(err, &p) {
+		return err.Error()
+	}
+	lines := strings.Split(text, "\n")
+	if n := p.Position.Line; n < 1 || n > len(lines) || secretive(lines[n-1]+p.LastKey) {
+		return fmt.Sprintf("line %d cannot be read; strings stand in quotes", n)
+	}
+	return err.Error()
+}
+
+// secretive reports whether text, perhaps misspelt, is about a token.
+func secretive(text string) bool { return strings.Contains(strings.ToLower(text), "tok") }
 
 // set stores value, a string to be parsed when fromEnv, and returns what is
 // wanted instead when it does not fit.
@@ -3242,7 +3258,7 @@ func openWriter(path, durability string) (_ *writer, err error) {
 }
 
 func newerSchema(v int64) error {
-	return fmt.Errorf("its schema is version %d, this program knows up to %d; use a newer one", v, schemaVersion)
+	return fmt.Errorf("its schema is version %d, this program knows %d; use a newer server", v, schemaVersion)
 }
 
 // truncateWAL copies the WAL into the database and empties it, unless a reader
@@ -3993,7 +4009,14 @@ func (st *store) expose(e *exposition) {
 	e.histogram("blobnom_commit_duration_seconds", st.commits)
 	e.metric("blobnom_queue_bytes", "gauge", "Bytes of the writes that are queued or being committed.")
 	e.sample("blobnom_queue_bytes", float64(st.budget.size-st.budget.free.Load()))
-	gauges := []struct {
+	all := make([]*totals, len(st.shards)) // nil: that shard's row cannot be read
+	for i, s := range st.shards {
+		t := &totals{}
+		if s.broken == nil && s.note(s.totals.QueryRow().Scan(&t.blobs, &t.bytes, &t.orphans)) == nil {
+			all[i] = t
+		}
+	}
+	for _, g := range []struct {
 		name, kind, help string
 		value            func(s *shard, t *totals) int64
 	}{
@@ -4004,18 +4027,11 @@ func (st *store) expose(e *exposition) {
 		{"blobnom_shard_orphans", "gauge", "Contents that are being uploaded or wait to be swept.", func(_ *shard, t *totals) int64 { return t.orphans }},
 		{"blobnom_shard_file_bytes", "gauge", "Size of the database.", func(s *shard, _ *totals) int64 { return s.fileSize("") }},
 		{"blobnom_shard_wal_bytes", "gauge", "Size of its write-ahead log.", func(s *shard, _ *totals) int64 { return s.fileSize("-wal") }},
-	}
-	all := make([]*totals, len(st.shards))
-	for i, s := range st.shards {
-		t := &totals{}
-		if s.broken == nil && s.note(s.totals.QueryRow().Scan(&t.blobs, &t.bytes, &t.orphans)) == nil {
-			all[i] = t
-		}
-	}
-	for _, g := range gauges {
+	} {
 		e.metric(g.name, g.kind, g.help)
 		for i, s := range st.shards {
-			if all[i] != nil { // a shard that cannot be read has no figures
+			counted := g.name == "blobnom_shard_blobs" || g.name == "blobnom_shard_content_bytes" || g.name == "blobnom_shard_orphans"
+			if s.broken == nil && (all[i] != nil || !counted) {
 				e.sample(g.name, float64(g.value(s, all[i])), "shard", strconv.Itoa(i))
 			}
 		}
@@ -4460,9 +4476,15 @@ func (k *checker) checkShard(ctx context.Context, i int) (_ *record, err error) 
 	if hashes[r.Hash] == nil || r.NumShards < 1 {
 		return nil, fmt.Errorf("%w: %d shards by %q", errCorrupt, r.NumShards, r.Hash)
 	}
-	var v int64
-	if err := s.readers.QueryRow("PRAGMA user_version").Scan(&v); err != nil || v > schemaVersion {
-		return r, cmp.Or(err, newerSchema(v))
+	var v, application int64
+	if err := s.readers.QueryRow("SELECT * FROM pragma_user_version, pragma_application_id").Scan(&v, &application); err != nil {
+		return r, err
+	}
+	if v != schemaVersion {
+		k.defect(i, "%v", newerSchema(v))
+	}
+	if application != applicationID {
+		k.defect(i, "its header says that it belongs to program %#x, not %#x", application, applicationID)
 	}
 	var problems []string
 	err = queryAll(s.readers, func(text string) { problems = append(problems, text) }, "PRAGMA integrity_check")
@@ -4500,11 +4522,16 @@ func (k *checker) checkShard(ctx context.Context, i int) (_ *record, err error) 
 	}
 	for id := int64(0); id < last && ctx.Err() == nil; {
 		key, b, err := nextBlob(row, id)
-		if b == nil {
-			if err != nil {
+		if b == nil && err == nil {
+			break
+		}
+		if b == nil { // a row that cannot be read is one defect, not the end
+			raw := s.readers.QueryRow("SELECT id, CAST(key AS BLOB) FROM blobs WHERE id > ? ORDER BY id LIMIT 1", id)
+			if raw.Scan(&id, &key) != nil {
 				return r, err
 			}
-			break
+			k.defect(i, "key %q: %v", key, translate(err))
+			continue
 		}
 		id = b.id
 		if err == nil {
@@ -4638,16 +4665,13 @@ func cmdBackup(ctx context.Context, c *call) (err error) {
 	if err != nil {
 		return err
 	}
-	to, err := filepath.Abs(args[0])
+	to, err := vacate(args[0])
 	if err != nil {
-		return err
-	}
-	if err := vacant(to); err != nil {
 		return err
 	}
 	start := time.Now()
 	shards, err := shardCount(from)
-	if err != nil {
+	if err = cmp.Or(unfinished(from), err); err != nil {
 		return err
 	}
 	partial := to + ".partial"
@@ -4682,16 +4706,29 @@ func cmdBackup(ctx context.Context, c *call) (err error) {
 	return nil
 }
 
-// vacant returns an error unless dir is empty or does not exist.
-func vacant(dir string) error {
+// vacate returns the absolute path of dir, links resolved, where nothing is: an
+// empty directory is removed, for the copy to take its place.
+func vacate(dir string) (string, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return "", err
+	}
+	if real, err := filepath.EvalSymlinks(dir); err == nil {
+		dir = real
+	}
 	left, err := os.ReadDir(dir)
 	switch {
-	case err == nil && len(left) > 0:
-		return fmt.Errorf("%s is not empty; a copy needs a new directory", dir)
-	case err != nil && !errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("cannot copy into %s: %w", dir, err)
+	case errors.Is(err, fs.ErrNotExist):
+		return dir, nil
+	case err != nil:
+		return "", fmt.Errorf("cannot copy into %s: %w", dir, err)
+	case len(left) > 0:
+		return "", fmt.Errorf("%s is not empty; a copy needs a new directory", dir)
 	}
-	return nil
+	if err := os.Remove(dir); err != nil {
+		return "", fmt.Errorf("cannot take the place of %s, is it a mount point? Name a directory in it: %w", dir, err)
+	}
+	return dir, nil
 }
 
 // verifyCopy checks a copy that has no name yet.
@@ -4732,7 +4769,7 @@ func inUse(dir string) bool {
 }
 
 // clearPartial makes dir an empty directory that is ours until unlock: what an
-// interrupted run left there goes, anything else is an error.
+// interrupted run left there goes, and anything else is an error.
 func clearPartial(dir string) (unlock func() error, err error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
@@ -4741,23 +4778,22 @@ func clearPartial(dir string) (unlock func() error, err error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, e := range left {
-		name, _, _ := strings.Cut(e.Name(), ".db-")
-		if _, ok := shardIndex(strings.TrimSuffix(name, ".db") + ".db"); !ok && e.Name() != lockFile && e.Name() != reserveFile && e.Name() != newDir && e.Name() != partialFile {
-			return nil, fmt.Errorf("%s is in the way, and holds %s, which is not ours; take it away", dir, e.Name())
-		}
+	foreign := func(e fs.DirEntry) bool { return e.Name() != lockFile }
+	if slices.ContainsFunc(left, foreign) && unfinished(dir) == nil {
+		return nil, fmt.Errorf("%s is in the way, and is nothing that this command has left; take it away", dir)
 	}
 	st := &store{dir: dir}
 	if err := st.takeLock(); err != nil {
 		return nil, err
 	}
+	unlock = sync.OnceValue(st.lock.Close)
+	err = os.WriteFile(filepath.Join(dir, partialFile), nil, 0o644) // before anything else: what is unfinished says so
 	for _, e := range left {
-		if e.Name() != lockFile {
+		if foreign(e) && e.Name() != partialFile {
 			err = cmp.Or(err, os.RemoveAll(filepath.Join(dir, e.Name())))
 		}
 	}
-	err = cmp.Or(err, os.WriteFile(filepath.Join(dir, partialFile), nil, 0o644))
-	return sync.OnceValue(st.lock.Close), err
+	return unlock, err
 }
 
 // unfinished returns an error where backup or migrate has not completed dir.
@@ -4771,9 +4807,6 @@ func unfinished(dir string) error {
 // install gives the complete directory partial its name.
 func install(partial, to string, unlock func() error) error {
 	if err := cmp.Or(unlock(), os.Remove(filepath.Join(partial, lockFile)), os.Remove(filepath.Join(partial, partialFile)), syncDir(partial)); err != nil {
-		return err
-	}
-	if err := os.Remove(to); err != nil && !errors.Is(err, fs.ErrNotExist) { // it was empty
 		return err
 	}
 	return cmp.Or(os.Rename(partial, to), syncDir(filepath.Dir(to)))
@@ -4841,11 +4874,8 @@ func cmdMigrate(ctx context.Context, c *call) (err error) {
 	if err != nil {
 		return err
 	}
-	to, err := filepath.Abs(cfg.DataDir)
+	to, err := vacate(cfg.DataDir)
 	if err != nil {
-		return err
-	}
-	if err := vacant(to); err != nil {
 		return err
 	}
 	start := time.Now()
@@ -4932,6 +4962,7 @@ type sourceTable struct {
 	name      string
 	namespace string // before each key, with its slash
 	ours      bool
+	unique    bool      // no two rows have one key: it is always TEXT
 	row       *sql.Stmt // by rowid
 }
 
@@ -5033,9 +5064,13 @@ func (m *migration) openShard(i, shards int) error {
 		if t.row, err = s.readers.Prepare(fmt.Sprintf("%s FROM %s WHERE rowid = ?", query, quoteSQL(name))); err != nil {
 			return err
 		}
-		// Blobasaur, known by its tables or its column, places by a ring of its
-		// own; Blobnom by FNV.
-		if t.namespace != "" || content == "value" {
+		err = s.readers.QueryRow(fmt.Sprintf("SELECT NOT EXISTS (SELECT 1 FROM %s WHERE typeof(key) <> 'text')", quoteSQL(name))).Scan(&t.unique)
+		if err != nil {
+			return err
+		}
+		// Blobasaur, known by its tables, its column or its codec, places by a
+		// ring of its own; Blobnom by FNV.
+		if t.namespace != "" || content == "value" || m.codec != "" {
 			m.homes = nil
 		} else if i == 0 && len(names) == 1 {
 			m.homes = func(key string) int { return int(hashes["fnv1a"](key) % uint64(shards)) }
@@ -5059,7 +5094,7 @@ func (m *migration) openOurs(s *shard, shards int) error {
 		return errors.New("it is of our own format, which knows its codecs: no -codec, no -gunzip")
 	}
 	m.homes = func(key string) int { return int(hash(key) % uint64(shards)) }
-	t := &sourceTable{shard: s, name: "blobs", ours: true}
+	t := &sourceTable{shard: s, name: "blobs", ours: true, unique: true}
 	t.row, err = s.readers.Prepare("SELECT " + blobColumns + ", data FROM blobs WHERE id = ?")
 	if err != nil {
 		return err
@@ -5118,16 +5153,22 @@ func (m *migration) copyAll(ctx context.Context) error {
 		for _, t := range m.tables {
 			err := t.each(func(rowid int64, key string) error {
 				home := m.homes != nil && t.namespace == "" && m.homes(key) == t.shard.index
-				if home != sure || checkKey(key) != nil {
+				if (home && t.unique) != sure || checkKey(key) != nil {
 					return ctx.Err()
 				}
 				var c *conditions
 				if !sure {
 					c = &conditions{noneMatch: tags{"*"}}
 				}
-				err := m.copy(t, rowid, key, c)
+				twice, err := false, error(nil)
+				if !home {
+					twice, err = m.atHome(t, key)
+				}
+				if err == nil && !twice {
+					err = m.copy(t, rowid, key, c)
+				}
 				if errors.Is(err, errCondition) {
-					err = m.settle(t, key)
+					err = errors.New("it is there more than once, and nothing says which copy counts; remove the others")
 				}
 				if err != nil {
 					return fmt.Errorf("key %q in table %s of shard %d: %w", key, t.name, t.shard.index, translate(err))
@@ -5142,20 +5183,20 @@ func (m *migration) copyAll(ctx context.Context) error {
 	return nil
 }
 
-// settle decides what to do with a key of t that another row had, too.
-func (m *migration) settle(t *sourceTable, key string) error {
-	if m.homes != nil && t.namespace == "" {
-		home := m.homes(key)
-		i := slices.IndexFunc(m.tables, func(t *sourceTable) bool { return t.shard.index == home && t.namespace == "" })
-		var there bool
-		err := m.tables[i].shard.readers.QueryRow("SELECT EXISTS (SELECT 1 FROM blobs WHERE key = ?)", key).Scan(&there)
-		if err != nil || there {
-			m.twice++
-			fmt.Fprintf(m.stdout, "key %q: in shard %d, where it belongs, and in shard %d: the first is taken\n", key, home, t.shard.index)
-			return err
-		}
+// atHome reports whether a key of t, which does not belong there, is also where
+// it belongs: then that copy counts, expired or not.
+func (m *migration) atHome(t *sourceTable, key string) (twice bool, err error) {
+	if m.homes == nil || t.namespace != "" {
+		return false, nil
 	}
-	return errors.New("it is in another table or shard, too, and nothing says which copy counts; remove one")
+	home := m.homes(key)
+	i := slices.IndexFunc(m.tables, func(t *sourceTable) bool { return t.shard.index == home && t.namespace == "" })
+	err = m.tables[i].shard.readers.QueryRow("SELECT EXISTS (SELECT 1 FROM blobs WHERE key = ?)", key).Scan(&twice)
+	if twice {
+		m.twice++
+		fmt.Fprintf(m.stdout, "key %q: in shard %d, where it belongs, and in shard %d: the first is taken\n", key, home, t.shard.index)
+	}
+	return twice, err
 }
 
 // copy copies one row.
@@ -5189,10 +5230,14 @@ func (m *migration) copy(t *sourceTable, rowid int64, key string, c *conditions)
 		return err
 	}
 	stored, _, err := s.put(key, body, p)
-	if err == nil {
-		m.progress.add(1, stored.size)
+	if err != nil {
+		return err
 	}
-	return err
+	m.progress.add(1, stored.size)
+	if p.length != b.size {
+		m.unpacked++
+	}
+	return nil
 }
 
 // unpack returns the content of a row of a Rust server, and whether its length
@@ -5211,7 +5256,6 @@ func (m *migration) unpack(key string, data []byte, p *putOptions) (io.Reader, e
 	case err != nil:
 		return bytes.NewReader(data), nil
 	}
-	m.unpacked++
 	m.log.Debug("unpacked", "key", key)
 	p.length = -1
 	return r, r.Reset(bytes.NewReader(data))
