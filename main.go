@@ -106,6 +106,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"slices"
+	"sort"
 	"strconv"
 	"strings"
 	"sync"
@@ -175,6 +176,7 @@ const (
 	reserveBytes    = 6 << 20              // head-room on a full disk: more than a shard's WAL, see Upkeep
 	sliceTime       = 2 * time.Millisecond // of upkeep between two batches: about what a batch takes
 	copyPages       = 256                  // copied by backup between two pauses
+	migratePending  = 8 << 20              // bytes that migrate has on their way to the disk
 	paceFactor      = 8                    // that last so many times as long
 	sweepChunks     = 4                    // chunks deleted between two looks at the time
 	vacuumPages     = 256                  // free pages returned per slice, and left alone
@@ -4901,7 +4903,7 @@ func cmdMigrate(ctx context.Context, c *call) (err error) {
 		return err
 	}
 	target := *cfg
-	target.DataDir, target.AsyncWrite, target.Durability, target.BatchSize = partial, true, "normal", 64
+	target.DataDir, target.AsyncWrite, target.Durability, target.BatchSize, target.MaxPendingBytes = partial, true, "normal", 64, migratePending
 	m.now = func() time.Time { return start } // nothing more expires on the way
 	if m.to, err = openStore(&target, m.log, m.now); err != nil {
 		return err
@@ -4964,6 +4966,8 @@ type sourceTable struct {
 	ours      bool
 	unique    bool      // no two rows have one key: it is always TEXT
 	row       *sql.Stmt // by rowid
+	root      int64     // page of the table
+	column    int       // of the content in its records
 }
 
 func (m *migration) close() error {
@@ -5050,14 +5054,17 @@ func (m *migration) openShard(i, shards int) error {
 		if !slices.Contains(columns, "key") || !slices.Contains(columns, content) {
 			return fmt.Errorf("table %s has no columns key and data", name)
 		}
-		query := fmt.Sprintf("SELECT %s, %[1]s IS NULL", content)
+		query := fmt.Sprintf("SELECT "+largeQuery, content, chunkSize)
 		for _, column := range []string{"created_at", "updated_at", "expires_at", "version"} { // in seconds
 			if !slices.Contains(columns, column) {
 				column = "NULL"
 			}
 			query += ", " + column
 		}
-		t := &sourceTable{shard: s, name: name}
+		t := &sourceTable{shard: s, name: name, column: slices.Index(columns, content)}
+		if err := s.readers.QueryRow("SELECT rootpage FROM sqlite_schema WHERE type = 'table' AND name = ?", name).Scan(&t.root); err != nil {
+			return err
+		}
 		if rest, ok := strings.CutPrefix(name, "blobs_"); ok {
 			t.namespace = rest + "/"
 		}
@@ -5205,8 +5212,8 @@ func (m *migration) copy(t *sourceTable, rowid int64, key string, c *conditions)
 	if err != nil {
 		return err
 	}
-	defer rows.Close() // until then the row's data is valid: it may be large
-	b, body, err := t.content(rows)
+	defer rows.Close() // until then the row's data is valid
+	b, open, err := t.content(rows, rowid)
 	if err != nil {
 		return err
 	}
@@ -5222,7 +5229,9 @@ func (m *migration) copy(t *sourceTable, rowid int64, key string, c *conditions)
 			}
 			return nil
 		}
-	} else if body, err = m.unpack(key, b.data, p); err != nil {
+	}
+	body, err := m.unpack(key, open, p)
+	if err != nil {
 		return err
 	}
 	s, err := m.to.shardOf(key)
@@ -5240,13 +5249,23 @@ func (m *migration) copy(t *sourceTable, rowid int64, key string, c *conditions)
 	return nil
 }
 
-// unpack returns the content of a row of a Rust server, and whether its length
-// is known in p.
-func (m *migration) unpack(key string, data []byte, p *putOptions) (io.Reader, error) {
-	if data == nil || m.codec == "" && !m.gunzip { // NULL is empty
-		return bytes.NewReader(data), nil
+// opener returns a content from its beginning.
+type opener func() (io.Reader, error)
+
+// unpack returns the content of a row, unpacked where that was asked for, and
+// says in p when its length is not known. open is nil for NULL, which is empty.
+func (m *migration) unpack(key string, open opener, p *putOptions) (io.Reader, error) {
+	if open == nil {
+		return strings.NewReader(""), nil
 	}
-	r, err := gzip.NewReader(bytes.NewReader(data))
+	if m.codec == "" && !m.gunzip {
+		return open()
+	}
+	packed, err := open()
+	if err != nil {
+		return nil, err
+	}
+	r, err := gzip.NewReader(packed)
 	if err == nil {
 		_, err = io.Copy(io.Discard, r) // all of it, before anything is written
 	}
@@ -5254,16 +5273,19 @@ func (m *migration) unpack(key string, data []byte, p *putOptions) (io.Reader, e
 	case err != nil && m.codec != "":
 		return nil, fmt.Errorf("it is not %s: %w", m.codec, err)
 	case err != nil:
-		return bytes.NewReader(data), nil
+		return open()
 	}
 	m.log.Debug("unpacked", "key", key)
 	p.length = -1
-	return r, r.Reset(bytes.NewReader(data))
+	if packed, err = open(); err != nil {
+		return nil, err
+	}
+	return r, r.Reset(packed)
 }
 
-// content returns what is in the one row of rows: its metadata and, of one of
-// our own, its content; else that is in the blob's data, until rows is closed.
-func (t *sourceTable) content(rows *sql.Rows) (b *blob, body io.Reader, err error) {
+// content returns what is in the one row of rows, whose content can be opened
+// until rows is closed.
+func (t *sourceTable) content(rows *sql.Rows, rowid int64) (b *blob, open opener, err error) {
 	if !rows.Next() {
 		return nil, nil, cmp.Or(rows.Err(), errors.New("the row is gone"))
 	}
@@ -5277,11 +5299,10 @@ func (t *sourceTable) content(rows *sql.Rows) (b *blob, body io.Reader, err erro
 			err = b.fits(len(data))
 			b.data = bytes.Clone(data)
 		}
-		return b, &content{shard: t.shard, blob: b}, err
+		return b, func() (io.Reader, error) { return &content{shard: t.shard, blob: b}, nil }, err
 	}
-	var null bool
-	var created, updated, expires, version sql.NullInt64
-	if err := rows.Scan(&data, &null, &created, &updated, &expires, &version); err != nil {
+	var size, created, updated, expires, version sql.NullInt64
+	if err := rows.Scan(&data, &size, &created, &updated, &expires, &version); err != nil {
 		return nil, nil, err
 	}
 	now := time.Now().Unix()
@@ -5291,14 +5312,149 @@ func (t *sourceTable) content(rows *sql.Rows) (b *blob, body io.Reader, err erro
 		}
 		return seconds.Int64 * 1000
 	}
-	switch { // the driver does not tell them apart
-	case null:
-		data = nil
-	case data == nil:
-		data = sql.RawBytes{}
-	}
-	b = &blob{size: int64(len(data)), data: data, contentType: "application/octet-stream", expires: millis(expires, 0), version: version.Int64}
+	b = &blob{size: size.Int64, contentType: "application/octet-stream", expires: millis(expires, 0), version: version.Int64}
 	b.created = millis(created, now)
 	b.updated = max(millis(updated, now), b.created)
-	return b, nil, nil
+	switch {
+	case !size.Valid:
+		return b, nil, nil
+	case size.Int64 > chunkSize && len(data) == 0: // SQLite would have to hold all of it
+		return b, func() (io.Reader, error) { return t.stream(rowid) }, nil
+	}
+	b.size = int64(len(data))
+	return b, func() (io.Reader, error) { return bytes.NewReader(data), nil }, nil
+}
+
+// largeQuery returns the content of a row unless it is a large BLOB, and its
+// size, which SQLite knows without reading it.
+const largeQuery = `CASE WHEN typeof(%[1]s) = 'blob' AND octet_length(%[1]s) > %[2]d THEN NULL ELSE %[1]s END, octet_length(%[1]s)`
+
+// stream returns the content of a row from the pages it lies on, one at a time:
+// SQL has it only in one piece. What is read here is SQLite's file format, its
+// B-tree pages, cells and records (sqlite.org/fileformat2.html).
+func (t *sourceTable) stream(rowid int64) (_ io.Reader, err error) {
+	defer func() {
+		if v := recover(); v != nil { // pages that lead out of themselves
+			err = fmt.Errorf("%w: %v", errCorrupt, v)
+		}
+	}()
+	r := &pageReader{db: t.shard.readers}
+	head, err := r.page(1)
+	if err != nil {
+		return nil, err
+	}
+	r.usable = len(head) - int(head[20])
+	next := t.root
+	for {
+		page, err := r.page(next)
+		if err != nil {
+			return nil, err
+		}
+		cells, cell := int(binary.BigEndian.Uint16(page[3:])), func(i, header int) []byte {
+			return page[binary.BigEndian.Uint16(page[header+2*i:]):]
+		}
+		switch page[0] {
+		case 5: // interior: children up to a rowid each, and the rest
+			i := sort.Search(cells, func(i int) bool { id, _ := varint(cell(i, 12)[4:]); return id >= rowid })
+			if next = int64(binary.BigEndian.Uint32(page[8:])); i < cells {
+				next = int64(binary.BigEndian.Uint32(cell(i, 12)))
+			}
+		case 13: // leaf: payload size, rowid, payload, and where it goes on
+			i := sort.Search(cells, func(i int) bool {
+				_, n := varint(cell(i, 8))
+				id, _ := varint(cell(i, 8)[n:])
+				return id >= rowid
+			})
+			if i == cells {
+				return nil, fmt.Errorf("%w: the row is not on its page", errCorrupt)
+			}
+			rest := cell(i, 8)
+			size, n := varint(rest)
+			_, n2 := varint(rest[n:])
+			rest = rest[n+n2:]
+			local := int64(r.usable - 35)
+			if size > local {
+				least := int64((r.usable-12)*32/255 - 23)
+				if over := least + (size-least)%int64(r.usable-4); over <= local {
+					local = over
+				} else {
+					local = least
+				}
+				r.next = int64(binary.BigEndian.Uint32(rest[local:]))
+			}
+			r.left, r.rest = size, rest[:min(local, size)]
+			return r, r.skipTo(t.column)
+		default:
+			return nil, fmt.Errorf("%w: page %d is of type %d", errCorrupt, next, page[0])
+		}
+	}
+}
+
+// pageReader reads a record: what lies on its B-tree page, then a chain of
+// overflow pages.
+type pageReader struct {
+	db     *sql.DB
+	usable int
+	rest   []byte
+	next   int64 // overflow page
+	left   int64 // of the record, with rest
+}
+
+func (r *pageReader) page(n int64) (page []byte, err error) {
+	err = r.db.QueryRow("SELECT data FROM sqlite_dbpage WHERE pgno = ?", n).Scan(&page)
+	if err == nil && len(page) < 512 {
+		err = fmt.Errorf("%w: page %d is missing", errCorrupt, n)
+	}
+	return page, err
+}
+
+func (r *pageReader) Read(p []byte) (int, error) {
+	if r.left == 0 {
+		return 0, io.EOF
+	}
+	if len(r.rest) == 0 {
+		page, err := r.page(r.next)
+		if err != nil {
+			return 0, err
+		}
+		r.next, r.rest = int64(binary.BigEndian.Uint32(page)), page[4:r.usable]
+	}
+	n := copy(p, r.rest[:min(int64(len(r.rest)), r.left)])
+	r.rest, r.left = r.rest[n:], r.left-int64(n)
+	return n, nil
+}
+
+// skipTo leaves of the record only its column.
+func (r *pageReader) skipTo(column int) error {
+	header, n := varint(r.rest)
+	var before int64
+	for i := n; i < int(header); i += n {
+		var serial, size int64
+		serial, n = varint(r.rest[i:])
+		if size = serial; serial >= 12 {
+			size = (serial - 12) / 2
+		} else {
+			size = []int64{0, 1, 2, 3, 4, 6, 8, 8, 0, 0, 0, 0}[serial]
+		}
+		if column--; column < 0 {
+			_, err := io.CopyN(io.Discard, r, header+before)
+			r.left = size
+			return err
+		}
+		before += size
+	}
+	return fmt.Errorf("%w: a record has too few columns", errCorrupt)
+}
+
+// varint decodes SQLite's integers of up to nine bytes, the most significant
+// first, and returns how many bytes they took.
+func varint(p []byte) (v int64, n int) {
+	for n < 8 && p[n] >= 0x80 {
+		v = v<<7 | int64(p[n]&0x7f)
+		n++
+	}
+	if n == 8 {
+		return v<<8 | int64(p[8]), 9
+	}
+	return v<<7 | int64(p[n]), n + 1
 }

@@ -3291,6 +3291,7 @@ func TestMigrateForeign(t *testing.T) {
 		}
 		exec("COMMIT")
 	}
+	largeSizes := []int{chunkSize - 1, chunkSize, chunkSize + 1, 300_000, 1 << 20, 3_000_001, 65536*5 - 20, 65536*5 + 20, 4092 * 100, 508*1000 + 7, 65532 * 6, 262_500}
 	const metadata = "(key TEXT PRIMARY KEY, %s BLOB, created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL, expires_at INTEGER, version INTEGER NOT NULL DEFAULT 0)"
 	all := map[string][]byte{}
 	for k := range keys {
@@ -3388,6 +3389,21 @@ func TestMigrateForeign(t *testing.T) {
 			exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)")
 			exec("INSERT INTO blobs VALUES ('', 'x'), (?, 'y')", fmt.Sprint(i))
 		}, "-skip-invalid", map[string][]byte{"0": []byte("y"), "1": []byte("y"), "2": []byte("y")}, []string{"3 with invalid keys"}},
+		{"large rows", func(i int, exec func(string, ...any)) {
+			exec("PRAGMA journal_mode = delete") // else the page size stays
+			exec(fmt.Sprintf("PRAGMA page_size = %d", []int{512, 4096, 65536}[i]))
+			exec("VACUUM")
+			exec("PRAGMA journal_mode = wal")
+			exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, made REAL, data BLOB, more TEXT)")
+			for k := range 400 {
+				exec("INSERT INTO blobs VALUES (?, 1.5, ?, 'more')", fmt.Sprintf("filler/%d/%d", i, k), noise(k, 1))
+			}
+			for _, size := range largeSizes {
+				exec("INSERT INTO blobs VALUES (?, ?, ?, ?)", fmt.Sprintf("large/%d/%d", i, size), size, noise(size, uint64(i)), strings.Repeat("m", size%5000))
+				exec("INSERT INTO blobs VALUES (?, NULL, ?, NULL)", fmt.Sprintf("text/%d/%d", i, size), string(prose(size, uint64(i))))
+			}
+			exec("DELETE FROM blobs WHERE key LIKE 'filler/%3'")
+		}, "", nil, []string{"1152 blobs"}},
 		{"another program's", func(i int, exec func(string, ...any)) { exec("CREATE TABLE songs (title)") }, "", nil, []string{"no table of blobs"}},
 		{"another codec", plain, "-codec zstd", nil, []string{"-codec zstd: only gzip"}},
 	} {
@@ -3410,6 +3426,19 @@ func TestMigrateForeign(t *testing.T) {
 			}
 			if len(before) > 0 {
 				t.Errorf("gone: %v", before)
+			}
+			if c.name == "large rows" {
+				c.want = map[string][]byte{}
+				for i := range shards {
+					for k := range 400 {
+						if k%10 != 3 {
+							c.want[fmt.Sprintf("filler/%d/%d", i, k)] = noise(k, 1)
+						}
+					}
+					for _, size := range largeSizes {
+						c.want[fmt.Sprintf("large/%d/%d", i, size)], c.want[fmt.Sprintf("text/%d/%d", i, size)] = noise(size, uint64(i)), prose(size, uint64(i))
+					}
+				}
 			}
 			if c.want == nil {
 				if code == 0 || fileExists(to) || fileExists(to+".partial") {
