@@ -3556,7 +3556,11 @@ func TestModel(t *testing.T) {
 			c.StorageCompression, c.OutputCompression = i&4 != 0, i&4 != 0
 		})
 		m.start(t)
-		for range 500 {
+		steps := 500
+		if testing.Short() {
+			steps = 150
+		}
+		for range steps {
 			m.step()
 			if t.Failed() {
 				t.FailNow()
