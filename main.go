@@ -636,7 +636,7 @@ func (c *config) logArgs() (args []any) {
 
 // shown is value as logs and errors show it.
 func (o *option) shown(value any) any {
-	if o.key == "auth_token" && value != "" {
+	if text, ok := value.(string); ok && text != "" && secretive(o.key+text) {
 		return "(secret)"
 	}
 	return value
@@ -649,6 +649,9 @@ func (c *config) pair() error {
 	}
 	if c.TLSCert == "" || c.TLSKey == "" {
 		return errors.New("both or neither must be set")
+	}
+	if secretive(c.TLSCert + c.TLSKey) {
+		return errors.New("they must name files")
 	}
 	_, err := tls.LoadX509KeyPair(c.TLSCert, c.TLSKey)
 	return err
@@ -700,7 +703,8 @@ func loadConfig(file string, environ []string) (*config, string, error) {
 		}
 	}
 	if err := c.pair(); err != nil {
-		problems = append(problems, fmt.Sprintf("tls_cert = %q, tls_key = %q: %v", c.TLSCert, c.TLSKey, err))
+		tls := option{key: "tls"}
+		problems = append(problems, fmt.Sprintf("tls_cert = %q, tls_key = %q: %v", tls.shown(c.TLSCert), tls.shown(c.TLSKey), err))
 	}
 	for _, key := range slices.Sorted(maps.Keys(values)) {
 		switch values[key].(type) {
@@ -733,7 +737,11 @@ func tomlProblem(err error, text string) string {
 }
 
 // secretive reports whether text, perhaps misspelt, is about a token.
-func secretive(text string) bool { return strings.Contains(strings.ToLower(text), "tok") }
+func secretive(text string) bool {
+	return slices.ContainsFunc([]string{"tok", "auth", "secret", "pass", "-----begin"}, func(word string) bool {
+		return strings.Contains(strings.ToLower(text), word)
+	})
+}
 
 // set stores value, a string to be parsed when fromEnv, and returns what is
 // wanted instead when it does not fit.
@@ -1161,9 +1169,10 @@ type keyPair struct {
 	cfg *config
 	log *slog.Logger
 
-	mu    sync.Mutex // guards the rest
-	files string     // size and time of both, when they were read
-	pair  *tls.Certificate
+	mu     sync.Mutex // guards the rest
+	files  string     // size and time of both, when they were read
+	warned string     // and when they could not be
+	pair   *tls.Certificate
 }
 
 // get returns the newest pair that could be read: while one file is new and the
@@ -1178,11 +1187,11 @@ func (k *keyPair) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if files != k.files {
-		k.files = files
 		pair, err := tls.LoadX509KeyPair(k.cfg.TLSCert, k.cfg.TLSKey)
 		if err == nil {
-			k.pair = &pair
-		} else {
+			k.pair, k.files = &pair, files
+		} else if files != k.warned { // it is tried again with each connection
+			k.warned = files
 			k.log.Warn("cannot read the new tls_cert and tls_key, going on with the old ones", "error", err)
 		}
 	}
@@ -4667,7 +4676,7 @@ func cmdBackup(ctx context.Context, c *call) (err error) {
 	if err != nil {
 		return err
 	}
-	to, err := vacate(args[0])
+	to, err := vacant(args[0])
 	if err != nil {
 		return err
 	}
@@ -4683,7 +4692,7 @@ func cmdBackup(ctx context.Context, c *call) (err error) {
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, unlock(), os.RemoveAll(partial))
+			err = errors.Join(err, os.RemoveAll(partial), unlock())
 		}
 	}()
 	var pace *pacer
@@ -4708,9 +4717,9 @@ func cmdBackup(ctx context.Context, c *call) (err error) {
 	return nil
 }
 
-// vacate returns the absolute path of dir, links resolved, where nothing is: an
-// empty directory is removed, for the copy to take its place.
-func vacate(dir string) (string, error) {
+// vacant returns the absolute path of dir, links resolved, where nothing is, or
+// an empty directory whose place the copy can take.
+func vacant(dir string) (string, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
 		return "", err
@@ -4727,7 +4736,11 @@ func vacate(dir string) (string, error) {
 	case len(left) > 0:
 		return "", fmt.Errorf("%s is not empty; a copy needs a new directory", dir)
 	}
-	if err := os.Remove(dir); err != nil {
+	info, err := os.Stat(dir)
+	if err != nil {
+		return "", err
+	}
+	if err := cmp.Or(os.Remove(dir), os.Mkdir(dir, info.Mode().Perm())); err != nil { // now rather than after all the work
 		return "", fmt.Errorf("cannot take the place of %s, is it a mount point? Name a directory in it: %w", dir, err)
 	}
 	return dir, nil
@@ -4776,19 +4789,25 @@ func clearPartial(dir string) (unlock func() error, err error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
-	left, err := os.ReadDir(dir)
-	if err != nil {
-		return nil, err
-	}
+	var left []fs.DirEntry
 	foreign := func(e fs.DirEntry) bool { return e.Name() != lockFile }
-	if slices.ContainsFunc(left, foreign) && unfinished(dir) == nil {
-		return nil, fmt.Errorf("%s is in the way, and is nothing that this command has left; take it away", dir)
+	inTheWay := func() error {
+		if left, err = os.ReadDir(dir); err == nil && slices.ContainsFunc(left, foreign) && unfinished(dir) == nil {
+			err = fmt.Errorf("%s is in the way, and is nothing that this command has left; take it away", dir)
+		}
+		return err
+	}
+	if err := inTheWay(); err != nil {
+		return nil, err
 	}
 	st := &store{dir: dir}
 	if err := st.takeLock(); err != nil {
 		return nil, err
 	}
 	unlock = sync.OnceValue(st.lock.Close)
+	if err := inTheWay(); err != nil { // another run may have completed it meanwhile
+		return nil, errors.Join(err, unlock())
+	}
 	err = os.WriteFile(filepath.Join(dir, partialFile), nil, 0o644) // before anything else: what is unfinished says so
 	for _, e := range left {
 		if foreign(e) && e.Name() != partialFile {
@@ -4796,6 +4815,15 @@ func clearPartial(dir string) (unlock func() error, err error) {
 		}
 	}
 	return unlock, err
+}
+
+// unfinishedBy returns an error where dir, which was not locked for a moment, has
+// become another run's finished copy.
+func unfinishedBy(dir string) error {
+	if unfinished(dir) == nil {
+		return fmt.Errorf("%s was taken by another run; run this again", dir)
+	}
+	return nil
 }
 
 // unfinished returns an error where backup or migrate has not completed dir.
@@ -4806,12 +4834,18 @@ func unfinished(dir string) error {
 	return nil
 }
 
-// install gives the complete directory partial its name.
+// install gives the complete directory partial its name. It is complete once
+// the marker is gone, before the lock is.
 func install(partial, to string, unlock func() error) error {
-	if err := cmp.Or(unlock(), os.Remove(filepath.Join(partial, lockFile)), os.Remove(filepath.Join(partial, partialFile)), syncDir(partial)); err != nil {
+	if err := cmp.Or(os.Remove(filepath.Join(partial, partialFile)), unlock(), os.Remove(filepath.Join(partial, lockFile))); err != nil {
 		return err
 	}
-	return cmp.Or(os.Rename(partial, to), syncDir(filepath.Dir(to)))
+	if info, err := os.Stat(to); err == nil { // empty, and perhaps not for everybody
+		if err := cmp.Or(os.Chmod(partial, info.Mode().Perm()), os.Remove(to)); err != nil {
+			return err
+		}
+	}
+	return cmp.Or(syncDir(partial), os.Rename(partial, to), syncDir(filepath.Dir(to)))
 }
 
 // copyShard copies a database, page by page, as it is at one moment.
@@ -4876,7 +4910,7 @@ func cmdMigrate(ctx context.Context, c *call) (err error) {
 	if err != nil {
 		return err
 	}
-	to, err := vacate(cfg.DataDir)
+	to, err := vacant(cfg.DataDir)
 	if err != nil {
 		return err
 	}
@@ -4894,11 +4928,13 @@ func cmdMigrate(ctx context.Context, c *call) (err error) {
 	if err != nil {
 		return err
 	}
+	locked := true // else the directory may be another run's
 	defer func() {
-		if err != nil {
-			err = errors.Join(err, unlock(), os.RemoveAll(partial))
+		if err != nil && locked {
+			err = errors.Join(err, os.RemoveAll(partial), unlock())
 		}
 	}()
+	locked = false
 	if err := unlock(); err != nil { // the store has a lock of its own
 		return err
 	}
@@ -4915,7 +4951,13 @@ func cmdMigrate(ctx context.Context, c *call) (err error) {
 		s.batcher.settle(everything)
 		failed += s.failedWrites.Load()
 	}
-	if err = cmp.Or(err, m.to.close()); err != nil {
+	err = cmp.Or(err, m.to.close())
+	lock := &store{dir: partial}
+	if lockErr := lock.takeLock(); lockErr != nil {
+		return cmp.Or(err, lockErr)
+	}
+	unlock, locked = sync.OnceValue(lock.lock.Close), true
+	if err = cmp.Or(err, unfinishedBy(partial)); err != nil {
 		return err
 	}
 	if failed > 0 {
@@ -5021,11 +5063,8 @@ func (m *migration) openShard(i, shards int) error {
 		return errors.New("it is missing")
 	}
 	params := "mode=ro"
-	switch shm := path + "-shm"; {
-	case !fileExists(path + "-wal"): // and SQLite would make one
+	if !fileExists(path+"-wal") && !fileExists(path+"-journal") { // SQLite would make a WAL, and may not use a journal
 		params += "&immutable=1"
-	case !fileExists(shm): // SQLite makes it, to read the WAL
-		m.undo = append(m.undo, func() error { os.Remove(shm); return nil })
 	}
 	s := &shard{store: &store{dir: m.dir, now: time.Now}, index: i, readers: openDB(path, params)}
 	m.undo = append(m.undo, s.close)
@@ -5365,13 +5404,12 @@ func (t *sourceTable) stream(rowid int64) (_ io.Reader, err error) {
 				id, _ := varint(cell(i, 8)[n:])
 				return id >= rowid
 			})
-			if i == cells {
+			rest := cell(i, 8) // beyond the last one: see recover
+			size, n := varint(rest)
+			id, n2 := varint(rest[n:])
+			if rest = rest[n+n2:]; i == cells || id != rowid {
 				return nil, fmt.Errorf("%w: the row is not on its page", errCorrupt)
 			}
-			rest := cell(i, 8)
-			size, n := varint(rest)
-			_, n2 := varint(rest[n:])
-			rest = rest[n+n2:]
 			local := int64(r.usable - 35)
 			if size > local {
 				least := int64((r.usable-12)*32/255 - 23)
