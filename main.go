@@ -217,6 +217,7 @@ var (
 	errFull       = &kind{http.StatusInsufficientStorage, "disk full"}
 	errInternal   = &kind{http.StatusInternalServerError, "internal error"} // of what has no kind
 
+	errNoBlob     = fmt.Errorf("%w: no blob under this key", errNotFound)
 	errClientGone = errors.New("the client broke off") // nobody to answer
 )
 
@@ -2405,6 +2406,11 @@ func openDB(path, params string) *sql.DB {
 	return db
 }
 
+// openReadOnly is openDB for reading. params are more URI parameters.
+func openReadOnly(path, params string) *sql.DB {
+	return openDB(path, fmt.Sprintf("mode=ro&_pragma=busy_timeout(%d)%s", busyTimeout.Milliseconds(), params))
+}
+
 // translate gives a driver error the meaning the other chapters test for.
 func translate(err error) error {
 	var e *sqlite.Error
@@ -2507,7 +2513,7 @@ func openShard(st *store, i int, path string, cfg *config) (_ *shard, _ *record,
 // openReaders opens the shard at path for reading. params are more URI
 // parameters.
 func (s *shard) openReaders(path, params string) (err error) {
-	s.readers = openDB(path, fmt.Sprintf("mode=ro&_pragma=busy_timeout(%d)&_pragma=cache_size(-%d)%s", busyTimeout.Milliseconds(), readerCacheKiB, params))
+	s.readers = openReadOnly(path, fmt.Sprintf("&_pragma=cache_size(-%d)%s", readerCacheKiB, params))
 	s.readers.SetMaxOpenConns(readersPerShard)
 	s.readers.SetMaxIdleConns(readersPerShard)
 	for stmt, text := range map[**sql.Stmt]string{
@@ -2592,7 +2598,7 @@ func (s *shard) read(key string, headOnly bool) (*content, error) {
 // live returns an errNotFound when b has expired: a cached one may have.
 func (s *shard) live(b *blob) error {
 	if b.expires != 0 && b.expired(s.store.now().UnixMilli()) {
-		return fmt.Errorf("%w: no blob under this key", errNotFound)
+		return errNoBlob
 	}
 	return nil
 }
@@ -2609,7 +2615,7 @@ func (s *shard) lookup(stmt *sql.Stmt, key string) (_ *blob, err error) {
 		if err := rows.Err(); err != nil {
 			return nil, err
 		}
-		return nil, fmt.Errorf("%w: no blob under this key", errNotFound)
+		return nil, errNoBlob
 	}
 	var data sql.RawBytes
 	b, err := scanBlob(rows, nil, &data)
@@ -4029,20 +4035,20 @@ func (st *store) expose(e *exposition) {
 	}
 	for _, g := range []struct {
 		name, kind, help string
+		counted          bool // by the shard's row, without which there is no figure
 		value            func(s *shard, t *totals) int64
 	}{
-		{"blobnom_queue_operations", "gauge", "Writes that are queued.", func(s *shard, _ *totals) int64 { return int64(s.batcher.depth()) }},
-		{"blobnom_failed_background_writes_total", "counter", "Writes that failed after they were answered 202.", func(s *shard, _ *totals) int64 { return s.failedWrites.Load() }},
-		{"blobnom_shard_blobs", "gauge", "Blobs, with expired ones that are not deleted yet.", func(_ *shard, t *totals) int64 { return t.blobs }},
-		{"blobnom_shard_content_bytes", "gauge", "Bytes of their contents, as clients see them.", func(_ *shard, t *totals) int64 { return t.bytes }},
-		{"blobnom_shard_orphans", "gauge", "Contents that are being uploaded or wait to be swept.", func(_ *shard, t *totals) int64 { return t.orphans }},
-		{"blobnom_shard_file_bytes", "gauge", "Size of the database.", func(s *shard, _ *totals) int64 { return s.fileSize("") }},
-		{"blobnom_shard_wal_bytes", "gauge", "Size of its write-ahead log.", func(s *shard, _ *totals) int64 { return s.fileSize("-wal") }},
+		{"blobnom_queue_operations", "gauge", "Writes that are queued.", false, func(s *shard, _ *totals) int64 { return int64(s.batcher.depth()) }},
+		{"blobnom_failed_background_writes_total", "counter", "Writes that failed after they were answered 202.", false, func(s *shard, _ *totals) int64 { return s.failedWrites.Load() }},
+		{"blobnom_shard_blobs", "gauge", "Blobs, with expired ones that are not deleted yet.", true, func(_ *shard, t *totals) int64 { return t.blobs }},
+		{"blobnom_shard_content_bytes", "gauge", "Bytes of their contents, as clients see them.", true, func(_ *shard, t *totals) int64 { return t.bytes }},
+		{"blobnom_shard_orphans", "gauge", "Contents that are being uploaded or wait to be swept.", true, func(_ *shard, t *totals) int64 { return t.orphans }},
+		{"blobnom_shard_file_bytes", "gauge", "Size of the database.", false, func(s *shard, _ *totals) int64 { return s.fileSize("") }},
+		{"blobnom_shard_wal_bytes", "gauge", "Size of its write-ahead log.", false, func(s *shard, _ *totals) int64 { return s.fileSize("-wal") }},
 	} {
 		e.metric(g.name, g.kind, g.help)
 		for i, s := range st.shards {
-			counted := g.name == "blobnom_shard_blobs" || g.name == "blobnom_shard_content_bytes" || g.name == "blobnom_shard_orphans"
-			if s.broken == nil && (all[i] != nil || !counted) {
+			if s.broken == nil && (all[i] != nil || !g.counted) {
 				e.sample(g.name, float64(g.value(s, all[i])), "shard", strconv.Itoa(i))
 			}
 		}
@@ -4497,15 +4503,13 @@ func (k *checker) checkShard(ctx context.Context, i int) (_ *record, err error) 
 	if application != applicationID {
 		k.defect(i, "its header says that it belongs to program %#x, not %#x", application, applicationID)
 	}
-	var problems []string
-	err = queryAll(s.readers, func(text string) { problems = append(problems, text) }, "PRAGMA integrity_check")
-	if err != nil {
-		return r, err
-	}
-	for _, text := range problems {
+	err = queryAll(s.readers, func(text string) {
 		if text != "ok" {
 			k.defect(i, "SQLite: %s", text)
 		}
+	}, "PRAGMA integrity_check")
+	if err != nil {
+		return r, err
 	}
 	if err := k.checkSchema(s); err != nil {
 		return r, err
@@ -4527,7 +4531,7 @@ func (k *checker) checkShard(ctx context.Context, i int) (_ *record, err error) 
 	if err != nil {
 		return r, err
 	}
-	last := int64(math.MaxInt64) // what is new since we came is not checked, or a busy shard were never done
+	var last int64 // what is new since we came is not checked, or a busy shard were never done
 	if err := s.readers.QueryRow("SELECT coalesce(max(id), 0) FROM blobs").Scan(&last); err != nil {
 		return r, err
 	}
@@ -4763,7 +4767,7 @@ func shardCount(dir string) (int, error) {
 	if !fileExists(path) {
 		return 0, fmt.Errorf("%s holds no data: %s is missing", dir, path)
 	}
-	db := openDB(path, fmt.Sprintf("mode=ro&_pragma=busy_timeout(%d)", busyTimeout.Milliseconds()))
+	db := openReadOnly(path, "")
 	defer db.Close()
 	r, err := recordOf(db)
 	if err != nil {
@@ -4817,15 +4821,6 @@ func clearPartial(dir string) (unlock func() error, err error) {
 	return unlock, err
 }
 
-// unfinishedBy returns an error where dir, which was not locked for a moment, has
-// become another run's finished copy.
-func unfinishedBy(dir string) error {
-	if unfinished(dir) == nil {
-		return fmt.Errorf("%s was taken by another run; run this again", dir)
-	}
-	return nil
-}
-
 // unfinished returns an error where backup or migrate has not completed dir.
 func unfinished(dir string) error {
 	if fileExists(filepath.Join(dir, partialFile)) {
@@ -4837,20 +4832,35 @@ func unfinished(dir string) error {
 // install gives the complete directory partial its name. It is complete once
 // the marker is gone, before the lock is.
 func install(partial, to string, unlock func() error) error {
-	if err := cmp.Or(os.Remove(filepath.Join(partial, partialFile)), unlock(), os.Remove(filepath.Join(partial, lockFile))); err != nil {
-		return err
-	}
-	if info, err := os.Stat(to); err == nil { // empty, and perhaps not for everybody
-		if err := cmp.Or(os.Chmod(partial, info.Mode().Perm()), os.Remove(to)); err != nil {
+	for _, step := range []func() error{
+		func() error { return os.Remove(filepath.Join(partial, partialFile)) },
+		unlock,
+		func() error { return os.Remove(filepath.Join(partial, lockFile)) },
+		func() error {
+			info, err := os.Stat(to)
+			if err != nil {
+				return nil // nothing is in its place
+			}
+			// An empty directory is, and perhaps not for everybody.
+			if err := os.Chmod(partial, info.Mode().Perm()); err != nil {
+				return err
+			}
+			return os.Remove(to)
+		},
+		func() error { return syncDir(partial) },
+		func() error { return os.Rename(partial, to) },
+		func() error { return syncDir(filepath.Dir(to)) },
+	} {
+		if err := step(); err != nil {
 			return err
 		}
 	}
-	return cmp.Or(syncDir(partial), os.Rename(partial, to), syncDir(filepath.Dir(to)))
+	return nil
 }
 
 // copyShard copies a database, page by page, as it is at one moment.
 func copyShard(ctx context.Context, from, to string, p *progress, pace *pacer) (err error) {
-	db := openDB(from, fmt.Sprintf("mode=ro&_pragma=busy_timeout(%d)", busyTimeout.Milliseconds()))
+	db := openReadOnly(from, "")
 	defer func() { err = cmp.Or(err, db.Close()) }()
 	conn, err := db.Conn(ctx)
 	if err != nil {
@@ -4956,8 +4966,11 @@ func cmdMigrate(ctx context.Context, c *call) (err error) {
 	if lockErr := lock.takeLock(); lockErr != nil {
 		return cmp.Or(err, lockErr)
 	}
-	unlock, locked = sync.OnceValue(lock.lock.Close), true
-	if err = cmp.Or(err, unfinishedBy(partial)); err != nil {
+	unlock = sync.OnceValue(lock.lock.Close)
+	if unfinished(partial) == nil { // no longer ours: it was unlocked for a moment
+		return errors.Join(err, unlock(), fmt.Errorf("%s was taken by another run; run this again", partial))
+	}
+	if locked = true; err != nil {
 		return err
 	}
 	if failed > 0 {

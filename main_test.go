@@ -1696,6 +1696,22 @@ func TestLateAnswer(t *testing.T) {
 	s.want(204, "DELETE", "/blob/k", nil)
 }
 
+// lockShard keeps the first shard from being written, as another process would.
+func (s *testServer) lockShard() (unlock func()) {
+	s.t.Helper()
+	db := openDB(filepath.Join(s.store.dir, shardName(0)), "")
+	db.SetMaxOpenConns(1)
+	s.t.Cleanup(func() { db.Close() })
+	if _, err := db.Exec("BEGIN IMMEDIATE"); err != nil {
+		s.t.Fatal(err)
+	}
+	return func() {
+		if _, err := db.Exec("ROLLBACK"); err != nil {
+			s.t.Fatal(err)
+		}
+	}
+}
+
 // A stop does not wait for who waits for another process.
 func TestStopDespiteForeignLock(t *testing.T) {
 	t.Parallel() // it mostly waits
@@ -1703,12 +1719,7 @@ func TestStopDespiteForeignLock(t *testing.T) {
 		t.Skip("waits for the end of the drain")
 	}
 	s := newTestServer(t, func(c *config) { c.AsyncWrite, c.NumShards = true, 1 })
-	db := openDB(filepath.Join(s.store.dir, shardName(0)), "")
-	defer db.Close()
-	db.SetMaxOpenConns(1)
-	if _, err := db.Exec("BEGIN IMMEDIATE"); err != nil {
-		t.Fatal(err)
-	}
+	unlock := s.lockShard()
 	s.put("k", []byte("v"))
 	read := make(chan struct{})
 	go func() { s.do("GET", "/blob/k", nil); close(read) }() // waits for the write
@@ -1721,9 +1732,7 @@ func TestStopDespiteForeignLock(t *testing.T) {
 	if took := time.Since(start); took > drainTimeout+4*busyTimeout || !strings.Contains(s.log.String(), "answered 202 failed") {
 		t.Errorf("stopped after %v\n%s", took, s.log)
 	}
-	if _, err := db.Exec("ROLLBACK"); err != nil {
-		t.Error(err)
-	}
+	unlock()
 }
 
 // Who may do what: each row is a request to a server with a token.
@@ -2540,12 +2549,7 @@ func TestForeignLock(t *testing.T) {
 	t.Parallel() // it mostly waits
 	for _, async := range []bool{true, false} {
 		s := newTestServer(t, func(c *config) { c.AsyncWrite, c.NumShards = async, 1 })
-		db := openDB(filepath.Join(s.store.dir, shardName(0)), "")
-		defer db.Close()
-		db.SetMaxOpenConns(1)
-		if _, err := db.Exec("BEGIN IMMEDIATE"); err != nil {
-			t.Fatal(err)
-		}
+		unlock := s.lockShard()
 		if !async {
 			resp, _ := s.want(503, "PUT", "/blob/k0", []byte("x"))
 			if resp.Header.Get("Retry-After") == "" {
@@ -2557,9 +2561,7 @@ func TestForeignLock(t *testing.T) {
 			}
 			time.Sleep(busyTimeout + time.Second) // longer than SQLite waits
 		}
-		if _, err := db.Exec("ROLLBACK"); err != nil {
-			t.Fatal(err)
-		}
+		unlock()
 		for i := range 5 {
 			if async {
 				s.wantBlob(fmt.Sprint("k", i), []byte("v"))
