@@ -3453,51 +3453,52 @@ func (w *writer) forget(old *blob) error {
 	return err
 }
 
-// expire deletes blobs whose time has come, for a slice's time.
-func (w *writer) expire() error {
-	start, now := time.Now(), w.now().UnixMilli()
+// slice takes steps in one transaction for a slice's time, until there are no
+// more; one at least, however long BEGIN has waited for somebody's lock.
+func (w *writer) slice(step func() (more bool, err error)) error {
+	start := time.Now()
 	return w.inTransaction(func() error {
-		for time.Since(start) < sliceTime {
-			old := &blob{}
-			expire, err := w.stmt(expireQuery)
-			if err != nil {
+		for {
+			if more, err := step(); !more || err != nil || time.Since(start) >= sliceTime {
 				return err
-			}
-			if err := expire.QueryRow(now).Scan(&old.id, &old.size); errors.Is(err, sql.ErrNoRows) {
-				return nil
-			} else if err != nil {
-				return err
-			}
-			if old.chunked() {
-				if _, err := w.exec(orphanQuery, old.id); err != nil {
-					return err
-				}
 			}
 		}
-		return nil
+	})
+}
+
+// expire deletes blobs whose time has come.
+func (w *writer) expire() error {
+	now := w.now().UnixMilli()
+	return w.slice(func() (more bool, err error) {
+		old := &blob{}
+		expire, err := w.stmt(expireQuery)
+		if err == nil {
+			err = expire.QueryRow(now).Scan(&old.id, &old.size)
+		}
+		if errors.Is(err, sql.ErrNoRows) {
+			return false, nil
+		}
+		if err == nil && old.chunked() {
+			_, err = w.exec(orphanQuery, old.id)
+		}
+		return true, err
 	})
 }
 
 // sweep deletes chunks of the orphans that victim returns, and an orphan with
-// its last chunk, for a slice's time. victim returns 0 for none.
+// its last chunk. victim returns 0 for none.
 func (w *writer) sweep(victim func() (int64, error)) (swept bool, err error) {
-	start := time.Now()
-	err = w.inTransaction(func() error {
-		for time.Since(start) < sliceTime {
-			id, err := victim()
-			if id == 0 || err != nil {
-				return err
-			}
-			swept = true
-			n, err := w.exec(sweepQuery, id, sweepChunks)
-			if err == nil && n < sweepChunks {
-				_, err = w.exec(unorphanQuery, id)
-			}
-			if err != nil {
-				return err
-			}
+	err = w.slice(func() (more bool, err error) {
+		id, err := victim()
+		if id == 0 || err != nil {
+			return false, err
 		}
-		return nil
+		swept = true
+		n, err := w.exec(sweepQuery, id, sweepChunks)
+		if err == nil && n < sweepChunks {
+			_, err = w.exec(unorphanQuery, id)
+		}
+		return true, err
 	})
 	return swept, err
 }

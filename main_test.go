@@ -2418,6 +2418,22 @@ func TestOrphansOfEarlierRun(t *testing.T) {
 	s.wantBlob("k", noise(2*chunkSize, 1))
 }
 
+// A slice of upkeep gets somewhere, however long it waited for a lock.
+func TestSliceAfterLongWait(t *testing.T) {
+	s := newTestServer(t, func(c *config) { c.NumShards = 1 })
+	time.AfterFunc(10*sliceTime, s.lockShard())
+	err := s.store.shards[0].slice(func(w *writer) error {
+		swept, err := w.sweep(func() (int64, error) { return 77, nil })
+		if !swept {
+			t.Error("nothing was swept")
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 // One operation that fails does so alone.
 func TestBadOperationFailsAlone(t *testing.T) {
 	s := newTestServer(t, func(c *config) { c.NumShards = 1 })
