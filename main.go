@@ -507,130 +507,131 @@ func newLogger(cfg *config, w io.Writer) *slog.Logger {
 // ============================================================================
 // Configuration
 //
-// One table names every key, where it goes and what it may be. A value comes
-// from the environment, else the file, else the default. All problems are
-// reported together, before anything is opened or created. A BLOBNOM_ variable
-// that names no key is not ours to judge.
+// The tags of config name every key and what it may be. A value comes from the
+// environment, else the file, else the default. All problems are reported
+// together, before anything is opened or created. A BLOBNOM_ variable that names
+// no key is not ours to judge.
 // ============================================================================
 
 //go:embed config.toml.example
 var exampleConfig string
 
-// config is the effective configuration; immutable after loadConfig.
+// config is the effective configuration; immutable after loadConfig. Its tags
+// are the table of keys: of is the words a string may be.
 type config struct {
-	DataDir                               string
-	NumShards                             int64
-	StorageCompression, OutputCompression bool
-	AsyncWrite                            bool
-	BatchSize                             int64
-	BatchTimeoutMS                        int64
-	Addr                                  string
-	Durability                            string
-	Hash                                  string
-	MaxBlobBytes                          int64
-	MaxPendingBytes                       int64
-	AuthToken                             string
-	PublicRead                            bool
-	TLSCert, TLSKey                       string
-	CORSOrigin                            string
-	LogFormat                             string
-	LogLevel                              string
+	DataDir            string `key:"data_dir" required:"true"`
+	NumShards          int64  `key:"num_shards" required:"true" min:"1"`
+	StorageCompression bool   `key:"storage_compression"`
+	OutputCompression  bool   `key:"output_compression"`
+	AsyncWrite         bool   `key:"async_write"`
+	BatchSize          int64  `key:"batch_size" default:"1" min:"1"`
+	BatchTimeoutMS     int64  `key:"batch_timeout_ms" min:"0"`
+	Addr               string `key:"addr" default:"0.0.0.0:3000"`
+	Durability         string `key:"durability" default:"full" of:"full normal off"`
+	Hash               string `key:"hash" default:"fnv1a" of:"fnv1a crc32c sha256"`
+	MaxBlobBytes       int64  `key:"max_blob_bytes" default:"1073741824" min:"0"`
+	MaxPendingBytes    int64  `key:"max_pending_bytes" default:"67108864" min:"1"`
+	AuthToken          string `key:"auth_token"`
+	PublicRead         bool   `key:"public_read"`
+	TLSCert            string `key:"tls_cert"` // see pair
+	TLSKey             string `key:"tls_key"`
+	CORSOrigin         string `key:"cors_origin"`
+	LogFormat          string `key:"log_format" default:"text" of:"text json"`
+	LogLevel           string `key:"log_level" default:"info" of:"debug info warn error"`
 }
 
-// option is one key: where its value goes and the check it must pass, which
-// returns what is wanted instead.
+// option is one key of a config.
 type option struct {
-	key      string
-	to       any // *string, *int64 or *bool
-	required bool
-	check    func() string
+	key   string
+	tag   reflect.StructTag
+	value reflect.Value // of the field
 }
 
-// options is the table of keys, bound to c.
-func (c *config) options() []option {
-	atLeast := func(p *int64, least int64) func() string {
-		return func() string {
-			if *p < least {
-				return fmt.Sprintf("must be at least %d", least)
-			}
-			return ""
-		}
+// options returns the keys of c.
+func (c *config) options() (all []option) {
+	fields := reflect.ValueOf(c).Elem()
+	for i := range fields.NumField() {
+		tag := fields.Type().Field(i).Tag
+		all = append(all, option{tag.Get("key"), tag, fields.Field(i)})
 	}
-	oneOf := func(p *string, words ...string) func() string {
-		return func() string {
-			if !slices.Contains(words, *p) {
-				return "must be one of " + strings.Join(words, ", ")
-			}
-			return ""
-		}
-	}
-	return []option{
-		{"data_dir", &c.DataDir, true, func() string {
-			if c.DataDir == "" || strings.ContainsRune(c.DataDir, 0) {
-				return "must name a directory"
-			}
-			return ""
-		}},
-		{"num_shards", &c.NumShards, true, atLeast(&c.NumShards, 1)},
-		{"storage_compression", &c.StorageCompression, false, nil},
-		{"output_compression", &c.OutputCompression, false, nil},
-		{"async_write", &c.AsyncWrite, false, nil},
-		{"batch_size", &c.BatchSize, false, atLeast(&c.BatchSize, 1)},
-		{"batch_timeout_ms", &c.BatchTimeoutMS, false, func() string {
-			if c.BatchTimeoutMS < 0 || c.BatchTimeoutMS > math.MaxInt64/int64(time.Millisecond) {
-				return "must be at least 0 milliseconds"
-			}
-			return ""
-		}},
-		{"addr", &c.Addr, false, func() string {
-			_, port, err := net.SplitHostPort(c.Addr)
-			if _, perr := strconv.ParseUint(port, 10, 16); err != nil || perr != nil {
-				return `must be HOST:PORT, such as "127.0.0.1:3000"`
-			}
-			return ""
-		}},
-		{"durability", &c.Durability, false, oneOf(&c.Durability, "full", "normal", "off")},
-		{"hash", &c.Hash, false, oneOf(&c.Hash, slices.Sorted(maps.Keys(hashes))...)},
-		{"max_blob_bytes", &c.MaxBlobBytes, false, atLeast(&c.MaxBlobBytes, 0)},
-		{"max_pending_bytes", &c.MaxPendingBytes, false, atLeast(&c.MaxPendingBytes, 1)},
-		{"auth_token", &c.AuthToken, false, func() string {
-			if strings.ContainsFunc(c.AuthToken, func(r rune) bool { return r <= ' ' || r > '~' }) {
-				return "must be visible ASCII without spaces"
-			}
-			return ""
-		}},
-		{"public_read", &c.PublicRead, false, nil},
-		{"tls_cert", &c.TLSCert, false, nil},
-		{"tls_key", &c.TLSKey, false, nil}, // see pair
-		{"cors_origin", &c.CORSOrigin, false, func() string {
-			u, err := url.Parse(c.CORSOrigin)
-			if c.CORSOrigin != "" && c.CORSOrigin != "*" && (err != nil || u.Host == "" || c.CORSOrigin != u.Scheme+"://"+u.Host) {
-				return `must be an origin such as "https://example.org", or "*"`
-			}
-			return ""
-		}},
-		{"log_format", &c.LogFormat, false, oneOf(&c.LogFormat, "text", "json")},
-		{"log_level", &c.LogLevel, false, oneOf(&c.LogLevel, "debug", "info", "warn", "error")},
-	}
+	return all
 }
 
 func defaultConfig() *config {
-	return &config{
-		BatchSize:       1,
-		Addr:            "0.0.0.0:3000",
-		Durability:      "full",
-		Hash:            "fnv1a",
-		MaxBlobBytes:    1 << 30,
-		MaxPendingBytes: 64 << 20,
-		LogFormat:       "text",
-		LogLevel:        "info",
+	c := &config{}
+	for _, o := range c.options() {
+		if text, ok := o.tag.Lookup("default"); ok {
+			o.set(text, true)
+		}
 	}
+	return c
+}
+
+// set stores value, a string to be parsed when text, and returns what is
+// wanted instead when it does not fit.
+func (o *option) set(value any, text bool) (want string) {
+	switch o.value.Kind() {
+	case reflect.Int64:
+		want = "must be a whole number"
+		if text {
+			if n, err := strconv.ParseInt(value.(string), 10, 64); err == nil {
+				value = n
+			}
+		}
+	case reflect.Bool:
+		want = "must be true or false"
+		if text && (value == "true" || value == "false") {
+			value = value == "true"
+		}
+	default:
+		want = "must be a string"
+	}
+	v := reflect.ValueOf(value)
+	if v.Kind() != o.value.Kind() {
+		return want
+	}
+	o.value.Set(v)
+	return o.check()
+}
+
+// check returns what the value has to be, "" when it is that.
+func (o *option) check() string {
+	if least, ok := o.tag.Lookup("min"); ok {
+		if n, _ := strconv.ParseInt(least, 10, 64); o.value.Int() < n {
+			return "must be at least " + least
+		}
+	}
+	text := o.value.String()
+	if words := strings.Fields(o.tag.Get("of")); len(words) > 0 && !slices.Contains(words, text) {
+		return "must be one of " + strings.Join(words, ", ")
+	}
+	switch o.key {
+	case "data_dir":
+		if text == "" || strings.ContainsRune(text, 0) {
+			return "must name a directory"
+		}
+	case "addr":
+		_, port, err := net.SplitHostPort(text)
+		if _, perr := strconv.ParseUint(port, 10, 16); err != nil || perr != nil {
+			return `must be HOST:PORT, such as "127.0.0.1:3000"`
+		}
+	case "auth_token":
+		if strings.ContainsFunc(text, func(r rune) bool { return r <= ' ' || r > '~' }) {
+			return "must be visible ASCII without spaces"
+		}
+	case "cors_origin":
+		u, err := url.Parse(text)
+		if text != "" && text != "*" && (err != nil || u.Host == "" || text != u.Scheme+"://"+u.Host) {
+			return `must be an origin such as "https://example.org", or "*"`
+		}
+	}
+	return ""
 }
 
 // logArgs is the effective configuration for the start line.
 func (c *config) logArgs() (args []any) {
 	for _, o := range c.options() {
-		args = append(args, o.key, o.shown(reflect.ValueOf(o.to).Elem().Interface()))
+		args = append(args, o.key, o.shown(o.value.Interface()))
 	}
 	return args
 }
@@ -694,7 +695,7 @@ func loadConfig(file string, environ []string) (*config, string, error) {
 			value, given, name = env, true, "BLOBNOM_"+strings.ToUpper(o.key)
 		}
 		if !given {
-			if o.required && !unread {
+			if o.tag.Get("required") != "" && !unread {
 				problems = append(problems, name+": is required and missing")
 			}
 			continue
@@ -742,40 +743,6 @@ func secretive(text string) bool {
 	return slices.ContainsFunc([]string{"tok", "auth", "secret", "pass", "-----begin"}, func(word string) bool {
 		return strings.Contains(strings.ToLower(text), word)
 	})
-}
-
-// set stores value, a string to be parsed when fromEnv, and returns what is
-// wanted instead when it does not fit.
-func (o *option) set(value any, fromEnv bool) string {
-	var ok bool
-	var want string
-	switch p := o.to.(type) {
-	case *string:
-		*p, ok = value.(string)
-		want = "must be a string"
-	case *int64:
-		want = "must be a whole number"
-		if fromEnv {
-			n, err := strconv.ParseInt(value.(string), 10, 64)
-			*p, ok = n, err == nil
-		} else {
-			*p, ok = value.(int64)
-		}
-	case *bool:
-		want = "must be true or false"
-		if fromEnv {
-			*p, ok = value == "true", value == "true" || value == "false"
-		} else {
-			*p, ok = value.(bool)
-		}
-	}
-	if !ok {
-		return want
-	}
-	if o.check != nil {
-		return o.check()
-	}
-	return ""
 }
 
 func lookupEnv(environ []string, name string) (string, bool) {
@@ -2016,24 +1983,11 @@ type record struct {
 // nothing. It refuses a directory in use, one of another program and one
 // whose record does not match. A shard that is corrupt does not keep the
 // others from serving; its own keys fail with errCorrupt. now is called by many goroutines.
-func openStore(cfg *config, log *slog.Logger, now func() time.Time) (_ *store, err error) {
+func openStore(cfg *config, log *slog.Logger, now func() time.Time) (*store, error) {
 	dir, err := filepath.Abs(cfg.DataDir)
 	if err != nil {
 		return nil, err
 	}
-	st := &store{
-		dir: dir, hash: hashes[cfg.Hash], async: cfg.AsyncWrite, deflate: cfg.StorageCompression, now: now, log: log,
-		maxBlob: min(cmp.Or(cfg.MaxBlobBytes, hardMaxBlob), hardMaxBlob),
-		stop:    make(chan struct{}),
-		batches: newHistogram(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), commits: newHistogram(durations...),
-	}
-	st.halt = sync.OnceFunc(func() { close(st.stop) })
-	st.budget = newBudget(cfg.MaxPendingBytes, queueTimeout, st.stop)
-	defer func() {
-		if err != nil {
-			st.close()
-		}
-	}()
 	// Look before locking, so that a foreign directory stays as it is. Where
 	// the lock file exists the directory is ours, and perhaps in use by this
 	// very process: reading its files then would drop SQLite's own locks.
@@ -2045,9 +1999,33 @@ func openStore(cfg *config, log *slog.Logger, now func() time.Time) (_ *store, e
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, fmt.Errorf("cannot create data_dir: %w", err)
 	}
-	if err := st.takeLock(); err != nil {
+	lock, err := lockDir(dir)
+	if err != nil {
 		return nil, err
 	}
+	st, err := openLocked(dir, lock, cfg, log, now)
+	if err != nil {
+		return nil, errors.Join(err, lock.Close())
+	}
+	return st, nil
+}
+
+// openLocked opens dir, which exists and is locked by lock. The store closes
+// that; on an error it is left to the caller.
+func openLocked(dir string, lock *sql.DB, cfg *config, log *slog.Logger, now func() time.Time) (_ *store, err error) {
+	st := &store{
+		dir: dir, lock: lock, hash: hashes[cfg.Hash], async: cfg.AsyncWrite, deflate: cfg.StorageCompression, now: now, log: log,
+		maxBlob: min(cmp.Or(cfg.MaxBlobBytes, hardMaxBlob), hardMaxBlob),
+		stop:    make(chan struct{}),
+		batches: newHistogram(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), commits: newHistogram(durations...),
+	}
+	st.halt = sync.OnceFunc(func() { close(st.stop) })
+	st.budget = newBudget(cfg.MaxPendingBytes, queueTimeout, st.stop)
+	defer func() {
+		if err != nil {
+			st.finish()
+		}
+	}()
 	if err := finishCreation(dir); err != nil {
 		return nil, fmt.Errorf("cannot finish creating the shards in %s: %w", dir, err)
 	}
@@ -2082,21 +2060,21 @@ func openStore(cfg *config, log *slog.Logger, now func() time.Time) (_ *store, e
 	return st, nil
 }
 
-// takeLock holds an SQLite file in an exclusive transaction: a lock that works
-// on every platform and ends with the process.
-func (st *store) takeLock() error {
-	lock := openDB(filepath.Join(st.dir, lockFile), "_pragma=journal_mode(memory)") // no file to make on a full disk
-	lock.SetMaxOpenConns(1)                                                         // kept open: the transaction is the lock
+// lockDir locks dir until the returned database is closed: that is an SQLite
+// file in an exclusive transaction, a lock that works on every platform and ends
+// with the process.
+func lockDir(dir string) (*sql.DB, error) {
+	lock := openDB(filepath.Join(dir, lockFile), "_pragma=journal_mode(memory)") // no file to make on a full disk
+	lock.SetMaxOpenConns(1)                                                      // kept open: the transaction is the lock
 	_, err := lock.Exec("BEGIN EXCLUSIVE")
 	if err == nil {
-		st.lock = lock
-		return nil
+		return lock, nil
 	}
 	lock.Close()
 	if errors.Is(translate(err), errBusy) {
-		return fmt.Errorf("data directory %s is in use by another blobnom; stop that one first", st.dir)
+		return nil, fmt.Errorf("data directory %s is in use by another blobnom; stop that one first", dir)
 	}
-	return fmt.Errorf("cannot lock data directory %s, is it writable? %w", st.dir, err)
+	return nil, fmt.Errorf("cannot lock data directory %s, is it writable? %w", dir, err)
 }
 
 // survey returns the shard files in dir, index to whether its header is ours;
@@ -2342,13 +2320,13 @@ func successor(key string) string { return key + "\x00" }
 
 // close commits what is queued and closes everything. Nothing may call the
 // store any more.
-func (st *store) close() error {
+func (st *store) close() error { return errors.Join(st.finish(), st.lock.Close()) }
+
+// finish is close but for the lock, which is kept.
+func (st *store) finish() error {
 	st.halt()
 	st.stopped.Wait()
-	if st.lock == nil { // not ours
-		return nil
-	}
-	return errors.Join(st.closeShards(), st.lock.Close())
+	return st.closeShards()
 }
 
 // closeShards commits what is queued, gives up the reserve, whose room the
@@ -2505,7 +2483,7 @@ func openShard(st *store, i int, path string, cfg *config) (_ *shard, _ *record,
 		return s, nil, err
 	}
 	s.garbage.Store(true) // an earlier run may have left some
-	s.batcher = newBatcher(int(cfg.BatchSize), time.Duration(cfg.BatchTimeoutMS)*time.Millisecond, s.commit)
+	s.batcher = newBatcher(int(cfg.BatchSize), time.Duration(min(cfg.BatchTimeoutMS, math.MaxInt64/int64(time.Millisecond)))*time.Millisecond, s.commit)
 	go s.batcher.run()
 	return s, r, nil
 }
@@ -4691,13 +4669,13 @@ func cmdBackup(ctx context.Context, c *call) (err error) {
 		return err
 	}
 	partial := to + ".partial"
-	unlock, err := clearPartial(partial)
+	lock, err := clearPartial(partial)
 	if err != nil {
 		return err
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, os.RemoveAll(partial), unlock())
+			err = errors.Join(err, os.RemoveAll(partial), lock.Close())
 		}
 	}()
 	var pace *pacer
@@ -4715,7 +4693,7 @@ func cmdBackup(ctx context.Context, c *call) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := install(partial, to, unlock); err != nil {
+	if err := install(partial, to, lock); err != nil {
 		return err
 	}
 	fmt.Fprintf(c.stdout, "%s: %d shards, %s, copied and verified in %.1f s\n", to, k.shards, k.progress, time.Since(start).Seconds())
@@ -4784,13 +4762,16 @@ func shardCount(dir string) (int, error) {
 
 // inUse reports whether a server of ours holds dir.
 func inUse(dir string) bool {
-	st := &store{dir: dir}
-	return fileExists(filepath.Join(dir, lockFile)) && (st.takeLock() != nil || st.lock.Close() != nil)
+	if !fileExists(filepath.Join(dir, lockFile)) {
+		return false
+	}
+	lock, err := lockDir(dir)
+	return err != nil || lock.Close() != nil
 }
 
-// clearPartial makes dir an empty directory that is ours until unlock: what an
-// interrupted run left there goes, and anything else is an error.
-func clearPartial(dir string) (unlock func() error, err error) {
+// clearPartial makes dir an empty directory that is ours until lock is closed:
+// what an interrupted run left there goes, and anything else is an error.
+func clearPartial(dir string) (lock *sql.DB, err error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
@@ -4805,13 +4786,11 @@ func clearPartial(dir string) (unlock func() error, err error) {
 	if err := inTheWay(); err != nil {
 		return nil, err
 	}
-	st := &store{dir: dir}
-	if err := st.takeLock(); err != nil {
+	if lock, err = lockDir(dir); err != nil {
 		return nil, err
 	}
-	unlock = sync.OnceValue(st.lock.Close)
 	if err := inTheWay(); err != nil { // another run may have completed it meanwhile
-		return nil, errors.Join(err, unlock())
+		return nil, errors.Join(err, lock.Close())
 	}
 	err = os.WriteFile(filepath.Join(dir, partialFile), nil, 0o644) // before anything else: what is unfinished says so
 	for _, e := range left {
@@ -4819,7 +4798,10 @@ func clearPartial(dir string) (unlock func() error, err error) {
 			err = cmp.Or(err, os.RemoveAll(filepath.Join(dir, e.Name())))
 		}
 	}
-	return unlock, err
+	if err != nil {
+		return nil, errors.Join(err, lock.Close())
+	}
+	return lock, nil
 }
 
 // unfinished returns an error where backup or migrate has not completed dir.
@@ -4832,10 +4814,10 @@ func unfinished(dir string) error {
 
 // install gives the complete directory partial its name. It is complete once
 // the marker is gone, before the lock is.
-func install(partial, to string, unlock func() error) error {
+func install(partial, to string, lock *sql.DB) error {
 	for _, step := range []func() error{
 		func() error { return os.Remove(filepath.Join(partial, partialFile)) },
-		unlock,
+		lock.Close,
 		func() error { return os.Remove(filepath.Join(partial, lockFile)) },
 		func() error {
 			info, err := os.Stat(to)
@@ -4935,24 +4917,19 @@ func cmdMigrate(ctx context.Context, c *call) (err error) {
 		return err
 	}
 	partial := to + ".partial"
-	unlock, err := clearPartial(partial)
+	lock, err := clearPartial(partial)
 	if err != nil {
 		return err
 	}
-	locked := true // else the directory may be another run's
 	defer func() {
-		if err != nil && locked {
-			err = errors.Join(err, os.RemoveAll(partial), unlock())
+		if err != nil {
+			err = errors.Join(err, os.RemoveAll(partial), lock.Close())
 		}
 	}()
-	locked = false
-	if err := unlock(); err != nil { // the store has a lock of its own
-		return err
-	}
 	target := *cfg
-	target.DataDir, target.AsyncWrite, target.Durability, target.BatchSize, target.MaxPendingBytes = partial, true, "normal", 64, migratePending
+	target.AsyncWrite, target.Durability, target.BatchSize, target.MaxPendingBytes = true, "normal", 64, migratePending
 	m.now = func() time.Time { return start } // nothing more expires on the way
-	if m.to, err = openStore(&target, m.log, m.now); err != nil {
+	if m.to, err = openLocked(partial, lock, &target, m.log, m.now); err != nil {
 		return err
 	}
 	err = m.copyAll(ctx)
@@ -4962,16 +4939,7 @@ func cmdMigrate(ctx context.Context, c *call) (err error) {
 		s.batcher.settle(everything)
 		failed += s.failedWrites.Load()
 	}
-	err = cmp.Or(err, m.to.close())
-	lock := &store{dir: partial}
-	if lockErr := lock.takeLock(); lockErr != nil {
-		return cmp.Or(err, lockErr)
-	}
-	unlock = sync.OnceValue(lock.lock.Close)
-	if unfinished(partial) == nil { // no longer ours: it was unlocked for a moment
-		return errors.Join(err, unlock(), fmt.Errorf("%s was taken by another run; run this again", partial))
-	}
-	if locked = true; err != nil {
+	if err = cmp.Or(err, m.to.finish()); err != nil {
 		return err
 	}
 	if failed > 0 {
@@ -4984,7 +4952,7 @@ func cmdMigrate(ctx context.Context, c *call) (err error) {
 	if k.progress.blobs != m.progress.blobs || k.progress.bytes != m.progress.bytes {
 		return fmt.Errorf("%s were copied, but %s are there", m.progress, k.progress)
 	}
-	if err := install(partial, to, unlock); err != nil {
+	if err := install(partial, to, lock); err != nil {
 		return err
 	}
 	summary := fmt.Sprintf("%s: %s copied and verified in %.1f s; dropped: %d expired, %d with invalid keys, %d found twice",
@@ -5048,11 +5016,11 @@ func (m *migration) open(dir string) (err error) {
 		return err
 	}
 	if lock := filepath.Join(m.dir, lockFile); fileExists(lock) { // else no server of ours was ever there
-		st := &store{dir: m.dir}
-		if err := st.takeLock(); err != nil {
+		lock, err := lockDir(m.dir)
+		if err != nil {
 			return err
 		}
-		m.undo = append(m.undo, st.lock.Close)
+		m.undo = append(m.undo, lock.Close)
 	}
 	shards := 0
 	for _, e := range entries {

@@ -550,7 +550,7 @@ func TestConfig(t *testing.T) {
 		{"float", min + "batch_size = 1.5\n", nil, []string{"batch_size = 1.5"}},
 		{"ranges", min + "batch_timeout_ms = -1\nmax_blob_bytes = -1\nmax_pending_bytes = 0\n", nil, []string{"batch_timeout_ms = -1", "max_blob_bytes = -1", "max_pending_bytes = 0"}},
 		{"words", min + "durability = 'most'\nhash = 'md5'\nlog_level = 'loud'\nlog_format = ''\naddr = 'here'\n", nil,
-			[]string{"durability", "full, normal, off", "crc32c, fnv1a, sha256", "log_level", "log_format", "addr"}},
+			[]string{"durability", "full, normal, off", "fnv1a, crc32c, sha256", "log_level", "log_format", "addr"}},
 		{"env types", min, []string{"BLOBNOM_BATCH_SIZE=many", "BLOBNOM_ASYNC_WRITE=yes", "BLOBNOM_DATA_DIR="}, []string{"BLOBNOM_BATCH_SIZE", "BLOBNOM_ASYNC_WRITE", "BLOBNOM_DATA_DIR"}},
 		{"later keys", min + "no_such_key = true\n", nil, []string{"no_such_key = true: unknown key"}},
 		{"loud token", min + "AUTH_TOKEN = 'sekret'\n", nil, []string{"AUTH_TOKEN"}},
