@@ -759,6 +759,18 @@ func fileExists(name string) bool {
 	return err == nil
 }
 
+// fileStamps returns what changes when one of the files does: their sizes and
+// times.
+func fileStamps(names ...string) (stamps string) {
+	for _, name := range names {
+		if info, err := os.Stat(name); err == nil {
+			stamps += fmt.Sprint(info.Size(), info.ModTime().UnixNano())
+		}
+		stamps += " "
+	}
+	return stamps
+}
+
 // ============================================================================
 // HTTP server
 //
@@ -854,25 +866,22 @@ func (s *server) authorize(r *http.Request) error {
 	if s.cfg.AuthToken == "" || isPreflight(r) {
 		return nil
 	}
+	key, q, tokens := r.PathValue("key"), r.URL.Query(), r.Header.Values("Authorization")
 	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
-	key := r.PathValue("key")
-	q := r.URL.Query()
-	shown := r.Header.Values("Authorization")
-	var ok bool
-	switch {
-	case len(shown) > 0:
-		scheme, token, _ := strings.Cut(shown[0], " ")
-		ok = len(shown) == 1 && strings.EqualFold(scheme, "Bearer") && hmac.Equal(mac(s.cfg.AuthToken, strings.TrimSpace(token)), mac(s.cfg.AuthToken, s.cfg.AuthToken))
-	case q.Has("sig"):
-		method, expires := r.Method, q.Get("expires")
+	ok := len(tokens) > 0 || q.Has("sig") || strings.HasSuffix(r.Pattern, "/healthz") || strings.HasSuffix(r.Pattern, "/readyz") ||
+		s.cfg.PublicRead && reads && key != ""
+	if len(tokens) > 0 {
+		scheme, token, _ := strings.Cut(tokens[0], " ")
+		ok = len(tokens) == 1 && strings.EqualFold(scheme, "Bearer") && hmac.Equal(mac(s.cfg.AuthToken, strings.TrimSpace(token)), mac(s.cfg.AuthToken, s.cfg.AuthToken))
+	}
+	if q.Has("sig") {
+		expires := q.Get("expires")
 		until, err := strconv.ParseInt(expires, 10, 64)
 		fits := func(method string) bool {
 			return hmac.Equal([]byte(q.Get("sig")), []byte(sign(s.cfg.AuthToken, method, key, expires)))
 		}
-		ok = err == nil && key != "" && s.store.now().Unix() < until && strings.Count(r.URL.RawQuery, "&") == 1 &&
-			(fits(method) || method == http.MethodHead && fits(http.MethodGet))
-	default:
-		ok = strings.HasSuffix(r.Pattern, "/healthz") || strings.HasSuffix(r.Pattern, "/readyz") || s.cfg.PublicRead && reads && key != ""
+		ok = ok && err == nil && key != "" && s.store.now().Unix() < until && strings.Count(r.URL.RawQuery, "&") == 1 &&
+			(fits(r.Method) || r.Method == http.MethodHead && fits(http.MethodGet))
 	}
 	if !ok {
 		return errToken
@@ -1146,12 +1155,7 @@ type keyPair struct {
 // get returns the newest pair that could be read: while one file is new and the
 // other is not, that is the old one.
 func (k *keyPair) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-	var files string
-	for _, name := range []string{k.cfg.TLSCert, k.cfg.TLSKey} {
-		if info, err := os.Stat(name); err == nil {
-			files += fmt.Sprint(info.Size(), info.ModTime().UnixNano(), " ")
-		}
-	}
+	files := fileStamps(k.cfg.TLSCert, k.cfg.TLSKey)
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if files != k.files {
@@ -2403,6 +2407,8 @@ func translate(err error) error {
 		return fmt.Errorf("%w: %w", errCorrupt, err)
 	case code == sqlite3.SQLITE_BUSY, code == sqlite3.SQLITE_LOCKED:
 		return fmt.Errorf("%w: %w", errBusy, err)
+	case code == sqlite3.SQLITE_CANTOPEN:
+		return fmt.Errorf("%w; is it readable, and may files be made beside it?", err) // as a WAL needs
 	}
 	return err
 }
@@ -4391,6 +4397,7 @@ type checker struct {
 	out      io.Writer
 	progress *progress
 	pacer    *pacer
+	want     *progress // of a copy: how much it is to be; nil: nobody knows
 	shards   int
 	defects  int
 }
@@ -4405,6 +4412,11 @@ func (k *checker) check(ctx context.Context) error {
 	entries, err := os.ReadDir(k.dir)
 	if err != nil {
 		return fmt.Errorf("cannot read the data directory: %w", err)
+	}
+	if !fileExists(filepath.Join(k.dir, lockFile)) { // perhaps not ours: see openStore
+		if _, err := survey(k.dir); err != nil {
+			return err
+		}
 	}
 	var first *record
 	found := map[int]*record{}
@@ -4650,7 +4662,7 @@ func (s *shard) verify(b *blob) error {
 // cmdBackup copies the data directory, in use or not, into a new one. Each shard
 // is as it was at one moment, when its turn came. The copy is made and verified
 // beside its place, and has its name only when it is complete and synced.
-func cmdBackup(ctx context.Context, c *call) (err error) {
+func cmdBackup(ctx context.Context, c *call) error {
 	args, err := c.parse(nil, 1, 1)
 	if err != nil {
 		return err
@@ -4668,6 +4680,33 @@ func cmdBackup(ctx context.Context, c *call) (err error) {
 	if err = cmp.Or(unfinished(from), err); err != nil {
 		return err
 	}
+	var pace *pacer
+	if inUse(from) {
+		pace = &pacer{time.Now()}
+	}
+	k := &checker{pacer: pace}
+	err = c.copyInto(ctx, to, k, func(partial string, _ *sql.DB) error {
+		p := c.newProgress("copying")
+		defer p.done()
+		for i := range shards {
+			if err := copyShard(ctx, filepath.Join(from, shardName(i)), filepath.Join(partial, shardName(i)), p, pace); err != nil {
+				return fmt.Errorf("cannot copy shard %d: %w", i, err)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(c.stdout, "%s: %d shards, %s, copied and verified in %.1f s\n", to, k.shards, k.progress, time.Since(start).Seconds())
+	return nil
+}
+
+// copyInto has fill make a copy, checks that by k and gives it its name, to.
+// Until then it is a directory beside that, locked and marked, of which nothing is
+// left when something fails. The copy is complete once the marker is gone, before
+// the lock is.
+func (c *call) copyInto(ctx context.Context, to string, k *checker, fill func(partial string, lock *sql.DB) error) (err error) {
 	partial := to + ".partial"
 	lock, err := clearPartial(partial)
 	if err != nil {
@@ -4678,25 +4717,44 @@ func cmdBackup(ctx context.Context, c *call) (err error) {
 			err = errors.Join(err, os.RemoveAll(partial), lock.Close())
 		}
 	}()
-	var pace *pacer
-	if inUse(from) {
-		pace = &pacer{time.Now()}
-	}
-	p := c.newProgress("copying")
-	for i := range shards {
-		if err := copyShard(ctx, filepath.Join(from, shardName(i)), filepath.Join(partial, shardName(i)), p, pace); err != nil {
-			return fmt.Errorf("cannot copy shard %d: %w", i, err)
+	for _, step := range []func() error{
+		func() error { return fill(partial, lock) },
+		func() error {
+			k.dir, k.out, k.progress = partial, c.stdout, c.newProgress("verifying")
+			defer k.progress.done()
+			return k.check(ctx)
+		},
+		func() error {
+			if k.defects > 0 {
+				return fmt.Errorf("the copy has %d defects, perhaps as the original: check that; nothing was copied", k.defects)
+			}
+			if want := k.want; want != nil && (k.progress.blobs != want.blobs || k.progress.bytes != want.bytes) {
+				return fmt.Errorf("%s were copied, but %s are there", want, k.progress)
+			}
+			return nil
+		},
+		func() error { return os.Remove(filepath.Join(partial, partialFile)) },
+		lock.Close,
+		func() error { return os.Remove(filepath.Join(partial, lockFile)) },
+		func() error {
+			info, err := os.Stat(to)
+			if err != nil {
+				return nil // nothing is in its place
+			}
+			// An empty directory is, and perhaps not for everybody.
+			if err := os.Chmod(partial, info.Mode().Perm()); err != nil {
+				return err
+			}
+			return os.Remove(to)
+		},
+		func() error { return syncDir(partial) },
+		func() error { return os.Rename(partial, to) },
+		func() error { return syncDir(filepath.Dir(to)) },
+	} {
+		if err := step(); err != nil {
+			return err
 		}
 	}
-	p.done()
-	k, err := c.verifyCopy(ctx, partial, pace)
-	if err != nil {
-		return err
-	}
-	if err := install(partial, to, lock); err != nil {
-		return err
-	}
-	fmt.Fprintf(c.stdout, "%s: %d shards, %s, copied and verified in %.1f s\n", to, k.shards, k.progress, time.Since(start).Seconds())
 	return nil
 }
 
@@ -4727,17 +4785,6 @@ func vacant(dir string) (string, error) {
 		return "", fmt.Errorf("cannot take the place of %s, is it a mount point? Name a directory in it: %w", dir, err)
 	}
 	return dir, nil
-}
-
-// verifyCopy checks a copy that has no name yet.
-func (c *call) verifyCopy(ctx context.Context, dir string, pace *pacer) (*checker, error) {
-	k := &checker{dir: dir, pacer: pace, out: c.stdout, progress: c.newProgress("verifying")}
-	err := k.check(ctx)
-	k.progress.done()
-	if err == nil && k.defects > 0 {
-		err = fmt.Errorf("the copy has %d defects, perhaps as the original: check that; nothing was copied", k.defects)
-	}
-	return k, err
 }
 
 // shardCount returns how many shards dir holds, all of which are there.
@@ -4808,35 +4855,6 @@ func clearPartial(dir string) (lock *sql.DB, err error) {
 func unfinished(dir string) error {
 	if fileExists(filepath.Join(dir, partialFile)) {
 		return fmt.Errorf("%s is what an interrupted backup or migrate has left; run that again, or remove the directory", dir)
-	}
-	return nil
-}
-
-// install gives the complete directory partial its name. It is complete once
-// the marker is gone, before the lock is.
-func install(partial, to string, lock *sql.DB) error {
-	for _, step := range []func() error{
-		func() error { return os.Remove(filepath.Join(partial, partialFile)) },
-		lock.Close,
-		func() error { return os.Remove(filepath.Join(partial, lockFile)) },
-		func() error {
-			info, err := os.Stat(to)
-			if err != nil {
-				return nil // nothing is in its place
-			}
-			// An empty directory is, and perhaps not for everybody.
-			if err := os.Chmod(partial, info.Mode().Perm()); err != nil {
-				return err
-			}
-			return os.Remove(to)
-		},
-		func() error { return syncDir(partial) },
-		func() error { return os.Rename(partial, to) },
-		func() error { return syncDir(filepath.Dir(to)) },
-	} {
-		if err := step(); err != nil {
-			return err
-		}
 	}
 	return nil
 }
@@ -4916,43 +4934,27 @@ func cmdMigrate(ctx context.Context, c *call) (err error) {
 	if err := m.findInvalid(*skipInvalid); err != nil {
 		return err
 	}
-	partial := to + ".partial"
-	lock, err := clearPartial(partial)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.RemoveAll(partial), lock.Close())
-		}
-	}()
 	target := *cfg
 	target.AsyncWrite, target.Durability, target.BatchSize, target.MaxPendingBytes = true, "normal", 64, migratePending
 	m.now = func() time.Time { return start } // nothing more expires on the way
-	if m.to, err = openLocked(partial, lock, &target, m.log, m.now); err != nil {
-		return err
-	}
-	err = m.copyAll(ctx)
-	m.progress.done()
-	failed := int64(0)
-	for _, s := range m.to.shards {
-		s.batcher.settle(everything)
-		failed += s.failedWrites.Load()
-	}
-	if err = cmp.Or(err, m.to.finish()); err != nil {
-		return err
-	}
-	if failed > 0 {
-		return fmt.Errorf("%d blobs could not be written", failed)
-	}
-	k, err := c.verifyCopy(ctx, partial, nil)
+	k := &checker{want: m.progress}
+	err = c.copyInto(ctx, to, k, func(partial string, lock *sql.DB) (err error) {
+		if m.to, err = openLocked(partial, lock, &target, m.log, m.now); err != nil {
+			return err
+		}
+		err = m.copyAll(ctx)
+		m.progress.done()
+		failed := int64(0)
+		for _, s := range m.to.shards {
+			s.batcher.settle(everything)
+			failed += s.failedWrites.Load()
+		}
+		if failed > 0 {
+			err = cmp.Or(err, fmt.Errorf("%d blobs could not be written", failed))
+		}
+		return cmp.Or(err, m.to.finish())
+	})
 	if err != nil {
-		return err
-	}
-	if k.progress.blobs != m.progress.blobs || k.progress.bytes != m.progress.bytes {
-		return fmt.Errorf("%s were copied, but %s are there", m.progress, k.progress)
-	}
-	if err := install(partial, to, lock); err != nil {
 		return err
 	}
 	summary := fmt.Sprintf("%s: %s copied and verified in %.1f s; dropped: %d expired, %d with invalid keys, %d found twice",
@@ -4975,6 +4977,8 @@ type migration struct {
 	now      func() time.Time
 
 	dir    string
+	files  []string // of the source, and their stamps when they were opened
+	stamps string
 	tables []*sourceTable
 	homes  func(key string) int // the shard a key belongs to; nil: nobody knows
 	undo   []func() error       // in reverse
@@ -5025,12 +5029,15 @@ func (m *migration) open(dir string) (err error) {
 	shards := 0
 	for _, e := range entries {
 		if _, ok := shardIndex(e.Name()); ok && !e.IsDir() {
+			path := filepath.Join(m.dir, e.Name())
+			m.files = append(m.files, path, path+"-wal")
 			shards++
 		}
 	}
 	if shards == 0 {
 		return fmt.Errorf("%s holds no shards", m.dir)
 	}
+	m.stamps = fileStamps(m.files...)
 	for i := range shards {
 		if err := m.openShard(i, shards); err != nil {
 			return fmt.Errorf("cannot read %s: %w", filepath.Join(m.dir, shardName(i)), translate(err))
@@ -5052,7 +5059,7 @@ func (m *migration) openShard(i, shards int) error {
 	m.undo = append(m.undo, s.close)
 	var names []string
 	err := queryAll(s.readers, func(name string) { names = append(names, name) },
-		"SELECT name FROM sqlite_schema WHERE type = 'table' AND (name = 'blobs' OR name LIKE 'blobs\\_%' ESCAPE '\\' OR name = 'meta')")
+		"SELECT name FROM sqlite_schema WHERE type = 'table' AND (name IN ('blobs', 'meta') OR name GLOB 'blobs_*')")
 	if err != nil {
 		return err
 	}
@@ -5207,6 +5214,9 @@ func (m *migration) copyAll(ctx context.Context) error {
 				return err
 			}
 		}
+	}
+	if fileStamps(m.files...) != m.stamps {
+		return fmt.Errorf("%s was written to meanwhile; stop its server, and run this again", m.dir)
 	}
 	return nil
 }

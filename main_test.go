@@ -1770,6 +1770,7 @@ func TestAuth(t *testing.T) {
 			{401, "GET", signed("GET", "k", at(10)) + "0", ""}, {401, "GET", signed("GET", "k", at(10)) + "&ttl=1", ""}, {401, "PUT", signed("PUT", "k", at(10)) + "&ttl=1h", ""},
 			{401, "GET", "/blob/k?sig=", ""}, {401, "GET", "/blob/k?sig=00&sig=11", ""}, {401, "GET", signed("GET", "", at(10)), ""},
 			{200, "GET", signed("GET", "k", at(10)), "Bearer " + token}, {401, "GET", signed("GET", "k", at(10)), "Bearer wrong"},
+			{401, "GET", signed("GET", "k", at(0)), "Bearer " + token}, {401, "GET", "/blob/?sig=00", "Bearer " + token},
 		} {
 			headers := []string{"Authorization", c.token}
 			if c.token == "" {
@@ -3016,7 +3017,9 @@ func TestCheck(t *testing.T) {
 			}
 		})
 	}
-	for args, want := range map[string]string{"check " + t.TempDir(): "holds no shards", "check missing": "cannot read", "check a b": "no argument"} {
+	rust := t.TempDir()
+	exec1(t, filepath.Join(rust, shardName(0)), "CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)")
+	for args, want := range map[string]string{"check " + t.TempDir(): "holds no shards", "check " + rust: "run: blobnom migrate " + rust, "check missing": "cannot read", "check a b": "no argument"} {
 		if code, stdout, stderr := runCommand(t, nil, strings.Fields(args)...); code == 0 || !strings.Contains(stderr, want) || stdout != "" {
 			t.Errorf("%s: code %d, %s%s", args, code, stdout, stderr)
 		}
@@ -3490,6 +3493,34 @@ func TestMigrateForeign(t *testing.T) {
 	}
 }
 
+// What a server writes to the source meanwhile may be in the copy or not: it is
+// no copy then.
+func TestMigrateOfWhatIsInUse(t *testing.T) {
+	for _, journal := range []string{"wal", "delete"} {
+		dir := t.TempDir()
+		path := filepath.Join(dir, shardName(0))
+		exec1(t, path, "CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB); PRAGMA journal_mode = "+journal)
+		if err := os.Chtimes(path, time.Time{}, time.Unix(1000, 0)); err != nil { // clocks of file systems are coarse
+			t.Fatal(err)
+		}
+		m := &migration{call: &call{stdout: io.Discard}}
+		if err := m.open(dir); err != nil {
+			t.Fatal(err)
+		}
+		if err := m.copyAll(t.Context()); err != nil {
+			t.Error(err)
+		}
+		exec1(t, path, "INSERT INTO blobs VALUES ('k', NULL)")
+		m.tables = nil
+		if err := m.copyAll(t.Context()); err == nil || !strings.Contains(err.Error(), "stop its server") {
+			t.Error(err)
+		}
+		if err := m.close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // From one shape to another and back nothing changes.
 func TestReshard(t *testing.T) {
 	t.Chdir(t.TempDir())
@@ -3881,8 +3912,10 @@ func TestSecondSignal(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	fmt.Fprint(c, "PUT /blob/k HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nab") // never ends
-	p.want(200, "GET", "/healthz", nil)
+	fmt.Fprint(c, "PUT /blob/k HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 10\r\n\r\nab") // never ends
+	if _, err := io.ReadFull(c, make([]byte, len("HTTP/1.1 100"))); err != nil {
+		t.Fatal(err)
+	}
 	p.cmd.Process.Signal(syscall.SIGTERM)
 	eventually(t, "it stops accepting", func() bool { return strings.Contains(p.log.String(), "stopping") })
 	start := time.Now()
