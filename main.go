@@ -4980,7 +4980,7 @@ type migration struct {
 	files  []string // of the source, and their stamps when they were opened
 	stamps string
 	tables []*sourceTable
-	homes  func(key string) int // the shard a key belongs to; nil: nobody knows
+	homes  func(key string) int // the shard a key belongs to; nil: nobody knows, as where there are namespaces
 	undo   []func() error       // in reverse
 
 	expired, invalid, twice, unpacked int64
@@ -5181,38 +5181,36 @@ func (m *migration) findInvalid(skip bool) error {
 	return nil
 }
 
-// copyAll copies first what lies where it belongs, of which there is one copy,
-// then the rest, which is not to replace anything.
+// copyAll copies every row but those whose key is also where it belongs. What may
+// not be the only one of its key is not to replace anything.
 func (m *migration) copyAll(ctx context.Context) error {
-	for _, sure := range []bool{true, false} {
-		for _, t := range m.tables {
-			err := t.each(func(rowid int64, key string) error {
-				home := m.homes != nil && t.namespace == "" && m.homes(key) == t.shard.index
-				if (home && t.unique) != sure || checkKey(key) != nil {
-					return ctx.Err()
-				}
+	for _, t := range m.tables {
+		err := t.each(func(rowid int64, key string) error {
+			if checkKey(key) != nil {
+				return ctx.Err()
+			}
+			home := m.homes != nil && m.homes(key) == t.shard.index
+			twice, err := false, error(nil)
+			if !home && m.homes != nil {
+				twice, err = m.atHome(t, key)
+			}
+			if err == nil && !twice {
 				var c *conditions
-				if !sure {
+				if !home || !t.unique {
 					c = &conditions{noneMatch: tags{"*"}}
 				}
-				twice, err := false, error(nil)
-				if !home {
-					twice, err = m.atHome(t, key)
-				}
-				if err == nil && !twice {
-					err = m.copy(t, rowid, key, c)
-				}
-				if errors.Is(err, errCondition) {
-					err = errors.New("it is there more than once, and nothing says which copy counts; remove the others")
-				}
-				if err != nil {
-					return fmt.Errorf("key %q in table %s of shard %d: %w", key, t.name, t.shard.index, translate(err))
-				}
-				return ctx.Err()
-			})
-			if err != nil {
-				return err
+				err = m.copy(t, rowid, key, c)
 			}
+			if errors.Is(err, errCondition) {
+				err = errors.New("it is there more than once, and nothing says which copy counts; remove the others")
+			}
+			if err != nil {
+				return fmt.Errorf("key %q in table %s of shard %d: %w", key, t.name, t.shard.index, translate(err))
+			}
+			return ctx.Err()
+		})
+		if err != nil {
+			return err
 		}
 	}
 	if fileStamps(m.files...) != m.stamps {
@@ -5224,11 +5222,8 @@ func (m *migration) copyAll(ctx context.Context) error {
 // atHome reports whether a key of t, which does not belong there, is also where
 // it belongs: then that copy counts, expired or not.
 func (m *migration) atHome(t *sourceTable, key string) (twice bool, err error) {
-	if m.homes == nil || t.namespace != "" {
-		return false, nil
-	}
 	home := m.homes(key)
-	i := slices.IndexFunc(m.tables, func(t *sourceTable) bool { return t.shard.index == home && t.namespace == "" })
+	i := slices.IndexFunc(m.tables, func(t *sourceTable) bool { return t.shard.index == home })
 	err = m.tables[i].shard.readers.QueryRow("SELECT EXISTS (SELECT 1 FROM blobs WHERE key = ?)", key).Scan(&twice)
 	if twice {
 		m.twice++

@@ -3146,6 +3146,9 @@ func TestBackup(t *testing.T) {
 	if code, _, stderr := runCommand(t, []string{"BLOBNOM_DATA_DIR=" + whole + ".partial"}, "backup", whole+"2"); code != 1 || !strings.Contains(stderr, "interrupted") {
 		t.Errorf("of what is unfinished: code %d, %s", code, stderr)
 	}
+	if code, _, stderr := runCommand(t, []string{"BLOBNOM_DATA_DIR=" + whole + "2"}, "migrate", whole+".partial"); code != 1 || !strings.Contains(stderr, "interrupted") {
+		t.Errorf("migrate of what is unfinished: code %d, %s", code, stderr)
+	}
 	// Damage is not backed up as if it were none.
 	if err := s.stop(); err != nil {
 		t.Fatal(err)
@@ -3204,6 +3207,43 @@ func TestCopyKilled(t *testing.T) {
 		}
 		verifyDir(t, to)
 		os.RemoveAll(to)
+	}
+}
+
+// Where a copy finds no room it fails, and takes nothing.
+func TestCopyDiskFull(t *testing.T) {
+	t.Chdir(t.TempDir())
+	cfg := testConfig(t, func(c *config) { c.NumShards = 1 })
+	s := serveConfig(t, cfg, stallTimeout)
+	for i := range 20 {
+		s.put(fmt.Sprint("k", i), noise(1<<20, uint64(i)))
+	}
+	if err := s.stop(); err != nil {
+		t.Fatal(err)
+	}
+	small := mount(t, "16m")
+	to := filepath.Join(small, "copy")
+	for _, args := range [][]string{{"BLOBNOM_DATA_DIR=" + cfg.DataDir, "backup", to}, {"BLOBNOM_DATA_DIR=" + to, "migrate", cfg.DataDir}} {
+		code, stdout, stderr := runCommand(t, args[:1], args[1:]...)
+		if left, _ := os.ReadDir(small); code != 1 || !strings.Contains(stderr, "full") || len(left) > 0 {
+			t.Errorf("code %d, %s%s; left: %v", code, stdout, stderr, left)
+		}
+	}
+}
+
+// A copy that has less than was copied gets no name.
+func TestCopyTooLittle(t *testing.T) {
+	cfg := testConfig(t)
+	to := filepath.Join(t.TempDir(), "to")
+	c := &call{stdout: io.Discard}
+	for _, want := range []*progress{{blobs: 1}, {bytes: 1}, {}} {
+		err := c.copyInto(t.Context(), to, &checker{want: want}, func(partial string, lock *sql.DB) error {
+			st, err := openLocked(partial, lock, cfg, slog.New(slog.DiscardHandler), time.Now)
+			return cmp.Or(err, st.finish())
+		})
+		if (err == nil) != (*want == progress{}) || fileExists(to) != (err == nil) || fileExists(to+".partial") {
+			t.Errorf("%+v: %v", want, err)
+		}
 	}
 }
 
@@ -3518,6 +3558,41 @@ func TestMigrateOfWhatIsInUse(t *testing.T) {
 		if err := m.close(); err != nil {
 			t.Error(err)
 		}
+	}
+	cfg := testConfig(t)
+	serveConfig(t, cfg, stallTimeout).stop()
+	m := &migration{call: &call{stdout: io.Discard}}
+	if err := m.open(cfg.DataDir); err != nil {
+		t.Fatal(err)
+	}
+	defer m.close()
+	if _, err := openStore(cfg, slog.New(slog.DiscardHandler), time.Now); err == nil || !strings.Contains(err.Error(), "in use") {
+		t.Error("a server starts on the source:", err)
+	}
+}
+
+// Half a transaction, which its journal would take back, is not read as a whole.
+func TestMigrateHotJournal(t *testing.T) {
+	t.Chdir(t.TempDir())
+	made, dir := filepath.Join(t.TempDir(), shardName(0)), t.TempDir()
+	db := openDB(made, "_pragma=journal_mode(delete)&_pragma=cache_size(2)")
+	defer db.Close()
+	db.SetMaxOpenConns(1)
+	for _, query := range []string{"CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)",
+		"INSERT INTO blobs VALUES ('k', zeroblob(100000)), ('l', zeroblob(100000))", "BEGIN", "UPDATE blobs SET data = randomblob(100000)"} {
+		if _, err := db.Exec(query); err != nil {
+			t.Fatal(err)
+		}
+	}
+	copyFile(t, made, filepath.Join(dir, shardName(0)))
+	copyFile(t, made+"-journal", filepath.Join(dir, shardName(0)+"-journal"))
+	before := snapshot(t, dir)
+	to := filepath.Join(t.TempDir(), "new")
+	if code, stdout, stderr := runCommand(t, []string{"BLOBNOM_DATA_DIR=" + to}, "migrate", dir); code != 1 || !strings.Contains(stderr, shardName(0)) || fileExists(to) {
+		t.Errorf("code %d, %s%s", code, stdout, stderr)
+	}
+	if !maps.Equal(before, snapshot(t, dir)) {
+		t.Error("the source has changed")
 	}
 }
 
