@@ -3533,6 +3533,62 @@ func TestMigrateForeign(t *testing.T) {
 	}
 }
 
+// Contents of every length, on pages of every shape, are read from the pages as
+// SQLite reads them; large ones in migrate are.
+func TestStream(t *testing.T) {
+	for _, pageSize := range []int{512, 1024, 4096, 65536} {
+		dir := t.TempDir()
+		path := filepath.Join(dir, shardName(0))
+		exec1(t, path, fmt.Sprintf(`PRAGMA page_size = %d; CREATE TABLE blobs (key TEXT PRIMARY KEY, made REAL, data BLOB, more TEXT);
+			WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i+1 FROM n WHERE i < 1500)
+			INSERT INTO blobs (rowid, key, made, data, more) SELECT i*i, 'k'||i, nullif(i, 7), randomblob(i), i FROM n;
+			INSERT INTO blobs VALUES ('large', 1.5, randomblob(%d), NULL); DELETE FROM blobs WHERE rowid BETWEEN 90000 AND 160000`, pageSize, chunkSize+1))
+		m := &migration{call: &call{stdout: io.Discard}}
+		if err := m.open(dir); err != nil {
+			t.Fatal(err)
+		}
+		table := m.tables[0]
+		err := table.each(func(rowid int64, key string) error {
+			var want []byte
+			if err := table.shard.readers.QueryRow("SELECT data FROM blobs WHERE rowid = ?", rowid).Scan(&want); err != nil {
+				return err
+			}
+			r, err := table.stream(rowid)
+			if err != nil {
+				return err
+			}
+			got, err := io.ReadAll(r)
+			if !bytes.Equal(got, want) {
+				t.Errorf("page size %d, row %d: %d bytes, want %d", pageSize, rowid, len(got), len(want))
+			}
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
+		if _, err := table.stream(90_000); !errors.Is(err, errCorrupt) {
+			t.Error("a row that is gone:", err)
+		}
+		rows, err := table.row.Query(1500*1500 + 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, open, err := table.content(rows, 1500*1500+1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r, err := open(); err != nil {
+			t.Error(err)
+		} else if _, ok := r.(*pageReader); !ok {
+			t.Errorf("a large content is in memory: %T", r)
+		}
+		rows.Close()
+		if err := m.close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // What a server writes to the source meanwhile may be in the copy or not: it is
 // no copy then.
 func TestMigrateOfWhatIsInUse(t *testing.T) {
