@@ -166,6 +166,7 @@ const (
 
 	minEncode = 1 << 10            // raw blobs below are not compressed on their way out
 	maxTTL    = 876000 * time.Hour // a hundred years, nearly
+	maxUnix   = 253402300799       // seconds: the end of the year 9999, beyond which RFC 3339 has no words
 
 	defaultPage, maxPage = 1000, 10_000 // blobs in a listing
 	pagePiece            = 250          // of which so many are in memory
@@ -215,7 +216,8 @@ var (
 	errBusy       = &kind{http.StatusServiceUnavailable, "too busy, try again"}
 	errStopping   = &kind{http.StatusServiceUnavailable, "server is stopping"}
 	errFull       = &kind{http.StatusInsufficientStorage, "disk full"}
-	errInternal   = &kind{http.StatusInternalServerError, "internal error"} // of what has no kind
+	errAccess     = &kind{http.StatusInternalServerError, "shard cannot be opened"} // which says nothing of what is in it
+	errInternal   = &kind{http.StatusInternalServerError, "internal error"}         // of what has no kind
 
 	errNoBlob     = fmt.Errorf("%w: no blob under this key", errNotFound)
 	errClientGone = errors.New("the client broke off") // nobody to answer
@@ -631,18 +633,37 @@ func (o *option) check() string {
 // logArgs is the effective configuration for the start line.
 func (c *config) logArgs() (args []any) {
 	for _, o := range c.options() {
-		args = append(args, o.key, o.shown(o.value.Interface()))
+		args = append(args, o.key, shown(o.key, o.value.Interface()))
 	}
 	return args
 }
 
-// shown is value as logs and errors show it.
-func (o *option) shown(value any) any {
-	if text, ok := value.(string); ok && text != "" && secretive(o.key+text) {
-		return "(secret)"
+// shown is the value of key as logs and errors show it.
+func shown(key string, value any) any {
+	switch v := value.(type) {
+	case string:
+		if v == "" || !secretive(key) && !strings.Contains(v, pemBegin) {
+			return v
+		}
+	case int64, float64, bool:
+		if !secretive(key) {
+			return v
+		}
+	default: // who knows what is in it
+		return "(not a plain value)"
 	}
-	return value
+	return "(secret)"
 }
+
+// secretive reports whether text, perhaps misspelt, is about a token or has a
+// private key.
+func secretive(text string) bool {
+	return strings.Contains(text, pemBegin) || slices.ContainsFunc([]string{"tok", "auth", "secret", "pass"}, func(word string) bool {
+		return strings.Contains(strings.ToLower(text), word)
+	})
+}
+
+const pemBegin = "-----BEGIN"
 
 // pair returns what is wrong with tls_cert and tls_key.
 func (c *config) pair() error {
@@ -652,7 +673,7 @@ func (c *config) pair() error {
 	if c.TLSCert == "" || c.TLSKey == "" {
 		return errors.New("both or neither must be set")
 	}
-	if secretive(c.TLSCert + c.TLSKey) {
+	if strings.Contains(c.TLSCert+c.TLSKey, pemBegin) {
 		return errors.New("they must name files")
 	}
 	_, err := tls.LoadX509KeyPair(c.TLSCert, c.TLSKey)
@@ -701,23 +722,14 @@ func loadConfig(file string, environ []string) (*config, string, error) {
 			continue
 		}
 		if want := o.set(value, name != o.key); want != "" {
-			problems = append(problems, fmt.Sprintf("%s = %#v: %s", name, o.shown(value), want))
+			problems = append(problems, fmt.Sprintf("%s = %#v: %s", name, shown(o.key, value), want))
 		}
 	}
 	if err := c.pair(); err != nil {
-		tls := option{key: "tls"}
-		problems = append(problems, fmt.Sprintf("tls_cert = %q, tls_key = %q: %v", tls.shown(c.TLSCert), tls.shown(c.TLSKey), err))
+		problems = append(problems, fmt.Sprintf("tls_cert = %q, tls_key = %q: %v", shown("tls_cert", c.TLSCert), shown("tls_key", c.TLSKey), err))
 	}
 	for _, key := range slices.Sorted(maps.Keys(values)) {
-		switch values[key].(type) {
-		case string, int64, float64, bool:
-			if secretive(key) {
-				values[key] = "(secret)"
-			}
-		default: // who knows what is in it
-			values[key] = "(table)"
-		}
-		problems = append(problems, fmt.Sprintf("%s = %#v: unknown key", key, values[key]))
+		problems = append(problems, fmt.Sprintf("%s = %#v: unknown key", key, shown(key, values[key])))
 	}
 	if problems != nil {
 		return nil, source, &configError{source, problems}
@@ -738,13 +750,6 @@ func tomlProblem(err error, text string) string {
 	return err.Error()
 }
 
-// secretive reports whether text, perhaps misspelt, is about a token.
-func secretive(text string) bool {
-	return slices.ContainsFunc([]string{"tok", "auth", "secret", "pass", "-----begin"}, func(word string) bool {
-		return strings.Contains(strings.ToLower(text), word)
-	})
-}
-
 func lookupEnv(environ []string, name string) (string, bool) {
 	for _, e := range slices.Backward(environ) {
 		if v, ok := strings.CutPrefix(e, name+"="); ok {
@@ -757,6 +762,15 @@ func lookupEnv(environ []string, name string) (string, bool) {
 func fileExists(name string) bool {
 	_, err := os.Stat(name)
 	return err == nil
+}
+
+// sizeOf returns the size of a file, 0 when there is none.
+func sizeOf(name string) int64 {
+	info, err := os.Stat(name)
+	if err != nil {
+		return 0
+	}
+	return info.Size()
 }
 
 // fileStamps returns what changes when one of the files does: their sizes and
@@ -2042,9 +2056,7 @@ func openLocked(dir string, lock *sql.DB, cfg *config, log *slog.Logger, now fun
 			return nil, fmt.Errorf("cannot create the shards in %s: %w", dir, err)
 		}
 	}
-	if info, err := os.Stat(filepath.Join(dir, reserveFile)); err == nil && info.Size() == reserveBytes {
-		st.reserved.Store(true)
-	}
+	st.reserved.Store(sizeOf(filepath.Join(dir, reserveFile)) == reserveBytes)
 	err = st.openShards(cfg, found)
 	if errors.Is(err, errFull) { // even opening writes: with the reserve's room it can
 		st.dropReserve()
@@ -2393,6 +2405,41 @@ func openReadOnly(path, params string) *sql.DB {
 	return openDB(path, fmt.Sprintf("mode=ro&_pragma=busy_timeout(%d)%s", busyTimeout.Milliseconds(), params))
 }
 
+// openQuietly calls open with the parameters of openReadOnly for the database at
+// path, which nobody writes to: its files stay as they are.
+func openQuietly(path string, open func(params string) error) error {
+	if real, err := filepath.EvalSymlinks(path); err == nil {
+		path = real // where SQLite looks for the others
+	}
+	if sizeOf(path+"-wal") == 0 && sizeOf(path+"-journal") == 0 {
+		return translate(open("&immutable=1")) // else a WAL would be made
+	}
+	err := translate(open(""))
+	if errors.Is(err, errAccess) {
+		// Nothing can be made beside it: the index of its WAL is in memory
+		// then, and nobody locked out. Not elsewhere, as a WAL without a whole
+		// transaction would be deleted.
+		vfs := "unix-none"
+		if runtime.GOOS == "windows" {
+			vfs = "win32-none"
+		}
+		err = translate(open("&vfs=" + vfs + "&_pragma=locking_mode(exclusive)"))
+	}
+	return err
+}
+
+// hasContent returns an error where the database at path is an empty file: to open
+// that would delete a WAL that may have all its content.
+func hasContent(path string) error {
+	if _, err := os.Stat(path); err != nil {
+		return err
+	}
+	if sizeOf(path) == 0 {
+		return fmt.Errorf("%w: %s is empty", errCorrupt, path)
+	}
+	return nil
+}
+
 // translate gives a driver error the meaning the other chapters test for.
 func translate(err error) error {
 	var e *sqlite.Error
@@ -2407,8 +2454,8 @@ func translate(err error) error {
 		return fmt.Errorf("%w: %w", errCorrupt, err)
 	case code == sqlite3.SQLITE_BUSY, code == sqlite3.SQLITE_LOCKED:
 		return fmt.Errorf("%w: %w", errBusy, err)
-	case code == sqlite3.SQLITE_CANTOPEN:
-		return fmt.Errorf("%w; is it readable, and may files be made beside it?", err) // as a WAL needs
+	case code == sqlite3.SQLITE_CANTOPEN, code == sqlite3.SQLITE_READONLY, code == sqlite3.SQLITE_PERM:
+		return fmt.Errorf("%w, is it readable, and may files be made beside it? %w", errAccess, err) // as a WAL needs
 	}
 	return err
 }
@@ -2485,7 +2532,7 @@ func openShard(st *store, i int, path string, cfg *config) (_ *shard, _ *record,
 	}
 	s.nextID.Store(last)
 	s.writer.newID, s.writer.now, s.writer.room = s.newID, st.now, st.room
-	if err := s.openReaders(path, ""); err != nil {
+	if err := s.openReaders(path, fmt.Sprintf("&_pragma=cache_size(-%d)", readerCacheKiB)); err != nil {
 		return s, nil, err
 	}
 	s.garbage.Store(true) // an earlier run may have left some
@@ -2497,7 +2544,7 @@ func openShard(st *store, i int, path string, cfg *config) (_ *shard, _ *record,
 // openReaders opens the shard at path for reading. params are more URI
 // parameters.
 func (s *shard) openReaders(path, params string) (err error) {
-	s.readers = openReadOnly(path, fmt.Sprintf("&_pragma=cache_size(-%d)%s", readerCacheKiB, params))
+	s.readers = openReadOnly(path, params)
 	s.readers.SetMaxOpenConns(readersPerShard)
 	s.readers.SetMaxIdleConns(readersPerShard)
 	for stmt, text := range map[**sql.Stmt]string{
@@ -4043,14 +4090,9 @@ func (st *store) expose(e *exposition) {
 // totals are what a shard's row of that name says.
 type totals struct{ blobs, bytes, orphans int64 }
 
-// fileSize returns the size of the shard's database or of a file beside it, 0
-// when there is none.
+// fileSize returns the size of the shard's database or of a file beside it.
 func (s *shard) fileSize(suffix string) int64 {
-	info, err := os.Stat(filepath.Join(s.store.dir, shardName(s.index)) + suffix)
-	if err != nil {
-		return 0
-	}
-	return info.Size()
+	return sizeOf(filepath.Join(s.store.dir, shardName(s.index)) + suffix)
 }
 
 // ============================================================================
@@ -4430,8 +4472,11 @@ func (k *checker) check(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
+		if err = translate(err); errors.Is(err, errAccess) {
+			return fmt.Errorf("cannot check shard %d: %w", i, err)
+		}
 		if err != nil {
-			k.defect(i, "%v", translate(err))
+			k.defect(i, "%v", err)
 		}
 		if found[i] = r; first == nil {
 			first = r
@@ -4443,8 +4488,12 @@ func (k *checker) check(ctx context.Context) error {
 	case first == nil:
 		return nil // each has its line
 	}
-	for i := range int(first.NumShards) {
-		if r, there := found[i]; !there {
+	for i, missing := 0, 0; i < int(first.NumShards); i++ {
+		if r, there := found[i]; !there && missing == 100 { // or the number is not what it was
+			k.defect(i, "the file is missing, perhaps as all others of %d shards", first.NumShards)
+			break
+		} else if !there {
+			missing++
 			k.defect(i, "the file is missing")
 		} else if r != nil && (r.NumShards != first.NumShards || r.Hash != first.Hash || r.Directory != first.Directory || r.Shard != int64(i)) {
 			k.defect(i, "it says that it is shard %d of %d by %s in directory %s, not %d of %d by %s in %s",
@@ -4470,11 +4519,19 @@ const strayQuery = `WITH RECURSIVE content (id) AS (
 func (k *checker) checkShard(ctx context.Context, i int) (_ *record, err error) {
 	s := &shard{store: &store{dir: k.dir, now: time.Now}, index: i, held: map[int64]int{}}
 	defer func() { err = cmp.Or(err, s.close()) }()
-	path, params := filepath.Join(k.dir, shardName(i)), ""
-	if (!fileExists(filepath.Join(k.dir, lockFile)) || unfinished(k.dir) != nil) && !fileExists(path+"-wal") {
-		params = "&immutable=1" // no server uses it: nothing is left behind, and it may lie on read-only media
+	path := filepath.Join(k.dir, shardName(i))
+	if err := hasContent(path); err != nil {
+		return nil, err
 	}
-	if err := s.openReaders(path, params); err != nil {
+	open := func(params string) error { return cmp.Or(s.close(), s.openReaders(path, params)) }
+	err = errAccess
+	if fileExists(filepath.Join(k.dir, lockFile)) && unfinished(k.dir) == nil { // else no server has ever used it
+		err = translate(open(""))
+	}
+	if errors.Is(err, errAccess) { // none can use it
+		err = openQuietly(path, open)
+	}
+	if err != nil {
 		return nil, err
 	}
 	r, err := recordOf(s.readers)
@@ -4523,10 +4580,10 @@ func (k *checker) checkShard(ctx context.Context, i int) (_ *record, err error) 
 		return r, err
 	}
 	var last int64 // what is new since we came is not checked, or a busy shard were never done
-	if err := s.readers.QueryRow("SELECT coalesce(max(id), 0) FROM blobs").Scan(&last); err != nil {
+	if err := s.readers.QueryRow("SELECT coalesce(max(id), ?) FROM blobs", math.MinInt64).Scan(&last); err != nil {
 		return r, err
 	}
-	for id := int64(0); id < last && ctx.Err() == nil; {
+	for id := int64(math.MinInt64); id < last && ctx.Err() == nil; {
 		key, b, err := nextBlob(row, id)
 		if b == nil && err == nil {
 			break
@@ -4704,8 +4761,7 @@ func cmdBackup(ctx context.Context, c *call) error {
 
 // copyInto has fill make a copy, checks that by k and gives it its name, to.
 // Until then it is a directory beside that, locked and marked, of which nothing is
-// left when something fails. The copy is complete once the marker is gone, before
-// the lock is.
+// left when something fails.
 func (c *call) copyInto(ctx context.Context, to string, k *checker, fill func(partial string, lock *sql.DB) error) (err error) {
 	partial := to + ".partial"
 	lock, err := clearPartial(partial)
@@ -4713,11 +4769,23 @@ func (c *call) copyInto(ctx context.Context, to string, k *checker, fill func(pa
 		return err
 	}
 	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.RemoveAll(partial), lock.Close())
+		if err == nil {
+			return
 		}
+		discard := removeUnmarked(partial)
+		if discard == nil { // the marker goes last, else what is left could pass for whole
+			discard = os.RemoveAll(partial)
+		}
+		err = errors.Join(err, discard, lock.Close())
 	}()
+	there, statErr := os.Stat(to)
 	for _, step := range []func() error{
+		func() error {
+			if statErr != nil {
+				return nil // nothing is in its place
+			}
+			return os.Chmod(partial, there.Mode().Perm()) // an empty directory is, and perhaps not for everybody
+		},
 		func() error { return fill(partial, lock) },
 		func() error {
 			k.dir, k.out, k.progress = partial, c.stdout, c.newProgress("verifying")
@@ -4733,23 +4801,26 @@ func (c *call) copyInto(ctx context.Context, to string, k *checker, fill func(pa
 			}
 			return nil
 		},
-		func() error { return os.Remove(filepath.Join(partial, partialFile)) },
-		lock.Close,
-		func() error { return os.Remove(filepath.Join(partial, lockFile)) },
+		func() error { return syncDir(partial) },
 		func() error {
-			info, err := os.Stat(to)
-			if err != nil {
-				return nil // nothing is in its place
-			}
-			// An empty directory is, and perhaps not for everybody.
-			if err := os.Chmod(partial, info.Mode().Perm()); err != nil {
-				return err
+			if statErr != nil {
+				return nil
 			}
 			return os.Remove(to)
 		},
-		func() error { return syncDir(partial) },
+		func() error {
+			if runtime.GOOS != "windows" { // where nothing that is open can be renamed
+				return nil
+			}
+			return lock.Close()
+		},
 		func() error { return os.Rename(partial, to) },
 		func() error { return syncDir(filepath.Dir(to)) },
+		// After the rename, else a crash leaves a copy that the next run does not know.
+		func() error { return os.Remove(filepath.Join(to, partialFile)) },
+		func() error { return syncDir(to) },
+		func() error { return os.Remove(filepath.Join(to, lockFile)) },
+		lock.Close,
 	} {
 		if err := step(); err != nil {
 			return err
@@ -4767,6 +4838,17 @@ func vacant(dir string) (string, error) {
 	}
 	if real, err := filepath.EvalSymlinks(dir); err == nil {
 		dir = real
+	} else if _, err := os.Lstat(dir); err == nil {
+		return "", fmt.Errorf("%s is a link that leads nowhere", dir)
+	}
+	if unfinished(dir) != nil { // that run had to take its marker away, and no more
+		lock, err := lockDir(dir)
+		if err == nil {
+			err = errors.Join(lock.Close(), os.Rename(dir, dir+".partial"))
+		}
+		if err != nil {
+			return "", err
+		}
 	}
 	left, err := os.ReadDir(dir)
 	switch {
@@ -4777,11 +4859,8 @@ func vacant(dir string) (string, error) {
 	case len(left) > 0:
 		return "", fmt.Errorf("%s is not empty; a copy needs a new directory", dir)
 	}
-	info, err := os.Stat(dir)
-	if err != nil {
-		return "", err
-	}
-	if err := cmp.Or(os.Remove(dir), os.Mkdir(dir, info.Mode().Perm())); err != nil { // now rather than after all the work
+	aside := dir + "." + rand.Text()
+	if err := cmp.Or(os.Rename(dir, aside), os.Rename(aside, dir)); err != nil { // now rather than after all the work
 		return "", fmt.Errorf("cannot take the place of %s, is it a mount point? Name a directory in it: %w", dir, err)
 	}
 	return dir, nil
@@ -4793,6 +4872,9 @@ func shardCount(dir string) (int, error) {
 	if !fileExists(path) {
 		return 0, fmt.Errorf("%s holds no data: %s is missing", dir, path)
 	}
+	if err := hasContent(path); err != nil {
+		return 0, err
+	}
 	db := openReadOnly(path, "")
 	defer db.Close()
 	r, err := recordOf(db)
@@ -4800,8 +4882,8 @@ func shardCount(dir string) (int, error) {
 		return 0, fmt.Errorf("cannot read %s: %w", path, translate(err))
 	}
 	for i := range int(r.NumShards) {
-		if path := filepath.Join(dir, shardName(i)); !fileExists(path) {
-			return 0, fmt.Errorf("%s is missing", path)
+		if err := hasContent(filepath.Join(dir, shardName(i))); err != nil {
+			return 0, err
 		}
 	}
 	return int(r.NumShards), nil
@@ -4822,10 +4904,10 @@ func clearPartial(dir string) (lock *sql.DB, err error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
-	var left []fs.DirEntry
-	foreign := func(e fs.DirEntry) bool { return e.Name() != lockFile }
 	inTheWay := func() error {
-		if left, err = os.ReadDir(dir); err == nil && slices.ContainsFunc(left, foreign) && unfinished(dir) == nil {
+		left, err := os.ReadDir(dir)
+		others := slices.ContainsFunc(left, func(e fs.DirEntry) bool { return e.Name() != lockFile })
+		if info, statErr := os.Lstat(dir); statErr == nil && !info.IsDir() || others && unfinished(dir) == nil {
 			err = fmt.Errorf("%s is in the way, and is nothing that this command has left; take it away", dir)
 		}
 		return err
@@ -4836,19 +4918,30 @@ func clearPartial(dir string) (lock *sql.DB, err error) {
 	if lock, err = lockDir(dir); err != nil {
 		return nil, err
 	}
-	if err := inTheWay(); err != nil { // another run may have completed it meanwhile
-		return nil, errors.Join(err, lock.Close())
+	if err = inTheWay(); err == nil { // another run may have completed it meanwhile
+		err = os.WriteFile(filepath.Join(dir, partialFile), nil, 0o644) // before anything else: what is unfinished says so
 	}
-	err = os.WriteFile(filepath.Join(dir, partialFile), nil, 0o644) // before anything else: what is unfinished says so
-	for _, e := range left {
-		if foreign(e) && e.Name() != partialFile {
-			err = cmp.Or(err, os.RemoveAll(filepath.Join(dir, e.Name())))
-		}
+	if err == nil {
+		err = removeUnmarked(dir)
 	}
 	if err != nil {
 		return nil, errors.Join(err, lock.Close())
 	}
 	return lock, nil
+}
+
+// removeUnmarked removes all of dir but marker and lock.
+func removeUnmarked(dir string) error {
+	left, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	for _, e := range left {
+		if e.Name() != partialFile && e.Name() != lockFile {
+			err = cmp.Or(err, os.RemoveAll(filepath.Join(dir, e.Name())))
+		}
+	}
+	return err
 }
 
 // unfinished returns an error where backup or migrate has not completed dir.
@@ -5029,7 +5122,10 @@ func (m *migration) open(dir string) (err error) {
 	shards := 0
 	for _, e := range entries {
 		if _, ok := shardIndex(e.Name()); ok && !e.IsDir() {
-			path := filepath.Join(m.dir, e.Name())
+			path, err := filepath.EvalSymlinks(filepath.Join(m.dir, e.Name()))
+			if err != nil {
+				return err
+			}
 			m.files = append(m.files, path, path+"-wal")
 			shards++
 		}
@@ -5048,18 +5144,26 @@ func (m *migration) open(dir string) (err error) {
 
 func (m *migration) openShard(i, shards int) error {
 	path := filepath.Join(m.dir, shardName(i))
-	if !fileExists(path) {
-		return errors.New("it is missing")
+	if err := hasContent(path); err != nil {
+		return err
 	}
-	params := "mode=ro"
-	if !fileExists(path+"-wal") && !fileExists(path+"-journal") { // SQLite would make a WAL, and may not use a journal
-		params += "&immutable=1"
-	}
-	s := &shard{store: &store{dir: m.dir, now: time.Now}, index: i, readers: openDB(path, params)}
+	s := &shard{store: &store{dir: m.dir, now: time.Now}, index: i}
 	m.undo = append(m.undo, s.close)
+	var encoding string
+	err := openQuietly(path, func(params string) error {
+		err := s.close()
+		s.readers = openReadOnly(path, params)
+		return cmp.Or(err, s.readers.QueryRow("SELECT encoding FROM pragma_encoding, (SELECT count(*) FROM sqlite_schema)").Scan(&encoding))
+	})
+	if err != nil {
+		return err
+	}
+	if encoding != "UTF-8" {
+		return fmt.Errorf("its texts are %s, only UTF-8 can be read", encoding)
+	}
 	var names []string
-	err := queryAll(s.readers, func(name string) { names = append(names, name) },
-		"SELECT name FROM sqlite_schema WHERE type = 'table' AND (name IN ('blobs', 'meta') OR name GLOB 'blobs_*')")
+	err = queryAll(s.readers, func(name string) { names = append(names, name) },
+		"SELECT name FROM sqlite_schema WHERE type = 'table' AND (name IN ('blobs', 'meta') OR name LIKE 'blobs\\_%' ESCAPE '\\')")
 	if err != nil {
 		return err
 	}
@@ -5071,7 +5175,7 @@ func (m *migration) openShard(i, shards int) error {
 	}
 	for _, name := range names {
 		var columns []string
-		err := queryAll(s.readers, func(name string) { columns = append(columns, name) }, "SELECT name FROM pragma_table_info(?)", name)
+		err := queryAll(s.readers, func(name string) { columns = append(columns, name) }, "SELECT name FROM pragma_table_xinfo(?) WHERE hidden <> 2", name) // those that lie in its records
 		if err != nil {
 			return err
 		}
@@ -5093,8 +5197,8 @@ func (m *migration) openShard(i, shards int) error {
 		if err := s.readers.QueryRow("SELECT rootpage FROM sqlite_schema WHERE type = 'table' AND name = ?", name).Scan(&t.root); err != nil {
 			return err
 		}
-		if rest, ok := strings.CutPrefix(name, "blobs_"); ok {
-			t.namespace = rest + "/"
+		if name != "blobs" {
+			t.namespace = name[len("blobs_"):] + "/"
 		}
 		if t.row, err = s.readers.Prepare(fmt.Sprintf("%s FROM %s WHERE rowid = ?", query, quoteSQL(name))); err != nil {
 			return err
@@ -5269,8 +5373,10 @@ func (m *migration) copy(t *sourceTable, rowid int64, key string, c *conditions)
 		return err
 	}
 	m.progress.add(1, stored.size)
-	if p.length != b.size {
+	if p.length < 0 {
 		m.unpacked++
+	} else if stored.size != b.size {
+		return fmt.Errorf("%w: %d bytes could be read of %d", errCorrupt, stored.size, b.size)
 	}
 	return nil
 }
@@ -5331,16 +5437,14 @@ func (t *sourceTable) content(rows *sql.Rows, rowid int64) (b *blob, open opener
 	if err := rows.Scan(&data, &size, &created, &updated, &expires, &version); err != nil {
 		return nil, nil, err
 	}
-	now := time.Now().Unix()
-	millis := func(seconds sql.NullInt64, otherwise int64) int64 {
-		if !seconds.Valid {
-			return otherwise * 1000
-		}
-		return seconds.Int64 * 1000
+	if expires.Int64 > maxUnix {
+		expires.Int64 = 0 // which is never
 	}
-	b = &blob{size: size.Int64, contentType: "application/octet-stream", expires: millis(expires, 0), version: version.Int64}
-	b.created = millis(created, now)
-	b.updated = max(millis(updated, now), b.created)
+	millis := func(seconds sql.NullInt64) int64 { return max(0, min(seconds.Int64, maxUnix)) * 1000 }
+	now := sql.NullInt64{Int64: time.Now().Unix(), Valid: true}
+	b = &blob{size: size.Int64, contentType: "application/octet-stream", expires: millis(expires), version: version.Int64}
+	b.created = millis(cmp.Or(created, now))
+	b.updated = max(millis(cmp.Or(updated, now)), b.created)
 	switch {
 	case !size.Valid:
 		return b, nil, nil

@@ -559,6 +559,9 @@ func TestConfig(t *testing.T) {
 		{"token from the environment", min, []string{"BLOBNOM_AUTH_TOKEN=sekret with spaces"}, []string{"BLOBNOM_AUTH_TOKEN", "visible ASCII"}},
 		{"half a pair", min + "tls_cert = 'cert.pem'\n", nil, []string{"tls_cert = \"cert.pem\", tls_key = \"\"", "both or neither"}},
 		{"no pair", min + "tls_cert = 'missing.pem'\ntls_key = 'missing.key'\n", nil, []string{"missing.pem"}},
+		{"not a string", min + "auth_token = 123456\nauth_tokens = ['x']\n", nil, []string{`auth_token = "(secret)": must be a string`, "auth_tokens = "}},
+		{"a path with a word", min + "tls_cert = '/run/secrets/tls.crt'\ntls_key = '/run/secrets/auth/tls.key'\n", nil, []string{`tls_key = "/run/secrets/auth/tls.key"`, "no such file"}},
+		{"a pasted key", min + "tls_cert = '-----BEGIN PRIVATE KEY----- sekret'\ntls_key = 'x'\n", nil, []string{`tls_cert = "(secret)"`, "must name files"}},
 		{"origin", min + "cors_origin = 'https://example.org/'\n", nil, []string{"cors_origin", "must be an origin"}},
 	} {
 		file := filepath.Join(t.TempDir(), "c.toml")
@@ -577,7 +580,7 @@ func TestConfig(t *testing.T) {
 				t.Errorf("%s: %v, want %q", c.name, err, want)
 			}
 		}
-		if strings.Contains(fmt.Sprint(err), "sekret") {
+		if strings.Contains(fmt.Sprint(err), "sekret") || strings.Contains(fmt.Sprint(err), "123456") {
 			t.Error("a token is shown:", err)
 		}
 		if got := strings.Count(fmt.Sprint(err), "\n"); c.name == "several" && got != 6 {
@@ -2979,6 +2982,8 @@ func TestCheck(t *testing.T) {
 		{"an unreadable row", update("small", "UPDATE blobs SET updated_at = 'x' WHERE key = 'small'; UPDATE blobs SET sha256 = zeroblob(32) WHERE key <> 'small'"),
 			[]string{of("small"), "5"}},
 		{"the record", update("large", "UPDATE meta SET value = 'another' WHERE key = 'directory'"), []string{"it says that it is shard"}},
+		{"another count", update("large", "UPDATE meta SET value = 100000000000 WHERE key = 'num_shards'"), []string{"it says that it is shard"}},
+		{"an id that is not ours", update("small", "UPDATE blobs SET id = -id, sha256 = zeroblob(32) WHERE key = 'small'"), []string{of("small")}},
 		{"no record", update("large", "DELETE FROM meta"), []string{"meta is incomplete"}},
 		{"a missing shard", func(t *testing.T, dir string) { os.Remove(shard(dir, "large")) }, []string{fmt.Sprintf("shard %d: the file is missing", home("large"))}},
 		{"a shard too many", func(t *testing.T, dir string) { copyFile(t, shard(dir, "large"), filepath.Join(dir, shardName(7))) }, []string{"shard 7: the directory has only 4"}},
@@ -3133,6 +3138,20 @@ func TestBackup(t *testing.T) {
 	if code, _, stderr := runCommand(t, env, "backup", link); code != 0 || !fileExists(filepath.Join(target, shardName(0))) {
 		t.Errorf("into a link: code %d, %s", code, stderr)
 	}
+	nowhere, other2 := filepath.Join(t.TempDir(), "nowhere"), filepath.Join(t.TempDir(), "b")
+	os.Symlink("missing", nowhere)
+	os.Symlink(t.TempDir(), other2+".partial")
+	for dir, want := range map[string]string{nowhere: "leads nowhere", other2: "in the way"} {
+		if code, _, stderr := runCommand(t, env, "backup", dir); code != 1 || !strings.Contains(stderr, want) {
+			t.Errorf("into a link: code %d, %s", code, stderr)
+		}
+	}
+	// What was killed when it was complete but for its name is made anew.
+	os.WriteFile(filepath.Join(target, partialFile), nil, 0o600)
+	os.WriteFile(filepath.Join(target, lockFile), nil, 0o600)
+	if code, stdout, stderr := runCommand(t, env, "backup", target); code != 0 || fileExists(filepath.Join(target, partialFile)) || fileExists(filepath.Join(target, lockFile)) {
+		t.Errorf("again: code %d, %s%s", code, stdout, stderr)
+	}
 	whole := filepath.Join(t.TempDir(), "whole")
 	if err := os.CopyFS(whole+".partial", os.DirFS(target)); err != nil {
 		t.Fatal(err)
@@ -3228,6 +3247,34 @@ func TestCopyDiskFull(t *testing.T) {
 		if left, _ := os.ReadDir(small); code != 1 || !strings.Contains(stderr, "full") || len(left) > 0 {
 			t.Errorf("code %d, %s%s; left: %v", code, stdout, stderr, left)
 		}
+	}
+}
+
+// While a copy is made nobody may read it who may not read its place, and where it
+// cannot be taken away its marker stays.
+func TestCopyInTheMaking(t *testing.T) {
+	to := filepath.Join(t.TempDir(), "to")
+	if err := os.Mkdir(to, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	busy := filepath.Join(to+".partial", "busy")
+	c := &call{stdout: io.Discard}
+	err := c.copyInto(t.Context(), to, &checker{}, func(partial string, _ *sql.DB) error {
+		if info, err := os.Stat(partial); err != nil || info.Mode().Perm() != 0o700 {
+			t.Error(info.Mode(), err)
+		}
+		os.WriteFile(filepath.Join(partial, "a"), nil, 0o600)
+		os.Mkdir(busy, 0o700)
+		if out, err := exec.Command("mount", "-t", "tmpfs", "tmpfs", busy).CombinedOutput(); err != nil {
+			t.Skipf("cannot mount: %v %s", err, out)
+		}
+		return errors.New("broken off")
+	})
+	if umount := exec.Command("umount", "-l", busy).Run(); umount != nil {
+		t.Error(umount)
+	}
+	if err == nil || unfinished(to+".partial") == nil || fileExists(filepath.Join(to+".partial", "a")) {
+		t.Error(err)
 	}
 }
 
@@ -3372,15 +3419,24 @@ func TestMigrateForeign(t *testing.T) {
 				exec("INSERT INTO blobs VALUES ('k', 'text', 1000, 2000, ?, 7)", future)
 			}
 			exec("INSERT INTO blobs VALUES (?, 'old', 1000, 2000, 3000, 7)", fmt.Sprint("expired", i))
-		}, "", map[string][]byte{"k": []byte("text")}, []string{"3 expired"}},
+			exec("INSERT INTO blobs VALUES (?, 'x', ?2, ?2, ?2, 7)", fmt.Sprint("for ever", i), int64(1<<63-1))
+		}, "", map[string][]byte{"k": []byte("text"), "for ever0": []byte("x"), "for ever1": []byte("x"), "for ever2": []byte("x")}, []string{"3 expired"}},
+		{"generated columns", func(i int, exec func(string, ...any)) {
+			exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, a INT AS (length(key)) VIRTUAL, n INT AS (length(key)) STORED, data BLOB)")
+			exec("INSERT INTO blobs (key, data) VALUES (?, ?)", fmt.Sprint("k", i), noise(300_000, 1))
+		}, "", map[string][]byte{"k0": noise(300_000, 1), "k1": noise(300_000, 1), "k2": noise(300_000, 1)}, []string{"3 blobs"}},
+		{"UTF-16", func(i int, exec func(string, ...any)) {
+			exec("PRAGMA encoding = 'UTF-16le'")
+			exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)")
+		}, "", nil, []string{"UTF-16le"}},
 		{"blobasaur", func(i int, exec func(string, ...any)) {
-			for _, table := range []string{"blobs", "blobs_photos", `"blobs_with space"`} {
+			for _, table := range []string{"blobs", "Blobs_photos", `"blobs_with space"`} {
 				exec("CREATE TABLE " + table + fmt.Sprintf(metadata, "value"))
 				exec("INSERT INTO "+table+" VALUES (?, ?, 1, 2, NULL, 0)", fmt.Sprint("k", i), []byte(table+fmt.Sprint(i)))
 			}
 		}, "", map[string][]byte{
 			"k0": []byte("blobs0"), "k1": []byte("blobs1"), "k2": []byte("blobs2"),
-			"photos/k0": []byte("blobs_photos0"), "photos/k1": []byte("blobs_photos1"), "photos/k2": []byte("blobs_photos2"),
+			"photos/k0": []byte("Blobs_photos0"), "photos/k1": []byte("Blobs_photos1"), "photos/k2": []byte("Blobs_photos2"),
 			"with space/k0": []byte(`"blobs_with space"0`), "with space/k1": []byte(`"blobs_with space"1`), "with space/k2": []byte(`"blobs_with space"2`),
 		}, []string{"9 blobs"}},
 		{"gzip", func(i int, exec func(string, ...any)) {
@@ -3530,6 +3586,95 @@ func TestMigrateForeign(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A source may be made of links, and lie where nothing can be written.
+func TestMigrateFromOddPlaces(t *testing.T) {
+	t.Chdir(t.TempDir())
+	from := foreign(t, 2, func(i int, exec func(string, ...any)) {
+		exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)")
+		exec("INSERT INTO blobs VALUES (?, 'x')", fmt.Sprint("k", i))
+	})
+	links, sealed := t.TempDir(), mount(t, "16m")
+	for i := range 2 {
+		if err := os.Symlink(filepath.Join(from, shardName(i)), filepath.Join(links, shardName(i))); err != nil {
+			t.Fatal(err)
+		}
+		copyFile(t, filepath.Join(from, shardName(i)), filepath.Join(sealed, shardName(i)))
+		copyFile(t, filepath.Join(from, shardName(i)+"-wal"), filepath.Join(sealed, shardName(i)+"-wal"))
+	}
+	seal := func() {
+		if out, err := exec.Command("mount", "-o", "remount,ro", sealed).CombinedOutput(); err != nil {
+			t.Skipf("cannot mount: %v %s", err, out)
+		}
+	}
+	seal()
+	for _, from := range []string{links, sealed} {
+		to := filepath.Join(t.TempDir(), "to")
+		if code, stdout, stderr := runCommand(t, []string{"BLOBNOM_DATA_DIR=" + to}, "migrate", from); code != 0 || !strings.Contains(stdout, " 2 blobs") {
+			t.Errorf("code %d, %s%s", code, stdout, stderr)
+		}
+	}
+	// So may a directory of ours that is checked, with and without WALs.
+	cfg := testConfig(t)
+	s := serveConfig(t, cfg, stallTimeout)
+	s.put("k", []byte("v"))
+	for _, name := range []string{"live", "stopped"} {
+		if name == "stopped" {
+			s.stop()
+		}
+		exec.Command("mount", "-o", "remount,rw", sealed).Run()
+		dir := filepath.Join(sealed, name)
+		if err := os.CopyFS(dir, os.DirFS(cfg.DataDir)); err != nil {
+			t.Fatal(err)
+		}
+		shms, _ := filepath.Glob(filepath.Join(dir, "*-shm"))
+		for _, shm := range shms {
+			os.Remove(shm)
+		}
+		os.Remove(filepath.Join(dir, reserveFile))
+		seal()
+		if code, stdout, stderr := runCommand(t, nil, "check", dir); code != 0 || !strings.Contains(stdout, " 1 blobs") {
+			t.Errorf("%s: code %d, %s%s", name, code, stdout, stderr)
+		}
+	}
+}
+
+// An empty database is not opened: that would delete the WAL beside it.
+func TestEmptyDatabase(t *testing.T) {
+	t.Chdir(t.TempDir())
+	for _, args := range [][]string{{"check"}, {"migrate"}, {"backup", "to"}} {
+		from := foreign(t, 1, func(_ int, exec func(string, ...any)) { exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)") })
+		os.WriteFile(filepath.Join(from, lockFile), nil, 0o600)
+		os.Truncate(filepath.Join(from, shardName(0)), 0)
+		before := snapshot(t, from)
+		dir := from
+		if args[0] == "migrate" {
+			args, dir = append(args, from), filepath.Join(t.TempDir(), "to")
+		}
+		if code, stdout, stderr := runCommand(t, []string{"BLOBNOM_DATA_DIR=" + dir}, args...); code != 1 || !strings.Contains(stdout+stderr, "shard_0.db is empty") {
+			t.Errorf("%s: code %d, %s%s", args[0], code, stdout, stderr)
+		}
+		if after := snapshot(t, from); !maps.Equal(before, after) {
+			t.Errorf("%s changed %v to %v", args[0], before, after)
+		}
+	}
+}
+
+// What cannot be read to its end is no success.
+func TestMigrateComparesSizes(t *testing.T) {
+	dir := t.TempDir()
+	exec1(t, filepath.Join(dir, shardName(0)), "CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB); INSERT INTO blobs VALUES ('k', zeroblob(300000))")
+	s := newTestServer(t)
+	m := &migration{call: &call{stdout: io.Discard}, progress: &progress{}, to: s.store, now: time.Now}
+	defer m.close()
+	if err := m.open(dir); err != nil {
+		t.Fatal(err)
+	}
+	m.tables[0].column = 0 // another one
+	if err := m.copyAll(t.Context()); err == nil || !strings.Contains(err.Error(), "1 bytes could be read of 300000") {
+		t.Error(err)
 	}
 }
 
