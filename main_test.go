@@ -173,7 +173,7 @@ func (s *testServer) do(method, path string, body io.Reader, headers ...string) 
 		s.t.Fatal(err)
 	}
 	for i := 0; i < len(headers); i += 2 {
-		req.Header.Set(headers[i], headers[i+1])
+		req.Header.Add(headers[i], headers[i+1])
 	}
 	resp, err := client.Do(req)
 	if err != nil {
@@ -1784,6 +1784,7 @@ func TestAuth(t *testing.T) {
 				t.Errorf("%s %s: %v %q", c.method, c.path, resp.Header, body)
 			}
 		}
+		s.want(401, "GET", "/blob/k", nil, "Authorization", "Bearer "+token, "Authorization", "Bearer "+token)
 		s.stop()
 		if log := s.log.String(); strings.Contains(log, token) || strings.Contains(log, "sig=") || strings.Contains(log, "expires") {
 			t.Errorf("a secret in the log: %s", log)
@@ -2003,6 +2004,16 @@ func TestMetrics(t *testing.T) {
 	if after := len(s.metrics()); after > before+1 { // that of /metrics itself is new
 		t.Errorf("%d samples became %d", before, after)
 	}
+	// Of a shard that cannot say how much it has, the rest is told.
+	path := filepath.Join(s.store.dir, shardName(1))
+	exec1(t, path, "UPDATE totals SET blobs = 'x'")
+	m = s.metrics()
+	for sample, want := range map[string]bool{`blobnom_shard_blobs{shard="0"}`: true, `blobnom_shard_blobs{shard="1"}`: false, `blobnom_shard_file_bytes{shard="1"}`: true} {
+		if _, there := m[sample]; there != want {
+			t.Errorf("%s: %v", sample, there)
+		}
+	}
+	exec1(t, path, "UPDATE totals SET blobs = (SELECT count(*) FROM blobs)")
 }
 
 // A client that makes no progress is cut off; one that is slow is not.
