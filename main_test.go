@@ -3806,6 +3806,11 @@ func TestMigrateHotJournal(t *testing.T) {
 	if !maps.Equal(before, snapshot(t, dir)) {
 		t.Error("the source has changed")
 	}
+	// What cannot be read is no defect of it.
+	os.WriteFile(filepath.Join(dir, lockFile), nil, 0o600)
+	if code, stdout, stderr := runCommand(t, nil, "check", dir); code != 1 || !strings.Contains(stderr, "cannot check shard 0") || stdout != "" {
+		t.Errorf("check: code %d, %s%s", code, stdout, stderr)
+	}
 }
 
 // From one shape to another and back nothing changes.
