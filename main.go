@@ -184,9 +184,10 @@ const (
 	headerTimeout   = 15 * time.Second
 	stallTimeout    = 60 * time.Second // without progress, up or down
 	idleTimeout     = 120 * time.Second
-	queueTimeout    = 10 * time.Second // waiting for room in the queue
-	drainTimeout    = 15 * time.Second // finishing requests after SIGTERM
-	busyTimeout     = 5 * time.Second  // another process holds a SQLite lock
+	queueTimeout    = 10 * time.Second       // waiting for room in the queue
+	drainTimeout    = 15 * time.Second       // finishing requests after SIGTERM
+	busyTimeout     = 5 * time.Second        // another process holds a SQLite lock
+	lockTimeout     = 300 * time.Millisecond // who but asks for a directory's lock has it for an instant
 	sweepInterval   = time.Second
 	reserveInterval = 100 * time.Millisecond // between attempts to have the reserve back
 	progressGrain   = 60                     // deadlines are moved at most this often per stallTimeout
@@ -216,11 +217,12 @@ var (
 	errBusy       = &kind{http.StatusServiceUnavailable, "too busy, try again"}
 	errStopping   = &kind{http.StatusServiceUnavailable, "server is stopping"}
 	errFull       = &kind{http.StatusInsufficientStorage, "disk full"}
-	errAccess     = &kind{http.StatusInternalServerError, "shard cannot be opened"} // which says nothing of what is in it
+	errAccess     = &kind{http.StatusInternalServerError, "shard cannot be opened"} // nothing is known of what is in it
 	errInternal   = &kind{http.StatusInternalServerError, "internal error"}         // of what has no kind
 
 	errNoBlob     = fmt.Errorf("%w: no blob under this key", errNotFound)
 	errClientGone = errors.New("the client broke off") // nobody to answer
+	errInUse      = errors.New("in use by another blobnom")
 )
 
 // applicationID marks our files in the SQLite header ("Blob"), schemaVersion
@@ -519,7 +521,7 @@ func newLogger(cfg *config, w io.Writer) *slog.Logger {
 var exampleConfig string
 
 // config is the effective configuration; immutable after loadConfig. Its tags
-// are the table of keys: of is the words a string may be.
+// are the table of keys.
 type config struct {
 	DataDir            string `key:"data_dir" required:"true"`
 	NumShards          int64  `key:"num_shards" required:"true" min:"1"`
@@ -529,8 +531,8 @@ type config struct {
 	BatchSize          int64  `key:"batch_size" default:"1" min:"1"`
 	BatchTimeoutMS     int64  `key:"batch_timeout_ms" min:"0"`
 	Addr               string `key:"addr" default:"0.0.0.0:3000"`
-	Durability         string `key:"durability" default:"full" of:"full normal off"`
-	Hash               string `key:"hash" default:"fnv1a" of:"fnv1a crc32c sha256"`
+	Durability         string `key:"durability" default:"full" oneof:"full normal off"`
+	Hash               string `key:"hash" default:"fnv1a" oneof:"fnv1a crc32c sha256"`
 	MaxBlobBytes       int64  `key:"max_blob_bytes" default:"1073741824" min:"0"`
 	MaxPendingBytes    int64  `key:"max_pending_bytes" default:"67108864" min:"1"`
 	AuthToken          string `key:"auth_token"`
@@ -538,8 +540,8 @@ type config struct {
 	TLSCert            string `key:"tls_cert"` // see pair
 	TLSKey             string `key:"tls_key"`
 	CORSOrigin         string `key:"cors_origin"`
-	LogFormat          string `key:"log_format" default:"text" of:"text json"`
-	LogLevel           string `key:"log_level" default:"info" of:"debug info warn error"`
+	LogFormat          string `key:"log_format" default:"text" oneof:"text json"`
+	LogLevel           string `key:"log_level" default:"info" oneof:"debug info warn error"`
 }
 
 // option is one key of a config.
@@ -569,20 +571,20 @@ func defaultConfig() *config {
 	return c
 }
 
-// set stores value, a string to be parsed when text, and returns what is
+// set stores value, a string to be parsed when fromText, and returns what is
 // wanted instead when it does not fit.
-func (o *option) set(value any, text bool) (want string) {
+func (o *option) set(value any, fromText bool) (want string) {
 	switch o.value.Kind() {
 	case reflect.Int64:
 		want = "must be a whole number"
-		if text {
+		if fromText {
 			if n, err := strconv.ParseInt(value.(string), 10, 64); err == nil {
 				value = n
 			}
 		}
 	case reflect.Bool:
 		want = "must be true or false"
-		if text && (value == "true" || value == "false") {
+		if fromText && (value == "true" || value == "false") {
 			value = value == "true"
 		}
 	default:
@@ -604,7 +606,7 @@ func (o *option) check() string {
 		}
 	}
 	text := o.value.String()
-	if words := strings.Fields(o.tag.Get("of")); len(words) > 0 && !slices.Contains(words, text) {
+	if words := strings.Fields(o.tag.Get("oneof")); len(words) > 0 && !slices.Contains(words, text) {
 		return "must be one of " + strings.Join(words, ", ")
 	}
 	switch o.key {
@@ -640,19 +642,14 @@ func (c *config) logArgs() (args []any) {
 
 // shown is the value of key as logs and errors show it.
 func shown(key string, value any) any {
-	switch v := value.(type) {
-	case string:
-		if v == "" || !secretive(key) && !strings.Contains(v, pemBegin) {
-			return v
+	switch value.(type) {
+	case string, int64, float64, bool:
+		if value == "" || !secretive(key) && !strings.Contains(fmt.Sprint(value), pemBegin) {
+			return value
 		}
-	case int64, float64, bool:
-		if !secretive(key) {
-			return v
-		}
-	default: // who knows what is in it
-		return "(not a plain value)"
+		return "(secret)"
 	}
-	return "(secret)"
+	return "(not a plain value)" // who knows what is in it
 }
 
 // secretive reports whether text, perhaps misspelt, is about a token or has a
@@ -707,7 +704,7 @@ func loadConfig(file string, environ []string) (*config, string, error) {
 		problems = append(problems, "not valid TOML: "+tomlProblem(err, text))
 	}
 	unread := problems != nil
-	c := defaultConfig()
+	c, paired := defaultConfig(), true
 	for _, o := range c.options() {
 		value, given := values[o.key]
 		delete(values, o.key)
@@ -722,10 +719,11 @@ func loadConfig(file string, environ []string) (*config, string, error) {
 			continue
 		}
 		if want := o.set(value, name != o.key); want != "" {
+			paired = paired && !strings.HasPrefix(o.key, "tls_")
 			problems = append(problems, fmt.Sprintf("%s = %#v: %s", name, shown(o.key, value), want))
 		}
 	}
-	if err := c.pair(); err != nil {
+	if err := c.pair(); err != nil && paired {
 		problems = append(problems, fmt.Sprintf("tls_cert = %q, tls_key = %q: %v", shown("tls_cert", c.TLSCert), shown("tls_key", c.TLSKey), err))
 	}
 	for _, key := range slices.Sorted(maps.Keys(values)) {
@@ -987,9 +985,9 @@ type response struct {
 	moved          atomic.Int64 // Unix nanoseconds when the deadlines were
 }
 
-// made notes progress, of the client or of the answer. Any goroutine may call
+// progressed notes progress, of the client or of the answer. Any goroutine may call
 // it; errors are left to the read or write that follows.
-func (w *response) made() {
+func (w *response) progressed() {
 	now := time.Now()
 	if now.UnixNano()-w.moved.Load() < int64(w.stall/progressGrain) {
 		return
@@ -1002,7 +1000,7 @@ func (w *response) made() {
 
 func (w *response) WriteHeader(status int) {
 	if w.status == 0 && status >= 200 {
-		w.made() // who waited long for its turn has all the time to read the answer
+		w.progressed() // who waited long for its turn has all the time to read the answer
 		w.status = status
 	}
 	w.ResponseWriter.WriteHeader(status)
@@ -1013,7 +1011,7 @@ func (w *response) Write(p []byte) (n int, err error) {
 		w.WriteHeader(http.StatusOK)
 	}
 	for piece := range slices.Chunk(p, writePiece) {
-		w.made()
+		w.progressed()
 		m, err := w.ResponseWriter.Write(piece)
 		n, w.sent = n+m, w.sent+int64(m)
 		if err != nil {
@@ -1110,7 +1108,7 @@ func writeText(w http.ResponseWriter, status int, text string) {
 // handlers. stop releases the signal handler, so that a second signal kills.
 func (s *server) serve(ctx context.Context, stop func(), ln net.Listener) error {
 	// ReadTimeout and WriteTimeout are the first stallTimeout of a request,
-	// set by net/http at no extra cost; response.made moves them on from there.
+	// set by net/http at no extra cost; response.progressed moves them on from there.
 	hs := &http.Server{
 		Handler:           s.routes(),
 		ReadHeaderTimeout: headerTimeout,
@@ -1299,8 +1297,8 @@ var headerNames = [...]string{"Content-Type", "Etag", "Repr-Digest", "Blob-Creat
 // stamp is how times look in answers.
 func stamp(ms int64) string { return time.UnixMilli(ms).UTC().Format("2006-01-02T15:04:05.000Z07:00") }
 
-// describe fills in b.header, once for all answers that carry b.
-func (b *blob) describe() {
+// renderHeader fills in b.header, once for all answers that carry b.
+func (b *blob) renderHeader() {
 	plain, _ := b.etags()
 	created := stamp(b.created)
 	b.header = [...]string{
@@ -1431,7 +1429,7 @@ func (c *content) sendRange(w *response, r *http.Request) error {
 	}
 	c.describe(w.Header())
 	l := &lateResponse{response: w}
-	http.ServeContent(l, r, "", c.blob.modified(), c)
+	http.ServeContent(l, r, "", c.blob.modified(), c.reader())
 	if err := c.close(); err != nil {
 		w.Header().Del("Content-Range")
 		return err
@@ -1546,7 +1544,7 @@ func (s *server) listBlobs(w *response, r *http.Request) error {
 	if q.Has("limit") {
 		n, err := strconv.ParseUint(q.Get("limit"), 10, 16)
 		if left = int(n); err != nil || n < 1 || n > maxPage {
-			return fmt.Errorf("%w: limit=%q is not a number from 1 to %d", errBadRequest, q.Get("limit"), maxPage)
+			return fmt.Errorf("%w: limit is not a number from 1 to %d", errBadRequest, maxPage)
 		}
 	}
 	prefix, from := q.Get("prefix"), ""
@@ -1608,7 +1606,7 @@ func (u *upload) Read(p []byte) (int, error) {
 		return n, u.tooLarge()
 	}
 	if n > 0 {
-		u.w.made()
+		u.w.progressed()
 		u.w.received += int64(n)
 	}
 	if err != nil && err != io.EOF {
@@ -1685,9 +1683,9 @@ func queryOf(r *http.Request) (url.Values, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: the query cannot be parsed", errBadRequest)
 	}
-	for name, values := range q {
+	for _, values := range q {
 		if len(values) > 1 {
-			return nil, fmt.Errorf("%w: %q is in the query %d times", errBadRequest, name, len(values))
+			return nil, fmt.Errorf("%w: a parameter is in the query %d times", errBadRequest, len(values))
 		}
 	}
 	return q, nil
@@ -1705,7 +1703,7 @@ func ttlOf(r *http.Request) (time.Duration, error) {
 		ttl, err = time.Duration(seconds)*time.Second, nil
 	}
 	if err != nil || ttl <= 0 || ttl > maxTTL {
-		return 0, fmt.Errorf("%w: ttl=%q is neither a duration such as 90s or 1.5h nor whole seconds, above 0 and up to %.0fh", errBadRequest, text, maxTTL.Hours())
+		return 0, fmt.Errorf("%w: ttl is neither a duration such as 90s or 1.5h nor whole seconds, above 0 and up to %.0fh", errBadRequest, maxTTL.Hours())
 	}
 	return ttl, nil
 }
@@ -2006,13 +2004,8 @@ func openStore(cfg *config, log *slog.Logger, now func() time.Time) (*store, err
 	if err != nil {
 		return nil, err
 	}
-	// Look before locking, so that a foreign directory stays as it is. Where
-	// the lock file exists the directory is ours, and perhaps in use by this
-	// very process: reading its files then would drop SQLite's own locks.
-	if !fileExists(filepath.Join(dir, lockFile)) {
-		if _, err := survey(dir); err != nil {
-			return nil, err
-		}
+	if err := refuseForeign(dir); err != nil { // before locking, so that it stays as it is
+		return nil, err
 	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, fmt.Errorf("cannot create data_dir: %w", err)
@@ -2028,8 +2021,8 @@ func openStore(cfg *config, log *slog.Logger, now func() time.Time) (*store, err
 	return st, nil
 }
 
-// openLocked opens dir, which exists and is locked by lock. The store closes
-// that; on an error it is left to the caller.
+// openLocked opens dir, which exists and is locked by lock: with success that is
+// the store's, with an error still the caller's.
 func openLocked(dir string, lock *sql.DB, cfg *config, log *slog.Logger, now func() time.Time) (_ *store, err error) {
 	st := &store{
 		dir: dir, lock: lock, hash: hashes[cfg.Hash], async: cfg.AsyncWrite, deflate: cfg.StorageCompression, now: now, log: log,
@@ -2041,7 +2034,7 @@ func openLocked(dir string, lock *sql.DB, cfg *config, log *slog.Logger, now fun
 	st.budget = newBudget(cfg.MaxPendingBytes, queueTimeout, st.stop)
 	defer func() {
 		if err != nil {
-			st.finish()
+			st.closeDatabases()
 		}
 	}()
 	if err := finishCreation(dir); err != nil {
@@ -2078,19 +2071,33 @@ func openLocked(dir string, lock *sql.DB, cfg *config, log *slog.Logger, now fun
 
 // lockDir locks dir until the returned database is closed: that is an SQLite
 // file in an exclusive transaction, a lock that works on every platform and ends
-// with the process.
+// with the process. Where somebody has it the error is an errInUse.
 func lockDir(dir string) (*sql.DB, error) {
-	lock := openDB(filepath.Join(dir, lockFile), "_pragma=journal_mode(memory)") // no file to make on a full disk
-	lock.SetMaxOpenConns(1)                                                      // kept open: the transaction is the lock
-	_, err := lock.Exec("BEGIN EXCLUSIVE")
+	// In memory: there is no file to make on a full disk.
+	lock := openDB(filepath.Join(dir, lockFile), fmt.Sprintf("_pragma=journal_mode(memory)&_pragma=busy_timeout(%d)", lockTimeout.Milliseconds()))
+	lock.SetMaxOpenConns(1) // kept open: the transaction is the lock
+	// A change that is never committed: of a file that it may not write SQLite
+	// would give everybody an exclusive transaction.
+	_, err := lock.Exec("BEGIN EXCLUSIVE; PRAGMA user_version = 1")
 	if err == nil {
 		return lock, nil
 	}
 	lock.Close()
-	if errors.Is(translate(err), errBusy) {
-		return nil, fmt.Errorf("data directory %s is in use by another blobnom; stop that one first", dir)
+	if err = translate(err); errors.Is(err, errBusy) {
+		return nil, fmt.Errorf("data directory %s is %w; stop that one first", dir, errInUse)
 	}
 	return nil, fmt.Errorf("cannot lock data directory %s, is it writable? %w", dir, err)
+}
+
+// refuseForeign returns an error where another program's databases are. Where the
+// lock file exists the directory is ours, and perhaps in use by this very process:
+// reading its files then would drop SQLite's own locks.
+func refuseForeign(dir string) error {
+	if fileExists(filepath.Join(dir, lockFile)) {
+		return nil
+	}
+	_, err := survey(dir)
+	return err
 }
 
 // survey returns the shard files in dir, index to whether its header is ours;
@@ -2336,10 +2343,10 @@ func successor(key string) string { return key + "\x00" }
 
 // close commits what is queued and closes everything. Nothing may call the
 // store any more.
-func (st *store) close() error { return errors.Join(st.finish(), st.lock.Close()) }
+func (st *store) close() error { return errors.Join(st.closeDatabases(), st.lock.Close()) }
 
-// finish is close but for the lock, which is kept.
-func (st *store) finish() error {
+// closeDatabases is close but for the lock, which is kept.
+func (st *store) closeDatabases() error {
 	st.halt()
 	st.stopped.Wait()
 	return st.closeShards()
@@ -2405,6 +2412,19 @@ func openReadOnly(path, params string) *sql.DB {
 	return openDB(path, fmt.Sprintf("mode=ro&_pragma=busy_timeout(%d)%s", busyTimeout.Milliseconds(), params))
 }
 
+// openLive calls open with the parameters of openReadOnly for the shard at path,
+// which a server may be using.
+func openLive(path string, open func(params string) error) error {
+	err, dir := error(errAccess), filepath.Dir(path)
+	if fileExists(filepath.Join(dir, lockFile)) && unfinished(dir) == nil {
+		err = translate(open(""))
+	}
+	if errors.Is(err, errAccess) { // no server has used it, or nothing can be made beside it
+		err = openQuietly(path, open)
+	}
+	return err
+}
+
 // openQuietly calls open with the parameters of openReadOnly for the database at
 // path, which nobody writes to: its files stay as they are.
 func openQuietly(path string, open func(params string) error) error {
@@ -2416,9 +2436,9 @@ func openQuietly(path string, open func(params string) error) error {
 	}
 	err := translate(open(""))
 	if errors.Is(err, errAccess) {
-		// Nothing can be made beside it: the index of its WAL is in memory
-		// then, and nobody locked out. Not elsewhere, as a WAL without a whole
-		// transaction would be deleted.
+		// Where no -shm can be made: without locks, the WAL's index in memory.
+		// Only there: where files can be removed, closing it would delete a WAL
+		// without a whole transaction.
 		vfs := "unix-none"
 		if runtime.GOOS == "windows" {
 			vfs = "win32-none"
@@ -2428,14 +2448,11 @@ func openQuietly(path string, open func(params string) error) error {
 	return err
 }
 
-// hasContent returns an error where the database at path is an empty file: to open
-// that would delete a WAL that may have all its content.
-func hasContent(path string) error {
-	if _, err := os.Stat(path); err != nil {
-		return err
-	}
+// refuseEmpty returns an error where the database at path has no bytes: to open it
+// would delete a WAL that may have all its content.
+func refuseEmpty(path string) error {
 	if sizeOf(path) == 0 {
-		return fmt.Errorf("%w: %s is empty", errCorrupt, path)
+		return errors.New("the file is missing or empty")
 	}
 	return nil
 }
@@ -2496,8 +2513,8 @@ type shard struct {
 	corrupt      atomic.Bool           // seen by a read or a write; stays
 	failure      atomic.Pointer[error] // of the last write, other than a full disk
 	failedWrites atomic.Int64          // writes that failed after their 202
-	garbage      atomic.Bool           // upkeep has something to look for
-	untidy       chan struct{}         // capacity 1: and not only at its next tick
+	upkeepDue    atomic.Bool           // upkeep has something to look for
+	upkeepNow    chan struct{}         // capacity 1: and not only at its next tick
 	writes       atomic.Int64          // committed
 	seenWrites   int64                 // of writes, when upkeep last looked; upkeep's own
 }
@@ -2512,7 +2529,7 @@ const debrisQuery = `SELECT EXISTS (SELECT 1 FROM blobs WHERE expires_at <= ?), 
 // openShard opens one database file and starts its batcher. On an error the
 // shard is returned all the same, closed.
 func openShard(st *store, i int, path string, cfg *config) (_ *shard, _ *record, err error) {
-	s := &shard{store: st, index: i, held: map[int64]int{}, untidy: make(chan struct{}, 1), cache: newCache(cacheBytes / int(cfg.NumShards))}
+	s := &shard{store: st, index: i, held: map[int64]int{}, upkeepNow: make(chan struct{}, 1), cache: newCache(cacheBytes / int(cfg.NumShards))}
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("cannot open %s: %w", path, translate(err))
@@ -2535,7 +2552,7 @@ func openShard(st *store, i int, path string, cfg *config) (_ *shard, _ *record,
 	if err := s.openReaders(path, fmt.Sprintf("&_pragma=cache_size(-%d)", readerCacheKiB)); err != nil {
 		return s, nil, err
 	}
-	s.garbage.Store(true) // an earlier run may have left some
+	s.upkeepDue.Store(true) // an earlier run may have left some
 	s.batcher = newBatcher(int(cfg.BatchSize), time.Duration(min(cfg.BatchTimeoutMS, math.MaxInt64/int64(time.Millisecond)))*time.Millisecond, s.commit)
 	go s.batcher.run()
 	return s, r, nil
@@ -2662,7 +2679,7 @@ func (s *shard) lookup(stmt *sql.Stmt, key string) (_ *blob, err error) {
 	if err := s.live(b); err != nil {
 		return nil, err
 	}
-	b.describe()
+	b.renderHeader()
 	return b, nil
 }
 
@@ -2745,7 +2762,7 @@ func (s *shard) release(id int64) {
 		delete(s.held, id)
 	}
 	s.heldMu.Unlock()
-	s.garbage.Store(true)
+	s.upkeepDue.Store(true)
 }
 
 // putOptions is what a put asks for beside key and body.
@@ -2790,7 +2807,7 @@ func (s *shard) put(key string, body io.Reader, p *putOptions) (_ *blob, queued 
 	if p.ttl != 0 {
 		b.expires = s.store.now().Add(p.ttl).UnixMilli()
 	}
-	queued, err = s.write(&op{apply: (*writer).put, key: key, blob: b, data: b.data, conditions: p.conditions})
+	queued, err = s.write(&op{apply: (*writer).put, key: key, blob: b, data: b.data, conditions: p.conditions, copied: p.copyOf != nil})
 	return b, queued, err
 }
 
@@ -2872,7 +2889,8 @@ func (s *shard) submit(o *op) error {
 
 // commit is the batcher's: it runs on its goroutine, the only one to use the
 // writer. The batch is one transaction. If that fails the whole is rolled back
-// and each operation is run again alone, so that a bad one fails alone.
+// and each operation is run again alone, so that a bad one fails alone. Another
+// process's lock is waited for, where nobody else waits, as long as it lasts.
 func (s *shard) commit(batch []*op) {
 	first := batch[0]
 	if first.alone != nil {
@@ -2927,12 +2945,12 @@ func (s *shard) finish(o *op, err error) {
 	case err == nil && o.refused != nil: // nothing changed
 	case errors.Is(err, errFull):
 		s.store.full.Store(true)
-		s.litter()
+		s.wakeUpkeep()
 	case err != nil:
 		s.failure.Store(&err)
 	default:
 		s.failure.Store(nil)
-		s.garbage.Store(true) // it may have freed pages
+		s.upkeepDue.Store(true) // it may have freed pages
 		s.writes.Add(1)
 		if o.data != nil {
 			s.store.full.Store(false)
@@ -3002,6 +3020,7 @@ type op struct {
 	data  []byte // content this operation writes; nil when it deletes
 
 	conditions *conditions // of a put or delete; nil: none
+	copied     bool        // blob keeps its times and version
 	refused    error       // set by apply, which then changed nothing
 
 	background bool // nobody waits
@@ -3370,7 +3389,7 @@ func (w *writer) put(o *op) error {
 	}
 	b, now := o.blob, w.now().UnixMilli()
 	created, updated, version := now, now, int64(0)
-	if b.created != 0 { // a copy
+	if o.copied {
 		created, updated, version = b.created, b.updated, b.version
 	}
 	if !b.chunked() && o.conditions == nil {
@@ -3484,9 +3503,9 @@ func (w *writer) forget(old *blob) error {
 	return err
 }
 
-// slice takes steps in one transaction for a slice's time, until there are no
+// steps takes steps in one transaction for a slice's time, until there are no
 // more; one at least, however long BEGIN has waited for somebody's lock.
-func (w *writer) slice(step func() (more bool, err error)) error {
+func (w *writer) steps(step func() (more bool, err error)) error {
 	start := time.Now()
 	return w.inTransaction(func() error {
 		for {
@@ -3500,7 +3519,7 @@ func (w *writer) slice(step func() (more bool, err error)) error {
 // expire deletes blobs whose time has come.
 func (w *writer) expire() error {
 	now := w.now().UnixMilli()
-	return w.slice(func() (more bool, err error) {
+	return w.steps(func() (more bool, err error) {
 		old := &blob{}
 		expire, err := w.stmt(expireQuery)
 		if err == nil {
@@ -3519,7 +3538,7 @@ func (w *writer) expire() error {
 // sweep deletes chunks of the orphans that victim returns, and an orphan with
 // its last chunk. victim returns 0 for none.
 func (w *writer) sweep(victim func() (int64, error)) (swept bool, err error) {
-	err = w.slice(func() (more bool, err error) {
+	err = w.steps(func() (more bool, err error) {
 		id, err := victim()
 		if id == 0 || err != nil {
 			return false, err
@@ -3564,7 +3583,7 @@ var (
 	inflaters = sync.Pool{New: func() any { return flate.NewReader(nil) }}
 )
 
-// deflate returns chunk deflated.
+// deflate returns chunk deflated, a few bytes longer where it does not shrink.
 func deflate(chunk []byte) []byte {
 	d := deflaters.Get().(*deflater)
 	defer deflaters.Put(d)
@@ -3590,17 +3609,6 @@ func inflate(dst, data []byte, size int64) ([]byte, error) {
 	return out, nil
 }
 
-// storedBlocks returns chunk in stored blocks, which are deflate's way of leaving data
-// as it is.
-func storedBlocks(chunk []byte) (out []byte) {
-	for block := range slices.Chunk(chunk, math.MaxUint16) {
-		n := uint16(len(block))
-		out = binary.LittleEndian.AppendUint16(append(out, 0), n)
-		out = append(binary.LittleEndian.AppendUint16(out, ^n), block...)
-	}
-	return out
-}
-
 // compressible guesses from some bytes of a chunk whether deflating it pays:
 // whether bytes repeat twice as often as they would at random, which in text
 // they do ten times. It takes 3 µs where trying takes 50; what repeats only in
@@ -3622,24 +3630,17 @@ func compressible(chunk []byte) bool {
 	return pairs*int64(len(counts)) > 2*n*(n-1)
 }
 
-// squeeze returns chunk deflated, or in stored blocks where that does not pay.
-func squeeze(chunk []byte) (data []byte, pays bool) {
-	if compressible(chunk) {
-		if data = deflate(chunk); len(data) <= len(chunk)-len(chunk)/8 {
-			return data, true
-		}
-	}
-	return storedBlocks(chunk), false
-}
-
 // pack returns the next chunk of b as it will lie in the shard, and counts it.
 // The first chunk decides for all of them whether the blob is deflated.
 func (b *blob) pack(chunk []byte) []byte {
-	data := chunk
+	data, first := chunk, b.size == 0
+	if b.codec == deflated && first && !compressible(chunk) {
+		b.codec = identity
+	}
 	if b.codec == deflated {
+		data = deflate(chunk)
 		b.crc = crc32.Update(b.crc, crc32.IEEETable, chunk)
-		squeezed, pays := squeeze(chunk)
-		if data = squeezed; !pays && b.size == 0 {
+		if first && len(data) > len(chunk)-len(chunk)/8 {
 			b.codec, b.crc, data = identity, 0, chunk
 		}
 	}
@@ -3763,29 +3764,28 @@ func entryBytes(key string, b *blob) int {
 	return len(key) + len(b.data) + len(b.contentType) + 500
 }
 
-// content is an io.ReadSeeker over a blob, for one request. Of a chunked blob
+// content is an io.ReaderAt over a blob, for one request. Of a chunked blob
 // it has one chunk in memory and takes the next by a query of its own, so that
 // a slow client holds neither connection nor transaction. The content of a
 // HEAD has no data and is not to be read.
 type content struct {
 	shard    *shard
 	blob     *blob
-	headOnly bool // the blob's data stayed on the disk
-	held     bool // the blob's id is
-	zipped   bool // to be sent as one gzip member
-	offset   int64
+	headOnly bool   // the blob's data stayed on the disk
+	held     bool   // the blob's id is
+	zipped   bool   // to be sent as one gzip member
 	chunk    []byte // chunk number seq, when not empty; of a gzip member the piece
 	seq      int64
 	crc      uint32 // of the chunks so far, for the member's end
 
 	// For several ranges http.ServeContent reads in a goroutine of its own,
 	// which may outlive it when the client goes away.
-	mu     sync.Mutex // held by Read and close
+	mu     sync.Mutex // held by ReadAt and close
 	closed bool
-	err    error // the last of Read: ServeContent keeps it to itself
+	err    error // the last of ReadAt: ServeContent keeps it to itself
 }
 
-// close lets go of the content and returns what Read failed with. It may be
+// close lets go of the content and returns what ReadAt failed with. It may be
 // called twice.
 func (c *content) close() error {
 	c.mu.Lock()
@@ -3797,22 +3797,26 @@ func (c *content) close() error {
 	return c.err
 }
 
-func (c *content) Read(p []byte) (int, error) {
+func (c *content) ReadAt(p []byte, offset int64) (n int, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {
 		return 0, fs.ErrClosed
 	}
-	if c.offset >= c.blob.size {
-		return 0, io.EOF
+	for ; n < len(p) && offset < c.blob.size; offset = offset - offset%chunkSize + chunkSize {
+		if c.err = c.load(offset / chunkSize); c.err != nil {
+			return n, c.err
+		}
+		n += copy(p[n:], c.chunk[offset%chunkSize:])
 	}
-	if c.err = c.load(c.offset / chunkSize); c.err != nil {
-		return 0, c.err
+	if n < len(p) {
+		err = io.EOF
 	}
-	n := copy(p, c.chunk[c.offset%chunkSize:])
-	c.offset += int64(n)
-	return n, nil
+	return n, err
 }
+
+// reader returns a reader of all of the content.
+func (c *content) reader() *io.SectionReader { return io.NewSectionReader(c, 0, c.blob.size) }
 
 // load brings chunk seq into memory. A chunk that is missing or of the wrong
 // length is an error: a download is whole or visibly cut.
@@ -3853,7 +3857,7 @@ func (c *content) piece(seq int64) ([]byte, error) {
 	err := c.fetch(seq, func(data []byte) error {
 		if b.codec == identity {
 			c.crc = crc32.Update(c.crc, crc32.IEEETable, data)
-			data, _ = squeeze(data)
+			data = deflate(data)
 		}
 		c.chunk = append(c.chunk, data...)
 		return nil
@@ -3885,20 +3889,6 @@ func (c *content) fetch(seq int64, use func(data []byte) error) (err error) {
 		return err
 	}
 	return use(data)
-}
-
-func (c *content) Seek(offset int64, whence int) (int64, error) {
-	switch whence {
-	case io.SeekCurrent:
-		offset += c.offset
-	case io.SeekEnd:
-		offset += c.blob.size
-	}
-	if offset < 0 {
-		return 0, errors.New("seek before the start")
-	}
-	c.offset = offset
-	return offset, nil
 }
 
 // ============================================================================
@@ -4111,11 +4101,11 @@ func (s *shard) fileSize(suffix string) int64 {
 // frees more than it took; and until it is back no other write begins.
 // ============================================================================
 
-// litter tells upkeep not to wait for its next tick.
-func (s *shard) litter() {
-	s.garbage.Store(true)
+// wakeUpkeep tells upkeep not to wait for its next tick.
+func (s *shard) wakeUpkeep() {
+	s.upkeepDue.Store(true)
 	select {
-	case s.untidy <- struct{}{}:
+	case s.upkeepNow <- struct{}{}:
 	default: // said already
 	}
 }
@@ -4128,9 +4118,9 @@ func (s *shard) upkeep() {
 	defer tick.Stop()
 	for {
 		expired, _ := s.debris()
-		if s.garbage.Swap(false) || expired || s.store.pressed() {
+		if s.upkeepDue.Swap(false) || expired || s.store.pressed() {
 			if err := s.tidy(); err != nil && !errors.Is(err, errStopping) {
-				s.garbage.Store(true) // again at the next tick
+				s.upkeepDue.Store(true) // again at the next tick
 				s.store.log.Warn("reclaiming space failed, will try again", "shard", s.index, "error", err)
 			}
 		}
@@ -4139,7 +4129,7 @@ func (s *shard) upkeep() {
 		case <-s.store.stop:
 			return
 		case <-tick.C:
-		case <-s.untidy:
+		case <-s.upkeepNow:
 		}
 	}
 }
@@ -4183,7 +4173,7 @@ func (s *shard) tidy() error {
 	writes := s.writes.Load()
 	busy := writes != s.seenWrites
 	if s.seenWrites = writes; busy {
-		s.garbage.Store(true) // to look again at the next tick
+		s.upkeepDue.Store(true) // to look again at the next tick
 	}
 	before := int64(math.MaxInt64)
 	for {
@@ -4225,7 +4215,7 @@ func (s *shard) tidy() error {
 // the reserve's room and, if that is gone already, the WAL's. It is for the
 // batcher's goroutine.
 func (s *shard) makeRoom(f func() error) error {
-	s.litter()
+	s.wakeUpkeep()
 	return s.store.lendReserve(func() error {
 		err := f()
 		if errors.Is(err, errFull) && s.writer.truncateWAL() == nil {
@@ -4362,7 +4352,7 @@ func (p *progress) add(blobs, bytes int64) {
 	p.blobs, p.bytes = p.blobs+blobs, p.bytes+bytes
 	if p.w != nil && time.Since(p.shown) > 200*time.Millisecond {
 		p.shown = time.Now()
-		fmt.Fprintf(p.w, "\r%s: %s ", p.what, p)
+		fmt.Fprintf(p.w, "\r%s: %s ", p.what, strings.TrimPrefix(p.String(), "0 blobs, ")) // backup copies pages
 	}
 }
 
@@ -4455,10 +4445,8 @@ func (k *checker) check(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("cannot read the data directory: %w", err)
 	}
-	if !fileExists(filepath.Join(k.dir, lockFile)) { // perhaps not ours: see openStore
-		if _, err := survey(k.dir); err != nil {
-			return err
-		}
+	if err := refuseForeign(k.dir); err != nil {
+		return err
 	}
 	var first *record
 	found := map[int]*record{}
@@ -4472,7 +4460,7 @@ func (k *checker) check(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if err = translate(err); errors.Is(err, errAccess) {
+		if err = translate(err); unseen(err) {
 			return fmt.Errorf("cannot check shard %d: %w", i, err)
 		}
 		if err != nil {
@@ -4515,22 +4503,15 @@ const strayQuery = `WITH RECURSIVE content (id) AS (
 		AND NOT EXISTS (SELECT 1 FROM blobs WHERE blobs.id = content.id AND size > ?)`
 
 // checkShard checks one shard and returns its record, if that can be read. An
-// error is one more defect.
+// error is one more defect, or keeps it from being checked.
 func (k *checker) checkShard(ctx context.Context, i int) (_ *record, err error) {
-	s := &shard{store: &store{dir: k.dir, now: time.Now}, index: i, held: map[int64]int{}}
+	s := &shard{index: i}
 	defer func() { err = cmp.Or(err, s.close()) }()
 	path := filepath.Join(k.dir, shardName(i))
-	if err := hasContent(path); err != nil {
+	if err := refuseEmpty(path); err != nil {
 		return nil, err
 	}
-	open := func(params string) error { return cmp.Or(s.close(), s.openReaders(path, params)) }
-	err = errAccess
-	if fileExists(filepath.Join(k.dir, lockFile)) && unfinished(k.dir) == nil { // else no server has ever used it
-		err = translate(open(""))
-	}
-	if errors.Is(err, errAccess) { // none can use it
-		err = openQuietly(path, open)
-	}
+	err = openLive(path, func(params string) error { return cmp.Or(s.close(), s.openReaders(path, params)) })
 	if err != nil {
 		return nil, err
 	}
@@ -4545,8 +4526,10 @@ func (k *checker) checkShard(ctx context.Context, i int) (_ *record, err error) 
 	if err := s.readers.QueryRow("SELECT * FROM pragma_user_version, pragma_application_id").Scan(&v, &application); err != nil {
 		return r, err
 	}
-	if v != schemaVersion {
+	if v > schemaVersion {
 		k.defect(i, "%v", newerSchema(v))
+	} else if v != schemaVersion {
+		k.defect(i, "its schema is version %d, not %d", v, schemaVersion)
 	}
 	if application != applicationID {
 		k.defect(i, "its header says that it belongs to program %#x, not %#x", application, applicationID)
@@ -4575,47 +4558,64 @@ func (k *checker) checkShard(ctx context.Context, i int) (_ *record, err error) 
 	if err := queryAll(s.readers, func(id int64) { k.defect(i, "content %d has chunks that no blob and no orphan mentions", id) }, strayQuery, chunkSize); err != nil {
 		return r, err
 	}
+	return r, k.checkBlobs(ctx, s, r)
+}
+
+// checkBlobs checks each blob of s.
+func (k *checker) checkBlobs(ctx context.Context, s *shard, r *record) error {
 	row, err := s.readers.Prepare("SELECT key, " + blobColumns + ", data FROM blobs WHERE id > ? ORDER BY id LIMIT 1")
 	if err != nil {
-		return r, err
+		return err
 	}
 	var last int64 // what is new since we came is not checked, or a busy shard were never done
 	if err := s.readers.QueryRow("SELECT coalesce(max(id), ?) FROM blobs", math.MinInt64).Scan(&last); err != nil {
-		return r, err
+		return err
 	}
 	for id := int64(math.MinInt64); id < last && ctx.Err() == nil; {
 		key, b, err := nextBlob(row, id)
 		if b == nil && err == nil {
 			break
 		}
-		if b == nil { // a row that cannot be read is one defect, not the end
+		there := true
+		switch {
+		case b == nil: // a row that cannot be read is one defect, not the end
 			raw := s.readers.QueryRow("SELECT id, CAST(key AS BLOB) FROM blobs WHERE id > ? ORDER BY id LIMIT 1", id)
 			if raw.Scan(&id, &key) != nil {
-				return r, err
+				return err
 			}
-			k.defect(i, "key %q: %v", key, translate(err))
+		case err == nil:
+			err = s.verify(b)
+			fallthrough
+		default:
+			id = b.id
+			if err != nil && s.readers.QueryRow("SELECT EXISTS (SELECT 1 FROM blobs WHERE id = ?)", id).Scan(&there) != nil {
+				there = true
+			}
+		}
+		if err = translate(err); unseen(err) {
+			return err
+		}
+		if err != nil && there {
+			k.defect(s.index, "key %q: %v", key, err)
+		}
+		if b == nil {
 			continue
 		}
-		id = b.id
-		if err == nil {
-			err = s.verify(b)
-		}
-		if err != nil {
-			var there bool
-			if qerr := s.readers.QueryRow("SELECT EXISTS (SELECT 1 FROM blobs WHERE id = ?)", id).Scan(&there); qerr != nil || there {
-				k.defect(i, "key %q: %v", key, translate(err))
-			}
-		}
 		if err := checkKey(key); err != nil {
-			k.defect(i, "key %q: %v", key, err)
+			k.defect(s.index, "key %q: %v", key, err)
 		}
-		if home := hashes[r.Hash](key) % uint64(r.NumShards); home != uint64(i) {
-			k.defect(i, "key %q: it belongs to shard %d", key, home)
+		if home := hashes[r.Hash](key) % uint64(r.NumShards); home != uint64(s.index) {
+			k.defect(s.index, "key %q: it belongs to shard %d", key, home)
 		}
 		k.progress.add(1, b.size)
 		k.pacer.pause()
 	}
-	return r, ctx.Err()
+	return ctx.Err()
+}
+
+// unseen reports whether err says nothing of what is in a shard.
+func unseen(err error) bool {
+	return errors.Is(err, errAccess) || errors.Is(err, errBusy) || errors.Is(err, errFull)
 }
 
 // queryAll calls row with the one column of each row of a query.
@@ -4728,13 +4728,16 @@ func cmdBackup(ctx context.Context, c *call) error {
 	if err != nil {
 		return err
 	}
-	to, err := vacant(args[0])
+	to, err := claim(args[0])
 	if err != nil {
+		return err
+	}
+	if err := cmp.Or(unfinished(from), refuseForeign(from)); err != nil {
 		return err
 	}
 	start := time.Now()
 	shards, err := shardCount(from)
-	if err = cmp.Or(unfinished(from), err); err != nil {
+	if err != nil {
 		return err
 	}
 	var pace *pacer
@@ -4761,7 +4764,7 @@ func cmdBackup(ctx context.Context, c *call) error {
 
 // copyInto has fill make a copy, checks that by k and gives it its name, to.
 // Until then it is a directory beside that, locked and marked, of which nothing is
-// left when something fails.
+// left when something fails; the mark goes when it has its name.
 func (c *call) copyInto(ctx context.Context, to string, k *checker, fill func(partial string, lock *sql.DB) error) (err error) {
 	partial := to + ".partial"
 	lock, err := clearPartial(partial)
@@ -4772,7 +4775,7 @@ func (c *call) copyInto(ctx context.Context, to string, k *checker, fill func(pa
 		if err == nil {
 			return
 		}
-		discard := removeUnmarked(partial)
+		discard := emptyPartial(partial)
 		if discard == nil { // the marker goes last, else what is left could pass for whole
 			discard = os.RemoveAll(partial)
 		}
@@ -4829,9 +4832,11 @@ func (c *call) copyInto(ctx context.Context, to string, k *checker, fill func(pa
 	return nil
 }
 
-// vacant returns the absolute path of dir, links resolved, where nothing is, or
-// an empty directory whose place the copy can take.
-func vacant(dir string) (string, error) {
+// claim returns the absolute path of dir, links resolved, where nothing is, or
+// an empty directory whose place the copy can take: it is moved away and back, as
+// a mount point cannot be. What a run that was killed after its rename has left
+// there goes back to DIR.partial, which clearPartial clears.
+func claim(dir string) (string, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
 		return "", err
@@ -4841,7 +4846,7 @@ func vacant(dir string) (string, error) {
 	} else if _, err := os.Lstat(dir); err == nil {
 		return "", fmt.Errorf("%s is a link that leads nowhere", dir)
 	}
-	if unfinished(dir) != nil { // that run had to take its marker away, and no more
+	if unfinished(dir) != nil {
 		lock, err := lockDir(dir)
 		if err == nil {
 			err = errors.Join(lock.Close(), os.Rename(dir, dir+".partial"))
@@ -4859,8 +4864,8 @@ func vacant(dir string) (string, error) {
 	case len(left) > 0:
 		return "", fmt.Errorf("%s is not empty; a copy needs a new directory", dir)
 	}
-	aside := dir + "." + rand.Text()
-	if err := cmp.Or(os.Rename(dir, aside), os.Rename(aside, dir)); err != nil { // now rather than after all the work
+	away := dir + "." + rand.Text()
+	if err := cmp.Or(os.Rename(dir, away), os.Rename(away, dir)); err != nil { // now rather than after all the work
 		return "", fmt.Errorf("cannot take the place of %s, is it a mount point? Name a directory in it: %w", dir, err)
 	}
 	return dir, nil
@@ -4868,22 +4873,19 @@ func vacant(dir string) (string, error) {
 
 // shardCount returns how many shards dir holds, all of which are there.
 func shardCount(dir string) (int, error) {
-	path := filepath.Join(dir, shardName(0))
-	if !fileExists(path) {
-		return 0, fmt.Errorf("%s holds no data: %s is missing", dir, path)
-	}
-	if err := hasContent(path); err != nil {
-		return 0, err
-	}
-	db := openReadOnly(path, "")
-	defer db.Close()
-	r, err := recordOf(db)
-	if err != nil {
-		return 0, fmt.Errorf("cannot read %s: %w", path, translate(err))
-	}
-	for i := range int(r.NumShards) {
-		if err := hasContent(filepath.Join(dir, shardName(i))); err != nil {
-			return 0, err
+	r := &record{NumShards: 1} // at least; the first one says how many
+	for i := 0; i < int(r.NumShards); i++ {
+		path := filepath.Join(dir, shardName(i))
+		err := refuseEmpty(path)
+		if err == nil && i == 0 {
+			err = openLive(path, func(params string) (err error) {
+				db := openReadOnly(path, params)
+				r, err = recordOf(db)
+				return cmp.Or(err, db.Close())
+			})
+		}
+		if err != nil {
+			return 0, fmt.Errorf("cannot read %s: %w", path, err)
 		}
 	}
 	return int(r.NumShards), nil
@@ -4895,7 +4897,10 @@ func inUse(dir string) bool {
 		return false
 	}
 	lock, err := lockDir(dir)
-	return err != nil || lock.Close() != nil
+	if err != nil {
+		return errors.Is(err, errInUse)
+	}
+	return lock.Close() != nil
 }
 
 // clearPartial makes dir an empty directory that is ours until lock is closed:
@@ -4922,7 +4927,7 @@ func clearPartial(dir string) (lock *sql.DB, err error) {
 		err = os.WriteFile(filepath.Join(dir, partialFile), nil, 0o644) // before anything else: what is unfinished says so
 	}
 	if err == nil {
-		err = removeUnmarked(dir)
+		err = emptyPartial(dir)
 	}
 	if err != nil {
 		return nil, errors.Join(err, lock.Close())
@@ -4930,8 +4935,9 @@ func clearPartial(dir string) (lock *sql.DB, err error) {
 	return lock, nil
 }
 
-// removeUnmarked removes all of dir but marker and lock.
-func removeUnmarked(dir string) error {
+// emptyPartial removes all of dir but the lock and the marker, which must outlast
+// the rest.
+func emptyPartial(dir string) error {
 	left, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -4954,22 +4960,30 @@ func unfinished(dir string) error {
 
 // copyShard copies a database, page by page, as it is at one moment.
 func copyShard(ctx context.Context, from, to string, p *progress, pace *pacer) (err error) {
-	db := openReadOnly(from, "")
+	var db *sql.DB
+	var page int64
+	err = openLive(from, func(params string) error {
+		if db != nil {
+			db.Close()
+		}
+		db = openReadOnly(from, params)
+		db.SetMaxOpenConns(1)
+		// The transaction is the moment: without it the copy would begin anew
+		// with every write of the server.
+		if _, err := db.Exec("BEGIN"); err != nil {
+			return err
+		}
+		return db.QueryRow("SELECT page_size FROM pragma_page_size, (SELECT 1 FROM meta LIMIT 1)").Scan(&page)
+	})
 	defer func() { err = cmp.Or(err, db.Close()) }()
+	if err != nil {
+		return err
+	}
 	conn, err := db.Conn(ctx)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	// The transaction is the moment: without it the copy would begin anew with
-	// every write of the server.
-	var page int64
-	if _, err := conn.ExecContext(ctx, "BEGIN"); err != nil {
-		return err
-	}
-	if err := conn.QueryRowContext(ctx, "SELECT page_size FROM pragma_page_size, (SELECT 1 FROM meta LIMIT 1)").Scan(&page); err != nil {
-		return err
-	}
 	return conn.Raw(func(driver any) error {
 		source, ok := driver.(interface {
 			NewBackup(uri string) (*sqlite.Backup, error)
@@ -5014,12 +5028,12 @@ func cmdMigrate(ctx context.Context, c *call) (err error) {
 	if err != nil {
 		return err
 	}
-	to, err := vacant(cfg.DataDir)
+	to, err := claim(cfg.DataDir)
 	if err != nil {
 		return err
 	}
 	start := time.Now()
-	m := &migration{call: c, log: newLogger(cfg, c.stderr), codec: *codec, gunzip: *gunzip, progress: c.newProgress("copying")}
+	m := &migration{call: c, log: newLogger(cfg, c.stderr), start: start, codec: *codec, gunzip: *gunzip, progress: c.newProgress("copying")}
 	defer func() { err = errors.Join(err, m.close()) }()
 	if err := m.open(args[0]); err != nil {
 		return err
@@ -5029,15 +5043,14 @@ func cmdMigrate(ctx context.Context, c *call) (err error) {
 	}
 	target := *cfg
 	target.AsyncWrite, target.Durability, target.BatchSize, target.MaxPendingBytes = true, "normal", 64, migratePending
-	m.now = func() time.Time { return start } // nothing more expires on the way
 	k := &checker{want: m.progress}
 	err = c.copyInto(ctx, to, k, func(partial string, lock *sql.DB) (err error) {
-		if m.to, err = openLocked(partial, lock, &target, m.log, m.now); err != nil {
+		if m.to, err = openLocked(partial, lock, &target, m.log, func() time.Time { return start }); err != nil {
 			return err
 		}
 		err = m.copyAll(ctx)
 		m.progress.done()
-		return cmp.Or(err, m.to.finish()) // what could not be written will be missing
+		return cmp.Or(err, m.to.closeDatabases()) // what could not be written will be missing
 	})
 	if err != nil {
 		return err
@@ -5059,7 +5072,7 @@ type migration struct {
 	gunzip   bool   // what is valid gzip
 	progress *progress
 	to       *store
-	now      func() time.Time
+	start    time.Time // nothing expires on the way
 
 	dir    string
 	files  []string // of the source, and their stamps when they were opened
@@ -5077,7 +5090,7 @@ type sourceTable struct {
 	name      string
 	namespace string // before each key, with its slash
 	ours      bool
-	unique    bool      // no two rows have one key: it is always TEXT
+	unique    bool      // all keys are TEXT, each there once; a BLOB of the same bytes is another key to SQLite, not to us
 	row       *sql.Stmt // by rowid
 	root      int64     // page of the table
 	column    int       // of the content in its records
@@ -5106,10 +5119,12 @@ func (m *migration) open(dir string) (err error) {
 	}
 	if lock := filepath.Join(m.dir, lockFile); fileExists(lock) { // else no server of ours was ever there
 		lock, err := lockDir(m.dir)
-		if err != nil {
+		switch {
+		case err == nil:
+			m.undo = append(m.undo, lock.Close)
+		case !errors.Is(err, errAccess): // on read-only media; who writes to it all the same is seen in the end
 			return err
 		}
-		m.undo = append(m.undo, lock.Close)
 	}
 	shards := 0
 	for _, e := range entries {
@@ -5136,10 +5151,10 @@ func (m *migration) open(dir string) (err error) {
 
 func (m *migration) openShard(i, shards int) error {
 	path := filepath.Join(m.dir, shardName(i))
-	if err := hasContent(path); err != nil {
+	if err := refuseEmpty(path); err != nil {
 		return err
 	}
-	s := &shard{store: &store{dir: m.dir, now: time.Now}, index: i}
+	s := &shard{index: i}
 	m.undo = append(m.undo, s.close)
 	var encoding string
 	err := openQuietly(path, func(params string) error {
@@ -5277,22 +5292,23 @@ func (m *migration) findInvalid(skip bool) error {
 	return nil
 }
 
-// copyAll copies every row but those whose key is also where it belongs. What may
-// not be the only one of its key is not to replace anything.
+// copyAll copies every row, but a misplaced one only if its key is not also in the
+// shard it belongs to. Where two rows may have one key the write creates only, so
+// that the second one fails instead of replacing the first.
 func (m *migration) copyAll(ctx context.Context) error {
 	for _, t := range m.tables {
 		err := t.each(func(rowid int64, key string) error {
 			if checkKey(key) != nil {
 				return ctx.Err()
 			}
-			home := m.homes != nil && m.homes(key) == t.shard.index
+			placed := m.homes != nil && m.homes(key) == t.shard.index
 			twice, err := false, error(nil)
-			if !home && m.homes != nil {
+			if !placed && m.homes != nil {
 				twice, err = m.atHome(t, key)
 			}
 			if err == nil && !twice {
 				var c *conditions
-				if !home || !t.unique {
+				if !placed || !t.unique {
 					c = &conditions{noneMatch: tags{"*"}}
 				}
 				err = m.copy(t, rowid, key, c)
@@ -5339,7 +5355,7 @@ func (m *migration) copy(t *sourceTable, rowid int64, key string, c *conditions)
 	if err != nil {
 		return err
 	}
-	if b.expired(m.now().UnixMilli()) {
+	if b.expired(m.start.UnixMilli()) {
 		m.expired++
 		return nil
 	}
@@ -5423,7 +5439,7 @@ func (t *sourceTable) content(rows *sql.Rows, rowid int64) (b *blob, open opener
 			err = b.fits(len(data))
 			b.data = bytes.Clone(data)
 		}
-		return b, func() (io.Reader, error) { return &content{shard: t.shard, blob: b}, nil }, err
+		return b, func() (io.Reader, error) { return (&content{shard: t.shard, blob: b}).reader(), nil }, err
 	}
 	var size, created, updated, expires, version sql.NullInt64
 	if err := rows.Scan(&data, &size, &created, &updated, &expires, &version); err != nil {
@@ -5431,7 +5447,10 @@ func (t *sourceTable) content(rows *sql.Rows, rowid int64) (b *blob, open opener
 	}
 	millis := func(seconds sql.NullInt64) int64 { return max(0, min(seconds.Int64, maxUnix)) * 1000 }
 	now := sql.NullInt64{Int64: time.Now().Unix(), Valid: true}
-	b = &blob{size: size.Int64, contentType: "application/octet-stream", expires: millis(expires), version: version.Int64}
+	b = &blob{size: size.Int64, contentType: "application/octet-stream", version: version.Int64}
+	if expires.Valid {
+		b.expires = max(1, millis(expires)) // 0 would be never
+	}
 	b.created = millis(cmp.Or(created, now))
 	b.updated = max(millis(cmp.Or(updated, now)), b.created)
 	switch {

@@ -3297,7 +3297,7 @@ func TestCopyTooLittle(t *testing.T) {
 	for _, want := range []*progress{{blobs: 1}, {bytes: 1}, {}} {
 		err := c.copyInto(t.Context(), to, &checker{want: want}, func(partial string, lock *sql.DB) error {
 			st, err := openLocked(partial, lock, cfg, slog.New(slog.DiscardHandler), time.Now)
-			return cmp.Or(err, st.finish())
+			return cmp.Or(err, st.closeDatabases())
 		})
 		if (err == nil) != (*want == progress{}) || fileExists(to) != (err == nil) || fileExists(to+".partial") {
 			t.Errorf("%+v: %v", want, err)
@@ -3368,7 +3368,7 @@ func contents(t *testing.T, dir string) map[string][]byte {
 				break
 			}
 			id = b.id
-			if found[key], err = io.ReadAll(&content{shard: s, blob: b}); err != nil {
+			if found[key], err = io.ReadAll((&content{shard: s, blob: b}).reader()); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -3664,7 +3664,7 @@ func TestEmptyDatabase(t *testing.T) {
 		if args[0] == "migrate" {
 			args, dir = append(args, from), filepath.Join(t.TempDir(), "to")
 		}
-		if code, stdout, stderr := runCommand(t, []string{"BLOBNOM_DATA_DIR=" + dir}, args...); code != 1 || !strings.Contains(stdout+stderr, "shard_0.db is empty") {
+		if code, stdout, stderr := runCommand(t, []string{"BLOBNOM_DATA_DIR=" + dir}, args...); code != 1 || !strings.Contains(stdout+stderr, "missing or empty") {
 			t.Errorf("%s: code %d, %s%s", args[0], code, stdout, stderr)
 		}
 		if after := snapshot(t, from); !maps.Equal(before, after) {
@@ -3678,7 +3678,7 @@ func TestMigrateComparesSizes(t *testing.T) {
 	dir := t.TempDir()
 	exec1(t, filepath.Join(dir, shardName(0)), "CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB); INSERT INTO blobs VALUES ('k', zeroblob(300000))")
 	s := newTestServer(t)
-	m := &migration{call: &call{stdout: io.Discard}, progress: &progress{}, to: s.store, now: time.Now}
+	m := &migration{call: &call{stdout: io.Discard}, progress: &progress{}, to: s.store, start: time.Now()}
 	defer m.close()
 	if err := m.open(dir); err != nil {
 		t.Fatal(err)
