@@ -560,6 +560,7 @@ func TestConfig(t *testing.T) {
 		{"half a pair", min + "tls_cert = 'cert.pem'\n", nil, []string{"tls_cert = \"cert.pem\", tls_key = \"\"", "both or neither"}},
 		{"no pair", min + "tls_cert = 'missing.pem'\ntls_key = 'missing.key'\n", nil, []string{"missing.pem"}},
 		{"not a string", min + "auth_token = 123456\nauth_tokens = ['x']\n", nil, []string{`auth_token = "(secret)": must be a string`, "auth_tokens = "}},
+		{"half a pair, refused", min + "tls_cert = 5\ntls_key = 'k'\nlog_level = 'x'\n", nil, []string{"tls_cert = 5: must be a string"}},
 		{"a path with a word", min + "tls_cert = '/run/secrets/tls.crt'\ntls_key = '/run/secrets/auth/tls.key'\n", nil, []string{`tls_key = "/run/secrets/auth/tls.key"`, "no such file"}},
 		{"a pasted key", min + "tls_cert = '-----BEGIN PRIVATE KEY----- sekret'\ntls_key = 'x'\n", nil, []string{`tls_cert = "(secret)"`, "must name files"}},
 		{"origin", min + "cors_origin = 'https://example.org/'\n", nil, []string{"cors_origin", "must be an origin"}},
@@ -583,7 +584,7 @@ func TestConfig(t *testing.T) {
 		if strings.Contains(fmt.Sprint(err), "sekret") || strings.Contains(fmt.Sprint(err), "123456") {
 			t.Error("a token is shown:", err)
 		}
-		if got := strings.Count(fmt.Sprint(err), "\n"); c.name == "several" && got != 6 {
+		if got := strings.Count(fmt.Sprint(err), "\n"); c.name == "several" && got != 6 || c.name == "half a pair, refused" && got != 2 {
 			t.Errorf("%s: %d problems: %v", c.name, got, err)
 		}
 	}
@@ -2989,7 +2990,7 @@ func TestCheck(t *testing.T) {
 		{"another tool's table", update("large", "CREATE TABLE _litestream_seq (id INTEGER)"), nil},
 		{"a newer schema", update("large", "PRAGMA user_version = 7"), []string{"version 7", "newer"}},
 		{"the header", update("large", "PRAGMA application_id = 1"), []string{"belongs to program 0x1"}},
-		{"no version", update("large", "PRAGMA user_version = 0"), []string{"version 0"}},
+		{"no version", update("large", "PRAGMA user_version = 0"), []string{"its schema is version 0, not 1"}},
 		{"an unreadable row", update("small", "UPDATE blobs SET updated_at = 'x' WHERE key = 'small'; UPDATE blobs SET sha256 = zeroblob(32) WHERE key <> 'small'"),
 			[]string{of("small"), "5"}},
 		{"the record", update("large", "UPDATE meta SET value = 'another' WHERE key = 'directory'"), []string{"it says that it is shard"}},
@@ -3431,7 +3432,8 @@ func TestMigrateForeign(t *testing.T) {
 			}
 			exec("INSERT INTO blobs VALUES (?, 'old', 1000, 2000, 3000, 7)", fmt.Sprint("expired", i))
 			exec("INSERT INTO blobs VALUES (?, 'x', ?2, ?2, ?2, 7)", fmt.Sprint("for ever", i), int64(1<<63-1))
-		}, "", map[string][]byte{"k": []byte("text"), "for ever0": []byte("x"), "for ever1": []byte("x"), "for ever2": []byte("x")}, []string{"3 expired"}},
+			exec("INSERT INTO blobs VALUES (?, 'x', 0, 0, ?, 8)", fmt.Sprint("since ever", i), []any{nil, 0, -5}[i])
+		}, "", map[string][]byte{"k": []byte("text"), "for ever0": []byte("x"), "for ever1": []byte("x"), "for ever2": []byte("x"), "since ever0": []byte("x")}, []string{"5 expired"}},
 		{"generated columns", func(i int, exec func(string, ...any)) {
 			exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, a INT AS (length(key)) VIRTUAL, n INT AS (length(key)) STORED, data BLOB)")
 			exec("INSERT INTO blobs (key, data) VALUES (?, ?)", fmt.Sprint("k", i), noise(300_000, 1))
@@ -3595,8 +3597,50 @@ func TestMigrateForeign(t *testing.T) {
 						t.Errorf("%s %s, want %s", name, h.Get(name), want)
 					}
 				}
+				if h := s.wantBlob("since ever0", []byte("x")).Header; h.Get("Blob-Version") != "8" || h.Get("Blob-Created") != stamp(0) {
+					t.Error(h)
+				}
 			}
 		})
+	}
+}
+
+// A shard that somebody locks is not a damaged one.
+func TestCheckOfLocked(t *testing.T) {
+	t.Parallel() // it mostly waits
+	s := newTestServer(t, func(c *config) { c.NumShards = 1 })
+	s.put("k", []byte("v"))
+	if err := s.stop(); err != nil {
+		t.Fatal(err)
+	}
+	db := openDB(filepath.Join(s.store.dir, shardName(0)), "_pragma=locking_mode(exclusive)")
+	defer db.Close()
+	db.SetMaxOpenConns(1)
+	if _, err := db.Exec("BEGIN EXCLUSIVE; UPDATE totals SET blobs = blobs"); err != nil {
+		t.Fatal(err)
+	}
+	if code, stdout, stderr := runCommand(t, nil, "check", s.store.dir); code != 1 || !strings.Contains(stderr, "cannot check shard 0: too busy") || stdout != "" {
+		t.Errorf("code %d, %s%s", code, stdout, stderr)
+	}
+}
+
+// A backup knows what is not ours, and leaves nothing in a backup that it copies.
+func TestBackupSources(t *testing.T) {
+	t.Chdir(t.TempDir())
+	rust := foreign(t, 1, func(_ int, exec func(string, ...any)) { exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)") })
+	ours := filepath.Join(t.TempDir(), "b")
+	if code, _, stderr := runCommand(t, []string{"BLOBNOM_DATA_DIR=" + sampleDir(t).DataDir}, "backup", ours); code != 0 {
+		t.Fatal(stderr)
+	}
+	for from, want := range map[string]string{rust: "run: blobnom migrate " + rust, ours: "", t.TempDir(): "shard_0.db: the file is missing"} {
+		before := snapshot(t, from)
+		code, stdout, stderr := runCommand(t, []string{"BLOBNOM_DATA_DIR=" + from}, "backup", filepath.Join(t.TempDir(), "b"))
+		if (code == 0) != (want == "") || !strings.Contains(stderr, want) {
+			t.Errorf("code %d, %s%s", code, stdout, stderr)
+		}
+		if after := snapshot(t, from); !maps.Equal(before, after) {
+			t.Errorf("%v became %v", before, after)
+		}
 	}
 }
 
@@ -3646,8 +3690,16 @@ func TestMigrateFromOddPlaces(t *testing.T) {
 		}
 		os.Remove(filepath.Join(dir, reserveFile))
 		seal()
-		if code, stdout, stderr := runCommand(t, nil, "check", dir); code != 0 || !strings.Contains(stdout, " 1 blobs") {
-			t.Errorf("%s: code %d, %s%s", name, code, stdout, stderr)
+		for _, args := range [][]string{{"check", dir}, {"BLOBNOM_DATA_DIR=" + dir, "backup", filepath.Join(t.TempDir(), "b")}, {"BLOBNOM_DATA_DIR=" + filepath.Join(t.TempDir(), "m"), "migrate", dir}} {
+			env := args[:len(args)-2]
+			if code, stdout, stderr := runCommand(t, env, args[len(env):]...); code != 0 || !strings.Contains(stdout, " 1 blobs") {
+				t.Errorf("%s %s: code %d, %s%s", args, name, code, stdout, stderr)
+			}
+		}
+		// A lock that cannot be written is none: SQLite gives it to everybody.
+		if lock, err := lockDir(dir); !errors.Is(err, errAccess) {
+			t.Error(err)
+			lock.Close()
 		}
 	}
 }
