@@ -5181,36 +5181,7 @@ func (m *migration) openShard(i, shards int) error {
 		return m.openOurs(s, shards)
 	}
 	for _, name := range names {
-		var columns []string
-		err := queryAll(s.readers, func(name string) { columns = append(columns, name) }, "SELECT name FROM pragma_table_xinfo(?) WHERE hidden <> 2", name) // those that lie in its records
-		if err != nil {
-			return err
-		}
-		content := "data"
-		if !slices.Contains(columns, content) {
-			content = "value"
-		}
-		if !slices.Contains(columns, "key") || !slices.Contains(columns, content) {
-			return fmt.Errorf("table %s has no columns key and data", name)
-		}
-		query := fmt.Sprintf("SELECT "+largeQuery, content, chunkSize)
-		for _, column := range []string{"created_at", "updated_at", "expires_at", "version"} { // in seconds
-			if !slices.Contains(columns, column) {
-				column = "NULL"
-			}
-			query += ", " + column
-		}
-		t := &sourceTable{shard: s, name: name, column: slices.Index(columns, content)}
-		if err := s.readers.QueryRow("SELECT rootpage FROM sqlite_schema WHERE type = 'table' AND name = ?", name).Scan(&t.root); err != nil {
-			return err
-		}
-		if name != "blobs" {
-			t.namespace = name[len("blobs_"):] + "/"
-		}
-		if t.row, err = s.readers.Prepare(fmt.Sprintf("%s FROM %s WHERE rowid = ?", query, quoteSQL(name))); err != nil {
-			return err
-		}
-		err = s.readers.QueryRow(fmt.Sprintf("SELECT NOT EXISTS (SELECT 1 FROM %s WHERE typeof(key) <> 'text')", quoteSQL(name))).Scan(&t.unique)
+		t, content, err := openForeign(s, name)
 		if err != nil {
 			return err
 		}
@@ -5224,6 +5195,41 @@ func (m *migration) openShard(i, shards int) error {
 		m.tables = append(m.tables, t)
 	}
 	return nil
+}
+
+// openForeign opens a table of the Rust servers and returns the name of the column
+// that has its contents.
+func openForeign(s *shard, name string) (t *sourceTable, content string, err error) {
+	var columns []string
+	err = queryAll(s.readers, func(name string) { columns = append(columns, name) },
+		"SELECT name FROM pragma_table_xinfo(?) WHERE hidden <> 2", name) // those that lie in its records
+	if err != nil {
+		return nil, "", err
+	}
+	content = "data"
+	if !slices.Contains(columns, content) {
+		content = "value"
+	}
+	if !slices.Contains(columns, "key") || !slices.Contains(columns, content) {
+		return nil, "", fmt.Errorf("table %s has no columns key and data", name)
+	}
+	query := fmt.Sprintf("SELECT "+largeQuery, content, chunkSize)
+	for _, column := range []string{"created_at", "updated_at", "expires_at", "version"} { // in seconds
+		if !slices.Contains(columns, column) {
+			column = "NULL"
+		}
+		query += ", " + column
+	}
+	t = &sourceTable{shard: s, name: name, column: slices.Index(columns, content)}
+	if name != "blobs" {
+		t.namespace = name[len("blobs_"):] + "/"
+	}
+	if t.row, err = s.readers.Prepare(fmt.Sprintf("%s FROM %s WHERE rowid = ?", query, quoteSQL(name))); err != nil {
+		return nil, "", err
+	}
+	facts := fmt.Sprintf("SELECT rootpage, NOT EXISTS (SELECT 1 FROM %s WHERE typeof(key) <> 'text') FROM sqlite_schema WHERE type = 'table' AND name = ?", quoteSQL(name))
+	err = s.readers.QueryRow(facts, name).Scan(&t.root, &t.unique)
+	return t, content, err
 }
 
 // openOurs opens a shard of our own format.
