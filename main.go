@@ -2419,7 +2419,7 @@ func openLive(path string, open func(params string) error) error {
 	if fileExists(filepath.Join(dir, lockFile)) && unfinished(dir) == nil {
 		err = translate(open(""))
 	}
-	if errors.Is(err, errAccess) { // no server has used it, or nothing can be made beside it
+	if errors.Is(err, errAccess) || errors.Is(err, errFull) { // no server has used it, or nothing can be made beside it
 		err = openQuietly(path, open)
 	}
 	return err
@@ -2435,7 +2435,7 @@ func openQuietly(path string, open func(params string) error) error {
 		return translate(open("&immutable=1")) // else a WAL would be made
 	}
 	err := translate(open(""))
-	if errors.Is(err, errAccess) {
+	if errors.Is(err, errAccess) || errors.Is(err, errFull) {
 		// Where no -shm can be made: without locks, the WAL's index in memory.
 		// Only there: where files can be removed, closing it would delete a WAL
 		// without a whole transaction.
@@ -4819,11 +4819,13 @@ func (c *call) copyInto(ctx context.Context, to string, k *checker, fill func(pa
 		},
 		func() error { return os.Rename(partial, to) },
 		func() error { return syncDir(filepath.Dir(to)) },
-		// After the rename, else a crash leaves a copy that the next run does not know.
-		func() error { return os.Remove(filepath.Join(to, partialFile)) },
-		func() error { return syncDir(to) },
+		// The lock before the marker, else a server that waits for it gets one
+		// that no other server meets; both after the rename, else a crash leaves a
+		// copy that the next run does not know.
 		func() error { return os.Remove(filepath.Join(to, lockFile)) },
 		lock.Close,
+		func() error { return os.Remove(filepath.Join(to, partialFile)) },
+		func() error { return syncDir(to) },
 	} {
 		if err := step(); err != nil {
 			return err
@@ -4841,10 +4843,15 @@ func claim(dir string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if real, err := filepath.EvalSymlinks(dir); err == nil {
-		dir = real
-	} else if _, err := os.Lstat(dir); err == nil {
-		return "", fmt.Errorf("%s is a link that leads nowhere", dir)
+	for range 10 { // links, also one to what a killed run has taken away
+		link, err := os.Readlink(dir)
+		if err != nil {
+			break
+		}
+		if !filepath.IsAbs(link) {
+			link = filepath.Join(filepath.Dir(dir), link)
+		}
+		dir = link
 	}
 	if unfinished(dir) != nil {
 		lock, err := lockDir(dir)
@@ -5453,7 +5460,7 @@ func (t *sourceTable) content(rows *sql.Rows, rowid int64) (b *blob, open opener
 	}
 	millis := func(seconds sql.NullInt64) int64 { return max(0, min(seconds.Int64, maxUnix)) * 1000 }
 	now := sql.NullInt64{Int64: time.Now().Unix(), Valid: true}
-	b = &blob{size: size.Int64, contentType: "application/octet-stream", version: version.Int64}
+	b = &blob{size: size.Int64, contentType: "application/octet-stream", version: max(0, min(version.Int64, 1<<53))} // as far as JSON counts
 	if expires.Valid {
 		b.expires = max(1, millis(expires)) // 0 would be never
 	}

@@ -3153,10 +3153,16 @@ func TestBackup(t *testing.T) {
 	nowhere, other2 := filepath.Join(t.TempDir(), "nowhere"), filepath.Join(t.TempDir(), "b")
 	os.Symlink("missing", nowhere)
 	os.Symlink(t.TempDir(), other2+".partial")
-	for dir, want := range map[string]string{nowhere: "leads nowhere", other2: "in the way"} {
-		if code, _, stderr := runCommand(t, env, "backup", dir); code != 1 || !strings.Contains(stderr, want) {
-			t.Errorf("into a link: code %d, %s", code, stderr)
-		}
+	if code, _, stderr := runCommand(t, env, "backup", other2); code != 1 || !strings.Contains(stderr, "in the way") {
+		t.Errorf("with a link in the way: code %d, %s", code, stderr)
+	}
+	// A link that leads to nothing is what a killed run may leave of one to a directory.
+	if code, _, stderr := runCommand(t, env, "backup", nowhere); code != 0 || !fileExists(filepath.Join(filepath.Dir(nowhere), "missing", shardName(0))) {
+		t.Errorf("into a link: code %d, %s", code, stderr)
+	}
+	os.Symlink("loop", filepath.Join(filepath.Dir(nowhere), "loop"))
+	if code, _, stderr := runCommand(t, env, "backup", filepath.Join(filepath.Dir(nowhere), "loop")); code != 1 || !strings.Contains(stderr, "cannot copy into") {
+		t.Errorf("into a loop: code %d, %s", code, stderr)
 	}
 	// What was killed when it was complete but for its name is made anew.
 	os.WriteFile(filepath.Join(target, partialFile), nil, 0o600)
@@ -3287,6 +3293,36 @@ func TestCopyInTheMaking(t *testing.T) {
 	}
 	if err == nil || unfinished(to+".partial") == nil || fileExists(filepath.Join(to+".partial", "a")) {
 		t.Error(err)
+	}
+}
+
+// Whoever locks a copy once it is whole has the lock that others meet.
+func TestCopyHandsOverLock(t *testing.T) {
+	for range 10 {
+		to := filepath.Join(t.TempDir(), "to")
+		if err := os.Mkdir(to, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		locked := make(chan *sql.DB)
+		c := &call{stdout: io.Discard}
+		err := c.copyInto(t.Context(), to, &checker{}, func(partial string, lock *sql.DB) error {
+			go func() {
+				for fileExists(partial) || unfinished(to) != nil {
+				}
+				lock, err := lockDir(to)
+				if err != nil {
+					t.Error(err)
+				}
+				locked <- lock
+			}()
+			st, err := openLocked(partial, lock, testConfig(t), slog.New(slog.DiscardHandler), time.Now)
+			return cmp.Or(err, st.closeDatabases())
+		})
+		first := <-locked
+		if second, serr := lockDir(to); err != nil || !errors.Is(serr, errInUse) {
+			t.Fatal("two have the lock", second, serr, err)
+		}
+		first.Close()
 	}
 }
 
@@ -3432,8 +3468,11 @@ func TestMigrateForeign(t *testing.T) {
 			}
 			exec("INSERT INTO blobs VALUES (?, 'old', 1000, 2000, 3000, 7)", fmt.Sprint("expired", i))
 			exec("INSERT INTO blobs VALUES (?, 'x', ?2, ?2, ?2, 7)", fmt.Sprint("for ever", i), int64(1<<63-1))
+			if i == 0 {
+				exec("INSERT INTO blobs VALUES ('often', 'x', 1, 2, NULL, ?)", int64(1<<63-1))
+			}
 			exec("INSERT INTO blobs VALUES (?, 'x', 0, 0, ?, 8)", fmt.Sprint("since ever", i), []any{nil, 0, -5}[i])
-		}, "", map[string][]byte{"k": []byte("text"), "for ever0": []byte("x"), "for ever1": []byte("x"), "for ever2": []byte("x"), "since ever0": []byte("x")}, []string{"5 expired"}},
+		}, "", map[string][]byte{"k": []byte("text"), "for ever0": []byte("x"), "for ever1": []byte("x"), "for ever2": []byte("x"), "since ever0": []byte("x"), "often": []byte("x")}, []string{"5 expired"}},
 		{"generated columns", func(i int, exec func(string, ...any)) {
 			exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, a INT AS (length(key)) VIRTUAL, n INT AS (length(key)) STORED, data BLOB)")
 			exec("INSERT INTO blobs (key, data) VALUES (?, ?)", fmt.Sprint("k", i), noise(300_000, 1))
@@ -3597,11 +3636,43 @@ func TestMigrateForeign(t *testing.T) {
 						t.Errorf("%s %s, want %s", name, h.Get(name), want)
 					}
 				}
+				s.put("often", []byte("y"))
+				s.wantBlob("often", []byte("y"))
 				if h := s.wantBlob("since ever0", []byte("x")).Header; h.Get("Blob-Version") != "8" || h.Get("Blob-Created") != stamp(0) {
 					t.Error(h)
 				}
 			}
 		})
+	}
+}
+
+// What lies on a full disk can be read, checked and copied to another one.
+func TestSourceOnFullDisk(t *testing.T) {
+	t.Chdir(t.TempDir())
+	full := mount(t, "8m")
+	rust, ours := filepath.Join(full, "rust"), filepath.Join(full, "ours")
+	from := foreign(t, 2, func(i int, exec func(string, ...any)) {
+		exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)")
+		exec("INSERT INTO blobs VALUES (?, 'x')", fmt.Sprint("k", i))
+	})
+	if err := cmp.Or(os.CopyFS(rust, os.DirFS(from)), os.CopyFS(ours, os.DirFS(sampleDir(t).DataDir)), os.Remove(filepath.Join(rust, shardName(0)+"-shm"))); err != nil {
+		t.Fatal(err)
+	}
+	filler, err := os.Create(filepath.Join(full, "filler"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for size := 1 << 20; size > 0; size /= 2 {
+		for err = nil; err == nil; {
+			_, err = filler.Write(make([]byte, size))
+		}
+	}
+	filler.Close()
+	for _, args := range [][]string{{"check", ours}, {"BLOBNOM_DATA_DIR=" + ours, "backup", filepath.Join(t.TempDir(), "b")}, {"BLOBNOM_DATA_DIR=" + filepath.Join(t.TempDir(), "m"), "migrate", rust}} {
+		env := args[:len(args)-2]
+		if code, stdout, stderr := runCommand(t, env, args[len(env):]...); code != 0 {
+			t.Errorf("%s: code %d, %s%s", args, code, stdout, stderr)
+		}
 	}
 }
 
