@@ -4781,41 +4781,43 @@ func (c *call) copyInto(ctx context.Context, to string, k *checker, fill func(pa
 		}
 		err = errors.Join(err, discard, lock.Close())
 	}()
-	there, statErr := os.Stat(to)
+	if there, err := os.Stat(to); err == nil { // an empty directory is there, and perhaps not for everybody
+		if err := os.Chmod(partial, there.Mode().Perm()); err != nil {
+			return err
+		}
+	}
+	if err := fill(partial, lock); err != nil {
+		return err
+	}
+	k.dir, k.out, k.progress = partial, c.stdout, c.newProgress("verifying")
+	err = k.check(ctx)
+	k.progress.done()
+	switch want := k.want; {
+	case err != nil:
+		return err
+	case k.defects > 0:
+		return fmt.Errorf("the copy has %d defects, perhaps as the original: check that; nothing was copied", k.defects)
+	case want != nil && (k.progress.blobs != want.blobs || k.progress.bytes != want.bytes):
+		return fmt.Errorf("%s were copied, but %s are there", want, k.progress)
+	}
+	return nameCopy(partial, to, lock)
+}
+
+// nameCopy gives the complete directory partial its name, to.
+func nameCopy(partial, to string, lock *sql.DB) error {
 	for _, step := range []func() error{
-		func() error {
-			if statErr != nil {
-				return nil // nothing is in its place
-			}
-			return os.Chmod(partial, there.Mode().Perm()) // an empty directory is, and perhaps not for everybody
-		},
-		func() error { return fill(partial, lock) },
-		func() error {
-			k.dir, k.out, k.progress = partial, c.stdout, c.newProgress("verifying")
-			defer k.progress.done()
-			return k.check(ctx)
-		},
-		func() error {
-			if k.defects > 0 {
-				return fmt.Errorf("the copy has %d defects, perhaps as the original: check that; nothing was copied", k.defects)
-			}
-			if want := k.want; want != nil && (k.progress.blobs != want.blobs || k.progress.bytes != want.bytes) {
-				return fmt.Errorf("%s were copied, but %s are there", want, k.progress)
-			}
-			return nil
-		},
 		func() error { return syncDir(partial) },
 		func() error {
-			if statErr != nil {
+			if there, err := os.Stat(to); err != nil || !there.IsDir() {
 				return nil
 			}
-			return os.Remove(to)
+			return os.Remove(to) // it is empty
 		},
 		func() error {
-			if runtime.GOOS != "windows" { // where nothing that is open can be renamed
-				return nil
+			if runtime.GOOS == "windows" { // where nothing that is open can be renamed
+				return lock.Close()
 			}
-			return lock.Close()
+			return nil
 		},
 		func() error { return os.Rename(partial, to) },
 		func() error { return syncDir(filepath.Dir(to)) },
