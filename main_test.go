@@ -3085,30 +3085,23 @@ func TestBackup(t *testing.T) {
 	env := []string{"BLOBNOM_DATA_DIR=" + cfg.DataDir}
 	to := filepath.Join(t.TempDir(), "copy #1 100%")
 	stop := s.load()
-	rounds := 2
-	if testing.Short() {
-		rounds = 1
+	// Under load, a live directory is copied and checked.
+	if code, stdout, stderr := runCommand(t, env, "backup", to); code != 0 || !strings.Contains(stdout, "copied and verified") {
+		t.Fatalf("code %d, %s%s", code, stdout, stderr)
 	}
-	for range rounds { // under load, a live directory is copied and checked
-		if code, stdout, stderr := runCommand(t, env, "backup", to); code != 0 || !strings.Contains(stdout, "copied and verified") {
-			t.Fatalf("code %d, %s%s", code, stdout, stderr)
-		}
-		if code, stdout, _ := runCommand(t, env, "check"); code != 0 {
-			t.Errorf("check of the live directory: code %d, %s", code, stdout)
-		}
-		if code, stdout, _ := runCommand(t, nil, "check", to); code != 0 {
-			t.Errorf("check of the copy: code %d, %s", code, stdout)
-		}
-		if code, _, stderr := runCommand(t, env, "backup", to); code != 1 || !strings.Contains(stderr, "not empty") {
-			t.Errorf("over a backup: code %d, %s", code, stderr)
-		}
-		if left, _ := filepath.Glob(filepath.Join(filepath.Dir(to), "*.partial")); len(left) > 0 {
-			t.Error("left:", left)
-		}
-		os.Rename(to, to+".old")
-		os.RemoveAll(to + ".older")
-		os.Rename(to+".old", to+".older")
+	if code, stdout, _ := runCommand(t, env, "check"); code != 0 {
+		t.Errorf("check of the live directory: code %d, %s", code, stdout)
 	}
+	if code, stdout, _ := runCommand(t, nil, "check", to); code != 0 {
+		t.Errorf("check of the copy: code %d, %s", code, stdout)
+	}
+	if code, _, stderr := runCommand(t, env, "backup", to); code != 1 || !strings.Contains(stderr, "not empty") {
+		t.Errorf("over a backup: code %d, %s", code, stderr)
+	}
+	if left, _ := filepath.Glob(filepath.Join(filepath.Dir(to), "*.partial")); len(left) > 0 {
+		t.Error("left:", left)
+	}
+	os.Rename(to, to+".older")
 	stop()
 	// Restoring is copying it back.
 	restored := *cfg
@@ -3121,6 +3114,9 @@ func TestBackup(t *testing.T) {
 		}
 	}
 	r.put("new", []byte("x"))
+	if err := s.stop(); err != nil {
+		t.Fatal(err)
+	}
 	// An empty directory is as good as none; something else in the way is not.
 	if err := os.Mkdir(to, 0o755); err != nil {
 		t.Fatal(err)
@@ -3187,9 +3183,6 @@ func TestBackup(t *testing.T) {
 		t.Errorf("migrate of what is unfinished: code %d, %s", code, stderr)
 	}
 	// Damage is not backed up as if it were none.
-	if err := s.stop(); err != nil {
-		t.Fatal(err)
-	}
 	key := "n3"
 	exec1(t, filepath.Join(cfg.DataDir, shardName(int(hashes["fnv1a"](key)%4))), "UPDATE blobs SET sha256 = zeroblob(32) WHERE key = 'n3'")
 	bad := filepath.Join(t.TempDir(), "bad")
