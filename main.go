@@ -2105,18 +2105,14 @@ func refuseForeign(dir string) error {
 // is no database at all. It reads the files themselves, so nobody in this
 // process may have them open. A directory of another program is an error.
 func survey(dir string) (map[int]bool, error) {
-	entries, err := os.ReadDir(dir)
+	indexes, err := shardFiles(dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("cannot read data_dir: %w", err)
 	}
 	found := map[int]bool{}
 	var foreign error
-	for _, e := range entries {
-		i, ok := shardIndex(e.Name())
-		if !ok || e.IsDir() {
-			continue
-		}
-		path := filepath.Join(dir, e.Name())
+	for _, i := range indexes {
+		path := filepath.Join(dir, shardName(i))
 		head, err := readHead(path, 64<<10) // the largest page 1, which has the schema
 		if err != nil {
 			return nil, fmt.Errorf("cannot read shard: %w", err)
@@ -2150,6 +2146,17 @@ func shardIndex(name string) (int, bool) {
 	return i, ok1 && ok2 && err == nil && i >= 0 && name == shardName(i)
 }
 
+// shardFiles returns the indexes of the shards that lie in dir.
+func shardFiles(dir string) (indexes []int, err error) {
+	entries, err := os.ReadDir(dir)
+	for _, e := range entries {
+		if i, ok := shardIndex(e.Name()); ok && !e.IsDir() {
+			indexes = append(indexes, i)
+		}
+	}
+	return indexes, err
+}
+
 func readHead(path string, n int64) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -2164,19 +2171,17 @@ func readHead(path string, n int64) ([]byte, error) {
 // one is, all of them are complete, and follow.
 func finishCreation(dir string) error {
 	from := filepath.Join(dir, newDir)
-	entries, err := os.ReadDir(from)
+	made, err := shardFiles(from)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	placed, err2 := os.ReadDir(dir)
+	placed, err2 := shardFiles(dir)
 	if err := cmp.Or(err, err2); err != nil {
 		return err
 	}
-	isShard := func(e fs.DirEntry) bool { _, ok := shardIndex(e.Name()); return ok && !e.IsDir() }
-	for _, e := range entries {
-		to := filepath.Join(dir, e.Name())
-		if isShard(e) && slices.ContainsFunc(placed, isShard) && !fileExists(to) {
-			if err := os.Rename(filepath.Join(from, e.Name()), to); err != nil {
+	for _, i := range made {
+		if len(placed) > 0 && !fileExists(filepath.Join(dir, shardName(i))) {
+			if err := os.Rename(filepath.Join(from, shardName(i)), filepath.Join(dir, shardName(i))); err != nil {
 				return err
 			}
 		}
@@ -2415,15 +2420,17 @@ func openReadOnly(path, params string) *sql.DB {
 // openLive calls open with the parameters of openReadOnly for the shard at path,
 // which a server may be using.
 func openLive(path string, open func(params string) error) error {
-	err, dir := error(errAccess), filepath.Dir(path)
-	if fileExists(filepath.Join(dir, lockFile)) && unfinished(dir) == nil {
-		err = translate(open(""))
+	dir := filepath.Dir(path)
+	if fileExists(filepath.Join(dir, lockFile)) && unfinished(dir) == nil { // else no server has ever used it
+		if err := translate(open("")); !sealed(err) {
+			return err
+		}
 	}
-	if errors.Is(err, errAccess) || errors.Is(err, errFull) { // no server has used it, or nothing can be made beside it
-		err = openQuietly(path, open)
-	}
-	return err
+	return openQuietly(path, open)
 }
+
+// sealed reports whether err may say that no file can be made beside a database.
+func sealed(err error) bool { return errors.Is(err, errAccess) || errors.Is(err, errFull) }
 
 // openQuietly calls open with the parameters of openReadOnly for the database at
 // path, which nobody writes to: its files stay as they are.
@@ -2435,7 +2442,7 @@ func openQuietly(path string, open func(params string) error) error {
 		return translate(open("&immutable=1")) // else a WAL would be made
 	}
 	err := translate(open(""))
-	if errors.Is(err, errAccess) || errors.Is(err, errFull) {
+	if sealed(err) {
 		// Where no -shm can be made: without locks, the WAL's index in memory.
 		// Only there: where files can be removed, closing it would delete a WAL
 		// without a whole transaction.
@@ -2524,6 +2531,8 @@ const blobColumns = `id, size, stored, codec, coalesce(crc32, 0), sha256, conten
 const pageQuery = `SELECT key, ` + blobColumns + ` FROM blobs
 	WHERE key >= ? AND key < ? AND (expires_at IS NULL OR expires_at > ?) ORDER BY key LIMIT ?`
 
+const chunkQuery = `SELECT data FROM chunks WHERE id = ?`
+
 const debrisQuery = `SELECT EXISTS (SELECT 1 FROM blobs WHERE expires_at <= ?), EXISTS (SELECT 1 FROM orphans)`
 
 // openShard opens one database file and starts its batcher. On an error the
@@ -2568,7 +2577,7 @@ func (s *shard) openReaders(path, params string) (err error) {
 		&s.whole:  "SELECT " + blobColumns + ", data FROM blobs WHERE key = ?",
 		&s.head:   "SELECT " + blobColumns + ", NULL FROM blobs WHERE key = ?",
 		&s.page:   pageQuery,
-		&s.chunk:  "SELECT data FROM chunks WHERE id = ?",
+		&s.chunk:  chunkQuery,
 		&s.look:   debrisQuery,
 		&s.totals: "SELECT blobs, bytes, orphans FROM totals",
 	} {
@@ -4441,7 +4450,7 @@ func (k *checker) defect(shard int, format string, args ...any) {
 
 // check returns an error where there is nothing to check.
 func (k *checker) check(ctx context.Context) error {
-	entries, err := os.ReadDir(k.dir)
+	indexes, err := shardFiles(k.dir)
 	if err != nil {
 		return fmt.Errorf("cannot read the data directory: %w", err)
 	}
@@ -4450,11 +4459,7 @@ func (k *checker) check(ctx context.Context) error {
 	}
 	var first *record
 	found := map[int]*record{}
-	for _, e := range entries {
-		i, ok := shardIndex(e.Name())
-		if !ok || e.IsDir() {
-			continue
-		}
+	for _, i := range indexes {
 		k.shards++
 		r, err := k.checkShard(ctx, i)
 		if ctx.Err() != nil {
@@ -4577,17 +4582,15 @@ func (k *checker) checkBlobs(ctx context.Context, s *shard, r *record) error {
 			break
 		}
 		there := true
-		switch {
-		case b == nil: // a row that cannot be read is one defect, not the end
+		if b == nil { // a row that cannot be read is one defect, not the end
 			raw := s.readers.QueryRow("SELECT id, CAST(key AS BLOB) FROM blobs WHERE id > ? ORDER BY id LIMIT 1", id)
 			if raw.Scan(&id, &key) != nil {
 				return err
 			}
-		case err == nil:
-			err = s.verify(b)
-			fallthrough
-		default:
-			id = b.id
+		} else {
+			if id = b.id; err == nil {
+				err = s.verify(b)
+			}
 			if err != nil && s.readers.QueryRow("SELECT EXISTS (SELECT 1 FROM blobs WHERE id = ?)", id).Scan(&there) != nil {
 				there = true
 			}
@@ -4615,7 +4618,7 @@ func (k *checker) checkBlobs(ctx context.Context, s *shard, r *record) error {
 
 // unseen reports whether err says nothing of what is in a shard.
 func unseen(err error) bool {
-	return errors.Is(err, errAccess) || errors.Is(err, errBusy) || errors.Is(err, errFull)
+	return sealed(err) || errors.Is(err, errBusy)
 }
 
 // queryAll calls row with the one column of each row of a query.
@@ -5041,8 +5044,7 @@ func cmdMigrate(ctx context.Context, c *call) (err error) {
 	if err != nil {
 		return err
 	}
-	start := time.Now()
-	m := &migration{call: c, log: newLogger(cfg, c.stderr), start: start, codec: *codec, gunzip: *gunzip, progress: c.newProgress("copying")}
+	m := &migration{call: c, log: newLogger(cfg, c.stderr), start: time.Now(), codec: *codec, gunzip: *gunzip, progress: c.newProgress("copying")}
 	defer func() { err = errors.Join(err, m.close()) }()
 	if err := m.open(args[0]); err != nil {
 		return err
@@ -5054,7 +5056,7 @@ func cmdMigrate(ctx context.Context, c *call) (err error) {
 	target.AsyncWrite, target.Durability, target.BatchSize, target.MaxPendingBytes = true, "normal", 64, migratePending
 	k := &checker{want: m.progress}
 	err = c.copyInto(ctx, to, k, func(partial string, lock *sql.DB) (err error) {
-		if m.to, err = openLocked(partial, lock, &target, m.log, func() time.Time { return start }); err != nil {
+		if m.to, err = openLocked(partial, lock, &target, m.log, func() time.Time { return m.start }); err != nil {
 			return err
 		}
 		err = m.copyAll(ctx)
@@ -5065,7 +5067,7 @@ func cmdMigrate(ctx context.Context, c *call) (err error) {
 		return err
 	}
 	summary := fmt.Sprintf("%s: %s copied and verified in %.1f s; dropped: %d expired, %d with invalid keys, %d found twice",
-		to, k.progress, time.Since(start).Seconds(), m.expired, m.invalid, m.twice)
+		to, k.progress, time.Since(m.start).Seconds(), m.expired, m.invalid, m.twice)
 	if m.gunzip || m.codec != "" {
 		summary += fmt.Sprintf("; unpacked %d, kept %d as they were", m.unpacked, m.progress.blobs-m.unpacked)
 	}
@@ -5119,14 +5121,14 @@ func (m *migration) open(dir string) (err error) {
 	if m.dir, err = filepath.Abs(dir); err != nil {
 		return err
 	}
-	entries, err := os.ReadDir(m.dir)
+	indexes, err := shardFiles(m.dir)
 	if err != nil {
 		return fmt.Errorf("cannot read the source: %w", err)
 	}
 	if err := unfinished(m.dir); err != nil {
 		return err
 	}
-	if lock := filepath.Join(m.dir, lockFile); fileExists(lock) { // else no server of ours was ever there
+	if fileExists(filepath.Join(m.dir, lockFile)) { // else no server of ours was ever there
 		lock, err := lockDir(m.dir)
 		switch {
 		case err == nil:
@@ -5135,23 +5137,19 @@ func (m *migration) open(dir string) (err error) {
 			return err
 		}
 	}
-	shards := 0
-	for _, e := range entries {
-		if _, ok := shardIndex(e.Name()); ok && !e.IsDir() {
-			path, err := filepath.EvalSymlinks(filepath.Join(m.dir, e.Name()))
-			if err != nil {
-				return err
-			}
-			m.files = append(m.files, path, path+"-wal")
-			shards++
-		}
-	}
-	if shards == 0 {
+	if len(indexes) == 0 {
 		return fmt.Errorf("%s holds no shards", m.dir)
 	}
+	for _, i := range indexes {
+		path, err := filepath.EvalSymlinks(filepath.Join(m.dir, shardName(i)))
+		if err != nil {
+			return err
+		}
+		m.files = append(m.files, path, path+"-wal")
+	}
 	m.stamps = fileStamps(m.files...)
-	for i := range shards {
-		if err := m.openShard(i, shards); err != nil {
+	for i := range indexes { // which they are, or one is missing
+		if err := m.openShard(i, len(indexes)); err != nil {
 			return fmt.Errorf("cannot read %s: %w", filepath.Join(m.dir, shardName(i)), translate(err))
 		}
 	}
@@ -5260,7 +5258,7 @@ func (m *migration) openOurs(s *shard, shards int) error {
 	if err != nil {
 		return err
 	}
-	s.chunk, err = s.readers.Prepare("SELECT data FROM chunks WHERE id = ?")
+	s.chunk, err = s.readers.Prepare(chunkQuery)
 	m.tables = append(m.tables, t)
 	return err
 }

@@ -3192,17 +3192,24 @@ func TestBackup(t *testing.T) {
 	exec1(t, filepath.Join(cfg.DataDir, shardName(int(hashes["fnv1a"](key)%4))), fmt.Sprintf("UPDATE blobs SET sha256 = x'%x' WHERE key = 'n3'", sha256.Sum256(want[key])))
 }
 
-// A backup or a migration that is killed leaves nothing that passes for whole,
-// and the next run completes.
-func TestCopyKilled(t *testing.T) {
-	cfg := testConfig(t, func(c *config) { c.NumShards = 2 })
+// megabytes makes a directory with n blobs of one MiB.
+func megabytes(t *testing.T, shards int64, n int) *config {
+	t.Helper()
+	cfg := testConfig(t, func(c *config) { c.NumShards = shards })
 	s := serveConfig(t, cfg, stallTimeout)
-	for i := range 24 {
+	for i := range n {
 		s.put(fmt.Sprint("k", i), noise(1<<20, uint64(i)))
 	}
 	if err := s.stop(); err != nil {
 		t.Fatal(err)
 	}
+	return cfg
+}
+
+// A backup or a migration that is killed leaves nothing that passes for whole,
+// and the next run completes.
+func TestCopyKilled(t *testing.T) {
+	cfg := megabytes(t, 2, 24)
 	to := filepath.Join(t.TempDir(), "copy")
 	for _, args := range [][]string{{"BLOBNOM_DATA_DIR=" + cfg.DataDir, "backup", to}, {"BLOBNOM_DATA_DIR=" + to, "migrate", cfg.DataDir}} {
 		start := func() *exec.Cmd {
@@ -3243,14 +3250,7 @@ func TestCopyKilled(t *testing.T) {
 // Where a copy finds no room it fails, and takes nothing.
 func TestCopyDiskFull(t *testing.T) {
 	t.Chdir(t.TempDir())
-	cfg := testConfig(t, func(c *config) { c.NumShards = 1 })
-	s := serveConfig(t, cfg, stallTimeout)
-	for i := range 20 {
-		s.put(fmt.Sprint("k", i), noise(1<<20, uint64(i)))
-	}
-	if err := s.stop(); err != nil {
-		t.Fatal(err)
-	}
+	cfg := megabytes(t, 1, 20)
 	small := mount(t, "16m")
 	to := filepath.Join(small, "copy")
 	for _, args := range [][]string{{"BLOBNOM_DATA_DIR=" + cfg.DataDir, "backup", to}, {"BLOBNOM_DATA_DIR=" + to, "migrate", cfg.DataDir}} {
