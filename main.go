@@ -1697,8 +1697,7 @@ func openShard(st *store, i int, cfg *config) (_ *shard, r *record, err error) {
 	}
 	sh.nextID.Store(last)
 	window := time.Duration(min(cfg.BatchTimeoutMS, math.MaxInt64/int64(time.Millisecond))) * time.Millisecond
-	queue := min(cfg.MaxPendingBytes, 64<<20)/opOverhead + 1 // operations that fit into the budget
-	sh.batcher = newBatcher(int(cfg.BatchSize), int(queue), window, st.stopping.Done(), sh.commit, sh.upkeep)
+	sh.batcher = newBatcher(int(cfg.BatchSize), window, st.stopping.Done(), sh.commit, sh.upkeep)
 	go sh.batcher.run()
 	return sh, r, nil
 }
@@ -1862,8 +1861,7 @@ func (sh *shard) upload(body io.Reader, buf []byte, b *blob) (data []byte, err e
 	spare := make([]byte, 0, chunkSize+1+bytes.MinRead)
 	for seq := int64(0); len(buf) > chunkSize && err == nil; seq++ {
 		chunk := data
-		o := &op{data: chunk, do: func() error { return sh.addChunk(b.id, seq, chunk) }}
-		o.urgent.Store(true)
+		o := &op{data: chunk, urgent: true, do: func() error { return sh.addChunk(b.id, seq, chunk) }}
 		if err = sh.submit(o); err != nil {
 			return nil, err
 		}
@@ -1898,13 +1896,10 @@ func (sh *shard) write(o *op, cond conditions) (queued bool, err error) {
 // submit queues o once there is room for it.
 func (sh *shard) submit(o *op) error {
 	o.cost = min(int64(cap(o.data)+len(o.key)+opOverhead), sh.store.budget.size) // one operation always fits
-	err := sh.store.budget.acquire(o.cost)
-	if err == nil {
-		if err = sh.batcher.add(o); err != nil {
-			sh.store.budget.used.Add(-o.cost)
-		}
+	if err := sh.store.budget.acquire(o.cost); err != nil {
+		return err
 	}
-	return err
+	return sh.batcher.add(o) // on an error the store is closing, and room in the budget does not matter
 }
 
 // readChunk appends to buf from r up to one byte more than a chunk, which tells whether another
@@ -1935,7 +1930,7 @@ type op struct {
 	data       []byte       // the content that do stores; nil for a delete
 	held       int64        // id of the content that do publishes; 0: it is not held
 	background bool         // answered 202: nobody waits
-	urgent     atomic.Bool  // its batch does not wait for more
+	urgent     bool         // its batch does not wait for more
 	cost       int64        // taken from the budget
 	queued     time.Time
 	done       chan struct{} // closed by the batcher
@@ -1944,27 +1939,27 @@ type op struct {
 
 type batcher struct {
 	size     int
-	window   time.Duration
+	window   time.Duration        // only run uses it
 	stopping <-chan struct{}      // closed when no batch is to wait any more
-	commit   func([]*op)          // calls finish for each
+	commit   func([]*op)          // calls finish for each, and keeps none
 	upkeep   func() time.Duration // runs between two batches; returns when to run again
-	queue    chan *op             // add sends, close closes
-	wake     chan struct{}        // capacity 1: the queue has changed, or an operation has become urgent
+	wake     chan struct{}        // capacity 1: the rest has changed
 	ended    chan struct{}        // closed by run
 
-	mu     sync.Mutex     // guards the rest, and the order of the queue
+	mu     sync.Mutex     // guards the rest
+	queue  []*op          // a channel as long would cost each garbage collection a scan of its buffer
 	newest map[string]*op // background operations not yet committed
 	closed bool
 }
 
-func newBatcher(size, queue int, window time.Duration, stopping <-chan struct{},
+func newBatcher(size int, window time.Duration, stopping <-chan struct{},
 	commit func([]*op), upkeep func() time.Duration) *batcher {
 	return &batcher{size: size, window: window, stopping: stopping, commit: commit, upkeep: upkeep,
-		queue: make(chan *op, queue), wake: make(chan struct{}, 1), ended: make(chan struct{}),
-		newest: map[string]*op{}}
+		wake: make(chan struct{}, 1), ended: make(chan struct{}), newest: map[string]*op{}}
 }
 
-// add queues o. It does not wait: the budget does, and the queue is as long as the budget allows.
+// add queues o, unless the batcher is closed. It does not wait, and the queue has no limit: the
+// budget is what bounds it.
 func (q *batcher) add(o *op) error {
 	o.done, o.queued = make(chan struct{}), time.Now()
 	q.mu.Lock()
@@ -1972,11 +1967,7 @@ func (q *batcher) add(o *op) error {
 	if q.closed {
 		return errStopping
 	}
-	select {
-	case q.queue <- o:
-	default:
-		return errBusy
-	}
+	q.queue = append(q.queue, o)
 	if o.background {
 		q.newest[o.key], q.newest[allKeys] = o, o
 	}
@@ -1997,10 +1988,12 @@ const allKeys = "" // stands for all keys, none of which is empty
 func (q *batcher) settle(key string) {
 	q.mu.Lock()
 	o := q.newest[key]
+	if o != nil {
+		o.urgent = true
+		q.signal()
+	}
 	q.mu.Unlock()
 	if o != nil {
-		o.urgent.Store(true) // before the signal, else gather could miss it
-		q.signal()
 		<-o.done
 	}
 }
@@ -2019,11 +2012,17 @@ func (q *batcher) finish(o *op) {
 	close(o.done)
 }
 
+// depth returns how many operations are queued.
+func (q *batcher) depth() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return len(q.queue)
+}
+
 // close commits what is queued and ends run.
 func (q *batcher) close() {
 	q.mu.Lock()
 	q.closed = true
-	close(q.queue)
 	q.signal()
 	q.mu.Unlock()
 	<-q.ended
@@ -2032,53 +2031,52 @@ func (q *batcher) close() {
 // run commits batches until close, and runs upkeep between them. It is the batcher's goroutine.
 func (q *batcher) run() {
 	defer close(q.ended)
-	idle := time.NewTimer(0)
+	idle, stopping := time.NewTimer(0), q.stopping
 	for {
+		// Whoever woke us is often followed by others that are ready to add: let them, else batches
+		// are of one when cores are few. Measured: 1.6 times the writes.
+		runtime.Gosched()
+		batch, wait, ended := q.take()
+		var timeout <-chan time.Time // nil: none
+		switch {
+		case ended:
+			return
+		case wait > 0:
+			timeout = time.After(wait)
+		case len(batch) > 0:
+			q.commit(batch)
+			clear(batch) // the queue's array must not keep contents alive
+			q.signal()   // look for the next, but give upkeep its turn
+		}
 		select {
-		case o, ok := <-q.queue:
-			if !ok {
-				return
-			}
-			q.commit(q.gather(o))
+		case <-q.wake:
+		case <-timeout:
+		case <-stopping:
+			q.window, stopping = 0, nil
 		case <-idle.C:
 			idle.Reset(q.upkeep())
 		}
 	}
 }
 
-// gather returns the next batch: first, what is queued, and what comes within the window. Only an
-// urgent operation or a stop cuts the window short.
-func (q *batcher) gather(first *op) []*op {
-	// The sender of first is often followed by others that are ready to add: let them, else batches
-	// are of one when cores are few. Measured: 1.6 times the writes.
-	runtime.Gosched()
-	batch, size, over := []*op{first}, len(first.data)+opOverhead, q.window <= 0
-	var timeout <-chan time.Time
-	if !over {
-		timeout = time.After(time.Until(first.queued.Add(q.window)))
+// take removes the next batch from the queue: what is there, up to size operations. As long as that
+// is less, the window of the first is open and none is urgent, it returns how long to wait instead.
+func (q *batcher) take() (batch []*op, wait time.Duration, ended bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	n, size, urgent := 0, 0, q.closed
+	for ; n < len(q.queue) && n < q.size && size < batchBytes; n++ {
+		size += len(q.queue[n].data) + opOverhead
+		urgent = urgent || q.queue[n].urgent
 	}
-	for len(batch) < q.size && size < batchBytes {
-		select {
-		case o, ok := <-q.queue:
-			if !ok {
-				return batch
-			}
-			batch, size = append(batch, o), size+len(o.data)+opOverhead
-			continue
-		default:
-		}
-		if over || slices.ContainsFunc(batch, func(o *op) bool { return o.urgent.Load() }) {
-			return batch
-		}
-		select {
-		case <-q.wake:
-		case <-q.stopping:
-			over = true
-		case <-timeout:
-			over = true
-		}
+	if 0 < n && n < q.size && size < batchBytes && !urgent {
+		wait = time.Until(q.queue[0].queued.Add(q.window))
 	}
-	return batch
+	if wait > 0 {
+		return nil, wait, false
+	}
+	batch, q.queue = q.queue[:n:n], q.queue[n:]
+	return batch, 0, n == 0 && q.closed
 }
 
 // budget is a semaphore over the bytes that are queued in all shards. A writer that finds no room
@@ -2683,7 +2681,7 @@ func (s *server) exposeMetrics(w *response, _ *http.Request) error {
 		}
 		metric(&text, name, help, samples...)
 	}
-	perShard("blobnom_queue_operations", "Queued writes.", func(sh *shard) any { return len(sh.batcher.queue) })
+	perShard("blobnom_queue_operations", "Queued writes.", func(sh *shard) any { return sh.batcher.depth() })
 	failed := func(sh *shard) any { return sh.failedWrites.Load() }
 	perShard("blobnom_failed_background_writes_total", "Writes that failed after they were answered 202.", failed)
 	perShard("blobnom_shard_blobs", "Blobs, with expired ones.", func(sh *shard) any { return sh.blobs() })
@@ -2830,8 +2828,8 @@ func (st *store) takeReserve() error {
 
 // ==== Maintenance =================================================================================
 // check and backup look at a data directory that a server may be using. They read it as any other
-// SQLite client would, in a process of their own. check never holds a read transaction for long:
-// that would keep the WAL from being used again.
+// SQLite client would, in a process of their own. check reads row by row, but for SQLite's own check
+// of its pages: a transaction as long as all of it would keep the WAL from being used again.
 
 // progress shows how far long work is, at most every 100 ms, if standard error is a terminal. An
 // empty text clears the line.

@@ -1673,7 +1673,7 @@ func TestStopDespiteForeignLock(t *testing.T) {
 		q := s.store.shards[0].batcher
 		q.mu.Lock()
 		defer q.mu.Unlock()
-		return q.newest["k"] != nil && q.newest["k"].urgent.Load()
+		return q.newest["k"] != nil && q.newest["k"].urgent
 	})
 	start, err := time.Now(), s.stop()
 	read.Wait()
@@ -2494,7 +2494,7 @@ func TestReserve(t *testing.T) {
 // fakeBatcher is a batcher whose commits take a while. batches says when each began, and with which keys.
 func fakeBatcher(size, window, takes int, stopping chan struct{}, upkeep func() time.Duration) (b *batcher, _ *[]string) {
 	start, batches := time.Now(), &[]string{}
-	b = newBatcher(size, 10, ms(window), stopping, func(batch []*op) {
+	b = newBatcher(size, ms(window), stopping, func(batch []*op) {
 		entry := fmt.Sprintf("%d:", time.Since(start).Milliseconds())
 		for _, o := range batch {
 			entry += o.key
@@ -2543,7 +2543,7 @@ func TestBatcher(t *testing.T) {
 					go b.settle(o.key)
 					continue
 				case '!':
-					o.urgent.Store(true)
+					o.urgent = true
 				case '+':
 					o.data = make([]byte, batchBytes/2)
 				}
