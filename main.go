@@ -897,15 +897,15 @@ func (b *blob) etags() (plain, zipped string) {
 // stamp is how times look in answers.
 func stamp(ms int64) string { return time.UnixMilli(ms).UTC().Format("2006-01-02T15:04:05.000Z07:00") }
 
-// headerNames are the headers of an answer that carries a blob as it is, in the order of blob.header.
+// headerNames are the headers of a blob that is sent as it is, in the order of blob.header.
 var headerNames = [...]string{"Content-Type", "Content-Length", "Etag", "Repr-Digest", "Last-Modified", "Accept-Ranges",
 	"Blob-Created", "Blob-Updated", "Blob-Version", "Blob-Expires"}
 
 // Browsers must not guess another type for what others uploaded, nor run it under our name.
 var noSniff, sandbox = []string{"nosniff"}, []string{"sandbox allow-same-origin"}
 
-// renderHeader fills in b.header, once for all answers that carry b. Rendering for each answer took a
-// cached GET from 19 to 26 µs, and a map for each cached blob a third more, in the garbage collector.
+// renderHeader fills in b.header, once for all answers. Rendering for each took a cached GET from
+// 19 to 26 µs, and a map for each cached blob a third more, in the garbage collector.
 func (b *blob) renderHeader() {
 	plain, _ := b.etags()
 	digest := "sha-256=:" + base64.StdEncoding.EncodeToString(b.sum[:]) + ":"
@@ -1292,7 +1292,7 @@ type store struct {
 	log     *slog.Logger
 	lock    *sql.DB
 
-	stopping                         context.Context // ended by stop: nobody waits for more, for room or for another process any more
+	stopping                         context.Context // ended by stop: nobody waits any more
 	stop                             func()
 	batches, operations, commitNanos atomic.Int64 // of the transactions so far
 
@@ -1710,7 +1710,7 @@ func (sh *shard) prepare() error {
 	return cmp.Or(errs[:]...)
 }
 
-// close closes the database; its batcher has ended. The writer is the last to close: it checkpoints.
+// close closes the database; its batcher has ended. The writer closes last: it checkpoints.
 func (sh *shard) close() error { return errors.Join(sh.readers.Close(), sh.writer.Close()) }
 
 // note translates err and remembers a corruption, for health.
@@ -2339,11 +2339,11 @@ func (sh *shard) addChunk(id, seq int64, data []byte) error {
 }
 
 // ==== Codec =======================================================================================
-// A content is stored as it is or deflated, chunk by chunk. Each deflated chunk has a dictionary of its
-// own and ends with a sync flush, so that it can be inflated alone. A gzip header, all the chunks, an
-// empty block, checksum and size are one gzip member: it is sent to clients that accept gzip, with
-// nothing compressed anew. Request goroutines run this. They hold a deflater, nearly 1 MiB of memory, for
-// one chunk, and never while they wait for a client.
+// A content is stored as it is or deflated, chunk by chunk. Each deflated chunk has a dictionary of
+// its own and ends with a sync flush, so that it can be inflated alone. A gzip header, all the
+// chunks, an empty block, checksum and size are one gzip member: it is sent to clients that accept
+// gzip, with nothing compressed anew. Request goroutines run this. They hold a deflater, nearly 1
+// MiB of memory, for one chunk, and never while they wait for a client.
 
 var deflaters = sync.Pool{New: func() any {
 	w, _ := flate.NewWriter(nil, flate.BestSpeed) // level 5 takes three times as long for a sixth less
@@ -2374,8 +2374,8 @@ func inflate(data []byte, size int64) ([]byte, error) {
 // pays reports whether deflating chunk to data saved enough: an eighth.
 func pays(chunk, data []byte) bool { return len(data) <= len(chunk)-len(chunk)/8 }
 
-// pack returns the next chunk of b as it will be stored, and counts it. The first chunk decides for all of
-// them whether the blob is deflated; 4 KiB from its middle tell in 50 µs whether trying is worth it.
+// pack returns the next chunk of b as it will be stored, and counts it. The first decides for
+// all whether the blob is deflated; 4 KiB from its middle tell in 50 µs whether to try.
 func (b *blob) pack(chunk []byte) []byte {
 	data, first := chunk, b.size == 0
 	if b.deflated && first {
@@ -2394,8 +2394,8 @@ func (b *blob) pack(chunk []byte) []byte {
 	return data
 }
 
-// What makes a gzip member of deflated chunks: a header without name and time, an empty last block, and
-// eight bytes of checksum and size.
+// What makes a gzip member of deflated chunks: a header without name and time, an empty last block,
+// and eight bytes of checksum and size.
 const (
 	gzipHeader   = "\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
 	gzipEnd      = "\x03\x00"
@@ -2406,12 +2406,12 @@ const (
 // What readers hold on to. The cache keeps small committed contents in memory; a blobReader is one
 // download's position in a blob.
 
-// cache maps keys to committed small blobs, at most limit bytes of them. The shard's one writer blocks the keys of a
-// batch before its transaction, and drops them after the COMMIT and before anybody is told. A reader notes the
-// generation before it reads a row, and puts the row only if the generation is the same, and the key not blocked. So
-// nothing gets in that a commit may have replaced, and while a transaction may change a key, its readers see the
-// database. Random entries are evicted: there is nothing to maintain on a hit, and a scan over more than fits does not
-// empty the cache.
+// cache maps keys to committed small blobs, at most limit bytes of them. The shard's one writer
+// blocks the keys of a batch before its transaction, and drops them after the COMMIT and before
+// anybody is told. A reader notes the generation before it reads a row, and puts the row only if
+// the generation is the same, and the key not blocked. So nothing gets in that a commit may have
+// replaced, and while a transaction may change a key, its readers see the database. Random entries
+// are evicted: there is nothing to maintain on a hit, and a long scan does not empty it.
 type cache struct {
 	limit      int
 	mu         sync.Mutex // guards the rest
@@ -2488,9 +2488,9 @@ func (c *cache) remove(key string) {
 // besides key and content.
 func entryBytes(key string, b *blob) int { return len(key) + len(b.data) + len(b.contentType) + 600 }
 
-// blobReader reads a blob for one request. Of a chunked blob it has one chunk in memory and takes the next
-// by a query of its own, so that a slow client holds neither a connection nor a transaction. It is an
-// io.ReadSeeker for http.ServeContent.
+// blobReader reads a blob for one request. Of a chunked blob it has one chunk in memory and takes
+// the next by a query of its own, so that a slow client holds neither a connection nor a
+// transaction. It is an io.ReadSeeker for http.ServeContent.
 type blobReader struct {
 	shard  *shard
 	blob   *blob
@@ -2517,8 +2517,8 @@ func (br *blobReader) close() {
 	}
 }
 
-// Seek supports what http.ServeContent needs: the end, to learn the size, and any offset from the start. The
-// size of a gzip member is not known; anything large will do.
+// Seek supports what http.ServeContent needs: the end, to learn the size, and any offset from the
+// start. The size of a gzip member is not known; anything large will do.
 func (br *blobReader) Seek(offset int64, whence int) (int64, error) {
 	if whence == io.SeekEnd {
 		return map[bool]int64{false: br.blob.size, true: math.MaxInt64}[br.zipped], nil
@@ -2552,8 +2552,8 @@ func (br *blobReader) WriteTo(w io.Writer) (n int64, err error) {
 	return n, err
 }
 
-// load reads the next chunk. A chunk that is missing or of the wrong length is an error: a download is whole
-// or visibly cut.
+// load reads the next chunk. A chunk that is missing or of the wrong length is an error: a download
+// is whole or visibly cut.
 func (br *blobReader) load() (err error) {
 	b, data, want := br.blob, br.blob.data, min(chunkSize, br.blob.size-br.next*chunkSize)
 	if b.chunked() {
@@ -2601,7 +2601,7 @@ func (br *blobReader) gzipPiece(data []byte) (piece []byte) {
 // seconds are the upper bounds of the histogram, from a cached GET to the drain.
 var seconds = [...]float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 15}
 
-// histogram counts durations up to each of the bounds and not the one before; the last count is of those above.
+// histogram counts durations up to each bound and above the one before; the last count: above all.
 type histogram struct {
 	counts [len(seconds) + 1]int64
 	sum    float64
@@ -2633,7 +2633,7 @@ func (m *metrics) observe(w *response, r *http.Request, took time.Duration) {
 	m.received, m.sent = m.received+w.received, m.sent+w.sent
 }
 
-// metric writes a metric and its samples, which are labels and value in turn. It is a counter if its name says so.
+// metric writes a metric and its samples: labels and value in turn. Its name tells its kind.
 func metric(w io.Writer, name, help string, samples ...any) {
 	kind := map[bool]string{false: "gauge", true: "counter"}[strings.HasSuffix(name, "_total")]
 	fmt.Fprintf(w, "# HELP %s %s\n# TYPE %[1]s %[3]s\n", name, help, kind)
@@ -2711,15 +2711,15 @@ func (sh *shard) blobs() int64 {
 }
 
 // ==== Upkeep ======================================================================================
-// Between two batches, once a second, each batcher's goroutine reclaims space. It deletes blobs whose time
-// has come and contents that nobody refers to or reads, and returns free pages to the file system. It does
-// a small piece at a time, and pauses as long as the piece took.
+// Between two batches, once a second, each batcher's goroutine reclaims space. It deletes blobs
+// whose time has come and contents that nobody refers to or reads, and returns free pages to the
+// file system. It does a small piece at a time, and pauses as long as the piece took.
 //
-// It also keeps the reserve, a file that makes a full disk survivable. A delete has to write to the WAL, and
-// the WAL gives its space back only once all of it is copied into the database, which may have to grow for
-// that. The first write that finds the disk full removes the reserve, which is larger than a shard's WAL:
-// that is room for deletes and checkpoints. Other writes are refused until the reserve is back, and some
-// room with it.
+// It also keeps the reserve, a file that makes a full disk survivable. A delete has to write to the
+// WAL, and the WAL gives its space back only once all of it is copied into the database, which may
+// have to grow for that. The first write that finds the disk full removes the reserve, which is
+// larger than a shard's WAL: that is room for deletes and checkpoints. Other writes are refused
+// until the reserve is back, and some room with it.
 
 const (
 	vacuumPages = 256     // returned at once; so many free ones are not worth it
@@ -2736,8 +2736,8 @@ const (
 		(SELECT id FROM chunks WHERE id >= ?1 << 20 AND id < (?1 + 1) << 20 LIMIT ?2)`
 )
 
-// upkeep deletes some of what has expired and of what is orphaned, or returns some free pages: all of them if
-// the disk is full; what exceeds an eighth of the file if no write has come since the last look, because a busy
+// upkeep deletes some of what has expired or is orphaned, or returns free pages: all if the disk is
+// full; what exceeds an eighth of the file if no write has come since the last look, because a busy
 // shard uses them again. It runs on the batcher's goroutine and returns when to run again.
 func (sh *shard) upkeep() time.Duration {
 	start, now, full := time.Now(), sh.store.now().UnixMilli(), sh.store.full.Load()
@@ -2776,9 +2776,9 @@ func (sh *shard) upkeep() time.Duration {
 	return map[bool]time.Duration{false: sweepInterval, true: time.Since(start)}[err == nil && more]
 }
 
-// sweep deletes some chunks of an orphan that nobody reads or uploads, and the orphan with its last chunk. No upload
-// is published meanwhile: this is the batcher's goroutine. Under the exclusive lookups lock every reader that found
-// the content holds it, and no other reader can find it any more.
+// sweep deletes some chunks of an orphan that nobody reads or uploads, and the orphan with its last
+// chunk. No upload is published meanwhile: this is the batcher's goroutine. Under the exclusive
+// lookups lock every reader that found the content holds it, and no other can find it.
 func (sh *shard) sweep() (swept bool, err error) {
 	sh.lookups.Lock()
 	sh.heldMu.Lock()
@@ -2828,8 +2828,8 @@ func (st *store) takeReserve() error {
 
 // ==== Maintenance =================================================================================
 // check and backup look at a data directory that a server may be using. They read it as any other
-// SQLite client would, in a process of their own. check reads row by row, but for SQLite's own check
-// of its pages: a transaction as long as all of it would keep the WAL from being used again.
+// SQLite client would, in a process of their own. check reads row by row, but for SQLite's own
+// check of its pages: a transaction as long as all of it would keep the WAL from being used again.
 
 // progress shows how far long work is, at most every 100 ms, if standard error is a terminal. An
 // empty text clears the line.
@@ -2970,8 +2970,8 @@ type source struct {
 	byID *sql.Stmt
 }
 
-// openSource opens shard i of dir, and reads its record if it is ours. Nothing in it is changed. The
-// caller closes the source, also after an error.
+// openSource opens shard i of dir, and reads its record if it is ours. Nothing in it is changed.
+// The caller closes the source, also after an error.
 func openSource(dir string, i int) (s *source, r *record, err error) {
 	path := filepath.Join(dir, shardName(i))
 	db := openReadOnly(path)
@@ -3085,8 +3085,8 @@ func (c *call) beginCopy(dir string) (_ string, lock *sql.DB) {
 	return dir, lock
 }
 
-// finishCopy verifies the copy in dir, which is to have so many blobs (negative: unknown), syncs it,
-// removes the partial file, and reports what was done since start.
+// finishCopy verifies the copy in dir, which is to have so many blobs (negative: unknown), syncs
+// it, removes the partial file, and reports what was done since start.
 func (c *call) finishCopy(ctx context.Context, start time.Time, dir string, blobs int64, note string) {
 	k := c.check(ctx, dir)
 	if k.defects > 0 {
@@ -3096,7 +3096,7 @@ func (c *call) finishCopy(ctx context.Context, start time.Time, dir string, blob
 		must(fmt.Errorf("%d blobs were copied, %d are there: see the log", blobs, k.blobs), "%s stays incomplete", dir)
 	}
 	for i := range k.shards {
-		// With an empty WAL: else that of a crashed directory, over which the copy is copied, would be replayed.
+		// With an empty WAL: else that of a crashed directory under the copy would be replayed.
 		path := filepath.Join(dir, shardName(i))
 		must(cmp.Or(createFile(path+"-wal"), syncPath(path), syncPath(path+"-wal")), "cannot sync the copy")
 	}
@@ -3108,10 +3108,10 @@ func (c *call) finishCopy(ctx context.Context, start time.Time, dir string, blob
 }
 
 // ==== Migrate =====================================================================================
-// migrate copies the blobs of a directory, ours or the Rust server's, into the configured one, which
-// is new. It reads every row of every shard. First it copies the rows that are in the shard of their
-// hash, and then the others, unless their key is there already: so of a key that is found twice the
-// right copy is taken.
+// migrate copies the blobs of a directory, ours or the Rust server's, into the configured one,
+// which is new. It reads every row of every shard. First it copies the rows that are in the shard
+// of their hash, and then the others, unless their key is there already: so of a key that is found
+// twice the right copy is taken.
 
 func cmdMigrate(ctx context.Context, c *call) {
 	cfg, _ := c.config()
