@@ -125,9 +125,7 @@ func serveAt(t testing.TB, cfg *config, stall time.Duration, now func() time.Tim
 		t.Fatal(err)
 	}
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatal(t, err)
 	s.base = "http://" + ln.Addr().String()
 	ctx, cancel := context.WithCancel(context.Background())
 	served := make(chan error, 1)
@@ -168,9 +166,7 @@ var client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64, Di
 func (s *testServer) do(method, path string, body io.Reader, headers ...string) (*http.Response, []byte, error) {
 	s.t.Helper()
 	req, err := http.NewRequest(method, s.base+path, body)
-	if err != nil {
-		s.t.Fatal(err)
-	}
+	fatal(s.t, err)
 	for i := 0; i < len(headers); i += 2 {
 		req.Header.Add(headers[i], headers[i+1])
 	}
@@ -235,6 +231,26 @@ func noise(n int, seed uint64) []byte {
 	return b
 }
 
+func fatal(t testing.TB, err error) {
+	if t.Helper(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func expect(t testing.TB, ok bool, format string, args ...any) {
+	if t.Helper(); !ok {
+		t.Errorf(format, args...)
+	}
+}
+
+// noErr is for what cannot fail in a test that works.
+func noErr[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
+}
+
 // keyOn returns a key that lies on the given shard.
 func (s *testServer) keyOn(shard int, name string) string {
 	for i := 0; ; i++ {
@@ -262,9 +278,7 @@ func verifyDir(t testing.TB, dir string) map[string]string {
 	t.Helper()
 	sums := map[string]string{}
 	files, err := filepath.Glob(filepath.Join(dir, "shard_*.db"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatal(t, err)
 	for _, file := range files {
 		db := openDB(file, "mode=ro")
 		defer db.Close()
@@ -286,17 +300,13 @@ func verifyDir(t testing.TB, dir string) map[string]string {
 			t.Errorf("%s: integrity_check %q, %d stray chunks", file, ok, stray)
 		}
 		rows, err := db.Query("SELECT key, id, size, stored, codec, coalesce(crc32, -1), sha256, data FROM blobs")
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatal(t, err)
 		defer rows.Close()
 		for rows.Next() {
 			var key string
 			var id, size, stored, codec, crc int64
 			var sum, data []byte
-			if err := rows.Scan(&key, &id, &size, &stored, &codec, &crc, &sum, &data); err != nil {
-				t.Fatal(err)
-			}
+			fatal(t, rows.Scan(&key, &id, &size, &stored, &codec, &crc, &sum, &data))
 			if want := int64(hashes[hash](key) % uint64(n)); want != index {
 				t.Errorf("key %q lies in shard %d, not %d", key, index, want)
 			}
@@ -327,9 +337,7 @@ func unzip(t testing.TB, member []byte) []byte {
 	t.Helper()
 	in := bytes.NewReader(member)
 	r, err := gzip.NewReader(in)
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatal(t, err)
 	r.Multistream(false)
 	data, err := io.ReadAll(r)
 	if err != nil || in.Len() > 0 {
@@ -351,15 +359,11 @@ func prose(n int, seed uint64) []byte {
 
 func chunksOf(t testing.TB, db *sql.DB, id int64) (chunks [][]byte) {
 	rows, err := db.Query("SELECT data FROM chunks WHERE id >> 20 = ? ORDER BY id", id)
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatal(t, err)
 	defer rows.Close()
 	for rows.Next() {
 		var c []byte
-		if err := rows.Scan(&c); err != nil {
-			t.Fatal(err)
-		}
+		fatal(t, rows.Scan(&c))
 		chunks = append(chunks, c)
 	}
 	return chunks
@@ -372,9 +376,7 @@ func countRows(t testing.TB, dir, query string) (sum int64) {
 	for _, file := range files {
 		db := openDB(file, "mode=ro&_pragma=busy_timeout(5000)")
 		var n int64
-		if err := db.QueryRow(query).Scan(&n); err != nil {
-			t.Fatal(err)
-		}
+		fatal(t, db.QueryRow(query).Scan(&n))
 		db.Close()
 		sum += n
 	}
@@ -395,12 +397,8 @@ func startProgram(t testing.TB, dir string, env ...string) *program {
 	p.cmd.Dir = t.TempDir()
 	p.cmd.Env = append(os.Environ(), append([]string{asProgram + "=1", "BLOBNOM_DATA_DIR=" + dir, "BLOBNOM_ADDR=127.0.0.1:0"}, env...)...)
 	stderr, err := p.cmd.StderrPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := p.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	fatal(t, err)
+	fatal(t, p.cmd.Start())
 	listening := make(chan string, 1)
 	go func() {
 		for lines := bufio.NewScanner(stderr); lines.Scan(); {
@@ -498,14 +496,10 @@ func snapshot(t *testing.T, dir string) map[string]string {
 	t.Helper()
 	files := map[string]string{}
 	entries, err := os.ReadDir(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatal(t, err)
 	for _, e := range entries {
 		data, err := os.ReadFile(filepath.Join(dir, e.Name()))
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatal(t, err)
 		files[e.Name()] = fmt.Sprintf("%x", sha256.Sum256(data))
 	}
 	return files
@@ -524,12 +518,8 @@ func exec1(t testing.TB, path, query string) {
 func copyFile(t *testing.T, from, to string) {
 	t.Helper()
 	data, err := os.ReadFile(from)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(to, data, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	fatal(t, err)
+	fatal(t, os.WriteFile(to, data, 0o600))
 }
 
 // mount makes a small file system, where the test may.
@@ -566,9 +556,7 @@ func sampleDir(t testing.TB) *config {
 	for i := range 50 {
 		s.put(fmt.Sprint("more/", i), prose(i*20, uint64(i)))
 	}
-	if err := s.stop(); err != nil {
-		t.Fatal(err)
-	}
+	fatal(t, s.stop())
 	return cfg
 }
 
@@ -593,9 +581,7 @@ func contents(t *testing.T, dir string) map[string][]byte {
 	files, _ := filepath.Glob(filepath.Join(dir, "shard_*.db"))
 	for i := range files {
 		s, _, err := openSource(dir, i)
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatal(t, err)
 		err = s.walk(t.Context(), func(id int64, key string) (err error) {
 			_, body, err := s.row(id)
 			if err == nil {
@@ -603,9 +589,7 @@ func contents(t *testing.T, dir string) map[string][]byte {
 			}
 			return err
 		})
-		if err := errors.Join(err, s.close()); err != nil {
-			t.Fatal(err)
-		}
+		fatal(t, errors.Join(err, s.close()))
 	}
 	return found
 }
@@ -636,7 +620,7 @@ func TestCommandLine(t *testing.T) {
 			said, silent = silent, said
 		}
 		left, _ := os.ReadDir(".")
-		// Wrong usage is one line. A wrong configuration has a line for each problem.
+		// Wrong usage, and a wrong configuration, is one line.
 		oneLine := strings.Count(said, "\n") == 1
 		if code != c.code || silent != "" || !strings.Contains(said, c.says) || len(left) > 0 || code != 0 && !(oneLine && strings.Contains(said, "blobnom help")) {
 			t.Errorf("%q: code %d, it says %q, and %q where nothing should be; files %v", c.args, code, said, silent, left)
@@ -710,9 +694,7 @@ func TestConfig(t *testing.T) {
 		{"no pair", min + "tls_cert = '/run/tls.crt'\ntls_key = '/run/tls.key'\n", nil, []string{`tls_key = "/run/tls.key"`, "/run/tls.crt: no such file"}},
 	} {
 		file := filepath.Join(t.TempDir(), "c.toml")
-		if err := os.WriteFile(file, []byte(c.file), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		fatal(t, os.WriteFile(file, []byte(c.file), 0o600))
 		cfg, source, err := loadConfig(file, c.env)
 		if (err == nil) != (c.problems == nil) || source != file || err == nil && cfg.NumShards < 3 {
 			t.Errorf("%s: %v", c.name, err)
@@ -748,9 +730,7 @@ func TestExampleConfigLoads(t *testing.T) {
 			lines = append(lines, line)
 		}
 	}
-	if err := os.WriteFile("config.toml", []byte(strings.Join(lines, "")), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	fatal(t, os.WriteFile("config.toml", []byte(strings.Join(lines, "")), 0o600))
 	shown, source, err := loadConfig("", nil)
 	if err != nil || source != "config.toml" || 2*len(lines) != len(cfg.logArgs()) || fmt.Sprint(shown.logArgs()) != fmt.Sprint(cfg.logArgs()) {
 		t.Errorf("%d keys are shown: %+v from %s, %v, want %+v", len(lines), shown, source, err, cfg)
@@ -830,9 +810,7 @@ func TestKeys(t *testing.T) {
 	// What a client should have escaped does not change what it did escape.
 	s.put("ü//\"", []byte("raw"))
 	c, err := net.Dial("tcp", strings.TrimPrefix(s.base, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatal(t, err)
 	defer c.Close()
 	fmt.Fprint(c, "GET /blob/ü%2F%2F\" HTTP/1.1\r\nHost: x\r\n\r\nGET http://x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
 	if got, err := io.ReadAll(c); strings.Count(string(got), " 200 OK\r\n") != 2 {
@@ -1167,9 +1145,7 @@ func TestExpirySweep(t *testing.T) {
 	slow := noise(40*chunkSize, 2)
 	s.want(201, "PUT", "/blob/slow?ttl=1m", slow)
 	resp, err := client.Get(s.base + "/blob/slow")
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatal(t, err)
 	defer resp.Body.Close()
 	s.put("deleted", noise(20*chunkSize, 1))
 	for i := range 100 {
@@ -1209,14 +1185,6 @@ func TestExpirySweep(t *testing.T) {
 	eventually(t, "the cache has only what stays", func() bool { return cached() == 1 })
 	eventually(t, "the space is returned", func() bool { return sizeOf(sh.path) <= (vacuumPages+40)*4096 })
 	s.wantBlob("stays", []byte("x"))
-}
-
-// noErr is for what cannot fail in a test that works.
-func noErr[T any](v T, err error) T {
-	if err != nil {
-		panic(err)
-	}
-	return v
 }
 
 func keysOf(p page) (keys []string) {
@@ -1378,9 +1346,7 @@ func TestStorageCompression(t *testing.T) {
 				}
 			}
 		}
-		if err := s.stop(); err != nil {
-			t.Fatal(err)
-		}
+		fatal(t, s.stop())
 	}
 }
 
@@ -1786,9 +1752,7 @@ func writePair(t *testing.T, cert, key string) *x509.Certificate {
 	template := &x509.Certificate{SerialNumber: big.NewInt(rand.Int64()), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, IsCA: true, BasicConstraintsValid: true}
 	der := noErr(x509.CreateCertificate(crand.Reader, template, template, private.Public(), private))
 	for name, block := range map[string]*pem.Block{cert: {Type: "CERTIFICATE", Bytes: der}, key: {Type: "PRIVATE KEY", Bytes: noErr(x509.MarshalPKCS8PrivateKey(private))}} {
-		if err := os.WriteFile(name, pem.EncodeToMemory(block), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		fatal(t, os.WriteFile(name, pem.EncodeToMemory(block), 0o600))
 	}
 	return noErr(x509.ParseCertificate(der))
 }
@@ -1958,18 +1922,6 @@ func TestStalledClients(t *testing.T) {
 // ============================================================================
 // Store
 // ============================================================================
-
-func fatal(t testing.TB, err error) {
-	if t.Helper(); err != nil {
-		t.Fatal(err)
-	}
-}
-
-func expect(t testing.TB, ok bool, format string, args ...any) {
-	if t.Helper(); !ok {
-		t.Errorf(format, args...)
-	}
-}
 
 // status sends one request and returns the status of the answer, 0 if there is none.
 func (s *testServer) status(method, path string, body io.Reader) int {
@@ -2744,9 +2696,7 @@ func TestCheck(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			dir := filepath.Join(t.TempDir(), "data")
-			if err := os.CopyFS(dir, os.DirFS(sample.DataDir)); err != nil {
-				t.Fatal(err)
-			}
+			fatal(t, os.CopyFS(dir, os.DirFS(sample.DataDir)))
 			c.damage(t, dir)
 			code, stdout, stderr := runCommand(t, []string{"BLOBNOM_NUM_SHARDS=no"}, "check", dir) // needs no configuration
 			lines := strings.Split(strings.TrimSuffix(stdout, "\n"), "\n")
@@ -2964,9 +2914,7 @@ func TestCopyTargets(t *testing.T) {
 	// Two copies do not meet in one place.
 	to := with(partialFile, shardName(0))(t)
 	lock, err := lockDir(to)
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatal(t, err)
 	defer lock.Close()
 	wantEnd(t, 1, "in use")(copyDir(t, "backup", sample, to))
 	wantEnd(t, 1, "in use")(copyDir(t, "migrate", sample, to))
@@ -3301,9 +3249,7 @@ func TestModel(t *testing.T) {
 				t.FailNow()
 			}
 		}
-		if err := m.stop(); err != nil {
-			t.Fatal(err)
-		}
+		fatal(t, m.stop())
 		sums := verifyDir(t, m.cfg.DataDir)
 		for key := range m.blobs {
 			if b := m.live(key); b != nil && sums[key] != fmt.Sprintf("%x", sha256.Sum256(b.body)) {
@@ -3432,9 +3378,7 @@ func (m *model) step() {
 		m.clock.advance(time.Duration(rnd.IntN(20)) * time.Second)
 	case 7:
 		if rnd.IntN(20) == 0 {
-			if err := m.stop(); err != nil {
-				t.Fatal(err)
-			}
+			fatal(t, m.stop())
 			m.cfg.StorageCompression = rnd.IntN(2) == 0
 			m.start(t.(*testing.T))
 		}
@@ -3524,9 +3468,7 @@ func TestCrash(t *testing.T) {
 			for k := range keys {
 				st, key := &states[w][k], fmt.Sprintf("w%d/k%d", w, k)
 				resp, body, err := p.do("GET", "/blob/"+key, nil)
-				if err != nil {
-					t.Fatal(err)
-				}
+				fatal(t, err)
 				sum := ""
 				if resp.StatusCode == 200 {
 					digest := sha256.Sum256(body)
@@ -3594,9 +3536,7 @@ func TestSecondSignal(t *testing.T) {
 	signal.Ignore(syscall.SIGPIPE)
 	p := startProgram(t, filepath.Join(t.TempDir(), "data"))
 	c, err := net.Dial("tcp", strings.TrimPrefix(p.base, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatal(t, err)
 	defer c.Close()
 	fmt.Fprint(c, "PUT /blob/k HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 10\r\n\r\nab") // never ends
 	if _, err := io.ReadFull(c, make([]byte, len("HTTP/1.1 100"))); err != nil {
@@ -3762,9 +3702,7 @@ func BenchmarkMaintenance(b *testing.B) {
 			size += int64(len(body))
 		}
 	}
-	if err := s.stop(); err != nil {
-		b.Fatal(err)
-	}
+	fatal(b, s.stop())
 	for _, name := range []string{"check", "backup", "migrate"} {
 		b.Run(name, func(b *testing.B) {
 			b.SetBytes(size)
