@@ -2,16 +2,7 @@
 Blobnom is a small, durable blob server: HTTP over a set of SQLite databases
 (shards). A hash of the key chooses the shard.
 
-Usage:
-
-	blobnom [-config FILE] [COMMAND] [ARGUMENTS]
-
-	serve      run the server (the default)
-	check      verify a data directory
-	backup     copy the data directory, also while the server runs
-	migrate    copy a directory, ours or the Rust server's, into a new one
-	sign       print a signed URL path that expires
-	version    print the version
+Run "blobnom help" for its commands: serve, check, backup, migrate, sign.
 
 A session, with the server started by "go run ." in another terminal:
 
@@ -36,6 +27,7 @@ This file is meant to be read from top to bottom. It follows one PUT from the so
 	Configuration   file, environment, defaults
 	HTTP server     routes, errors as status codes, deadlines, shutdown
 	Handlers        one function per request
+	Pages           what a browser shows
 	Fields          what headers and queries ask for
 	Store           the data directory: which shard has a key; listings
 	Shard           one database as a request sees it: read, put, remove
@@ -51,6 +43,7 @@ This file is meant to be read from top to bottom. It follows one PUT from the so
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"compress/flate"
@@ -70,8 +63,10 @@ import (
 	"fmt"
 	"hash/crc32"
 	"hash/fnv"
+	"html/template"
 	"io"
 	"io/fs"
+	"iter"
 	"log/slog"
 	"maps"
 	"math"
@@ -85,6 +80,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -104,7 +100,6 @@ import (
 // the errors that mean something to a client, and the schema of a shard.
 
 const (
-	version       = "1.0.0"
 	applicationID = 0x426c6f62 // "Blob", in the SQLite header of our files: file(1) shows it
 	schemaVersion = 1          // the header's user_version
 
@@ -119,8 +114,7 @@ const (
 	seqBits     = 20                   // of a chunk's id, for its sequence number
 	hardMaxBlob = chunkSize << seqBits // 256 GiB, even if max_blob_bytes is 0
 
-	// batchBytes closes a batch: large chunks must not delay the small writes that follow, nor
-	// let the WAL outgrow the reserve.
+	// batchBytes closes a batch, else large chunks delay small writes, and the WAL outgrows the reserve.
 	batchBytes   = 1 << 20
 	opOverhead   = 2 << 10 // bytes of a queued write besides key and content
 	reserveBytes = 6 << 20 // more than a shard's WAL: see Upkeep
@@ -156,6 +150,7 @@ func (e *statusError) Error() string { return e.text }
 var (
 	errBadRequest   = &statusError{http.StatusBadRequest, "bad request"}
 	errUnauthorized = &statusError{http.StatusUnauthorized, "unauthorized"} // deliberately without a reason
+	errForeign      = &statusError{http.StatusForbidden, "a page of another origin may not write, see cors_origin"}
 	errNotFound     = &statusError{http.StatusNotFound, "not found"}
 	errCondition    = &statusError{http.StatusPreconditionFailed, "precondition failed"}
 	errTooLarge     = &statusError{http.StatusRequestEntityTooLarge, "blob too large"}
@@ -165,6 +160,7 @@ var (
 	errCannotOpen   = &statusError{http.StatusInternalServerError, "shard cannot be opened"}
 	errBusy         = &statusError{http.StatusServiceUnavailable, "too busy, try again"}
 	errStopping     = &statusError{http.StatusServiceUnavailable, "server is stopping"}
+	errNoFiles      = &statusError{http.StatusServiceUnavailable, "out of file descriptors"}
 	errFull         = &statusError{http.StatusInsufficientStorage, "disk full"}
 
 	errNoBlob     = fmt.Errorf("%w: no blob under this key", errNotFound)
@@ -175,8 +171,7 @@ var (
 
 // schema is a shard. A content of at most one chunk is stored in its row; a larger one in chunks,
 // whose ids begin with the blob's id. At every instant each content id in chunks is also in blobs
-// or in orphans. So a crash leaves the old content or the new one, and orphans is exactly what may
-// be swept.
+// or in orphans. So a crash leaves the old content or the new one, and orphans is what is swept.
 const schema = `
 CREATE TABLE IF NOT EXISTS blobs (
 	id           INTEGER PRIMARY KEY, -- of the content; a new one whenever chunks come or go
@@ -219,16 +214,15 @@ func (b *blob) lastSeq() int64         { return (b.size - 1) / chunkSize }
 func (b *blob) expired(now int64) bool { return b.expires != 0 && b.expires <= now } // now in Unix milliseconds
 
 // ==== Commands ====================================================================================
-// main is a shell around run, which tests call too. One table is both the dispatch and the usage
-// text. Exit codes: 0 done, 1 failed or refused, 2 wrong usage or wrong configuration. Results go
-// to stdout, logs to stderr.
+// main is a shell around run. One table is both the dispatch and the usage text. Exit codes: 0 done,
+// 1 failed or refused, 2 wrong usage or configuration. Results go to stdout, logs to stderr.
 
 func main() {
 	os.Exit(run(context.Background(), os.Args[1:], os.Environ(), os.Stdout, os.Stderr))
 }
 
 type command struct {
-	name, args, help string
+	name, args, help string // the first line of help is the summary
 	minArgs, maxArgs int
 	run              func(ctx context.Context, c *call) // ends early by must
 }
@@ -248,20 +242,29 @@ func commands() []command {
 		{"check", "[DIR]", "verify a data directory: structure, placement, every checksum", 0, 1, cmdCheck},
 		{"backup", "DIR", "copy the data directory into DIR, also while the server runs", 1, 1, cmdBackup},
 		{"migrate", "SRC", "copy every blob of SRC into the configured, new data directory", 1, 1, cmdMigrate},
-		{"sign", "[-method GET] [-ttl 1h] KEY", "print a signed URL path for KEY that expires", 1, 1, cmdSign},
+		{"sign", "[-method M] [-ttl D] KEY", "print a signed URL path for KEY that expires\n" +
+			"  -method M  the method it allows: GET (the default, HEAD too), HEAD, PUT, POST or DELETE\n" +
+			"  -ttl D     how long it is valid: 1h (the default), 90s, or whole seconds", 1, 1, cmdSign},
 		{"version", "", "print the version", 0, 0, func(_ context.Context, c *call) {
-			fmt.Fprintf(c.stdout, "blobnom %s %s %s/%s\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+			fmt.Fprintf(c.stdout, "blobnom %s %s %s/%s\n", version(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
 		}},
-		{"help", "", "print this", 0, 0, cmdHelp},
+		{"help", "", "print this; COMMAND -h explains one command", 0, 0, cmdHelp},
 	}
 }
 
+// version is the version of the module that was built: a tag, or the revision of the checkout.
+func version() string {
+	info, _ := debug.ReadBuildInfo() // there is one: the build uses modules
+	return strings.Trim(info.Main.Version, "()")
+}
+
 func cmdHelp(_ context.Context, c *call) {
-	fmt.Fprint(c.stdout, "usage: blobnom [-config FILE] [COMMAND] [ARGUMENTS]\n\n  -config FILE\n"+
-		"        configuration (default config.toml, else the built-in example)\n\n")
+	fmt.Fprint(c.stdout, "usage: blobnom [-config FILE] [COMMAND] [ARGUMENTS]\n\n")
 	for _, row := range commands() {
-		fmt.Fprintf(c.stdout, "  %s\n        %s\n", strings.TrimSpace(row.name+" "+row.args), row.help)
+		summary, _, _ := strings.Cut(row.help, "\n")
+		fmt.Fprintf(c.stdout, "  %-32s %s\n", row.name+" "+row.args, summary)
 	}
+	fmt.Fprint(c.stdout, "\nFILE is config.toml if there is one, else the built-in example.\n")
 }
 
 // must ends the command with err, unless that is nil: run reports it, after what format says could
@@ -291,30 +294,38 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 			panic(v)
 		}
 	}()
-	c := &call{environ: environ, stdout: stdout, stderr: stderr}
+	c := &call{environ: environ, stdout: stdout, stderr: stderr, method: http.MethodGet, ttl: time.Hour}
 	flags := flag.NewFlagSet("blobnom", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.StringVar(&c.configFile, "config", "", "")
-	flags.StringVar(&c.method, "method", http.MethodGet, "")
-	flags.DurationVar(&c.ttl, "ttl", time.Hour, "")
+	showVersion := flags.Bool("version", false, "")
 	name, err := "serve", flags.Parse(args)
-	if err == nil && flags.NArg() > 0 { // flags may stand before the command's name or behind it
-		name = flags.Arg(0)
-		err = flags.Parse(flags.Args()[1:])
+	rest := flags.Args()
+	if len(rest) > 0 {
+		if name = rest[0]; name == "sign" {
+			flags.StringVar(&c.method, "method", c.method, "")
+			flags.Func("ttl", "", func(text string) (err error) { c.ttl, err = parseTTL(text); return err })
+		}
+		err = cmp.Or(err, flags.Parse(rest[1:]))
 	}
-	if errors.Is(err, flag.ErrHelp) {
-		name, err = "help", flags.Parse(nil)
+	if *showVersion {
+		name = "version"
+	} else if errors.Is(err, flag.ErrHelp) && len(rest) == 0 {
+		name, err = "help", nil
 	}
-	c.args = flags.Args()
-	if i := slices.IndexFunc(commands(), func(row command) bool { return row.name == name }); err != nil {
-		must(usageError(err.Error()), "")
-	} else if i < 0 {
+	i := slices.IndexFunc(commands(), func(row command) bool { return row.name == name })
+	if i < 0 {
 		must(usageError(fmt.Sprintf("there is no command %q", name)), "")
-	} else if row := commands()[i]; len(c.args) < row.minArgs {
-		must(usageError(fmt.Sprintf("%s needs an argument: %s", name, row.args)), "")
-	} else if len(c.args) > row.maxArgs {
-		must(usageError(fmt.Sprintf("%s takes no argument %q", name, c.args[row.maxArgs])), "")
-	} else {
+	}
+	row, n := commands()[i], flags.NArg()
+	switch c.args = flags.Args(); {
+	case errors.Is(err, flag.ErrHelp):
+		fmt.Fprintf(stdout, "usage: blobnom [-config FILE] %s\n\n%s\n", strings.TrimSpace(name+" "+row.args), row.help)
+	case err != nil:
+		must(usageError(err.Error()), "")
+	case n < row.minArgs || n > row.maxArgs:
+		must(usageError(fmt.Sprintf("the arguments of %s are: %s", name, cmp.Or(row.args, "none"))), "")
+	default:
 		row.run(ctx, c)
 	}
 	return 0
@@ -324,47 +335,60 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 func (c *call) config() (*config, string) {
 	cfg, source, err := loadConfig(c.configFile, c.environ)
 	must(err, "")
+	for _, e := range c.environ {
+		name, _, _ := strings.Cut(e, "=")
+		key, ours := strings.CutPrefix(name, "BLOBNOM_")
+		if ours && (cfg.keys.Lookup(strings.ToLower(key)) == nil || strings.ToUpper(key) != key) {
+			newLogger(cfg, c.stderr).Warn("environment variable names no configuration key, and is ignored", "variable", name)
+		}
+	}
 	return cfg, source
 }
 
-// cmdServe runs until SIGTERM, SIGINT or the end of ctx, then drains. A second signal ends the
-// process at once.
+// cmdServe runs until a signal or the end of ctx, then drains. A second signal ends it at once.
 func cmdServe(ctx context.Context, c *call) {
 	cfg, source := c.config()
 	log := newLogger(cfg, c.stderr)
-	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	signals := []os.Signal{os.Interrupt, syscall.SIGTERM, syscall.SIGHUP}
+	if signal.Ignored(syscall.SIGHUP) {
+		signals = signals[:2] // as nohup wants it
+	}
+	signal.Ignore(syscall.SIGPIPE) // else the process would end with whoever reads its log
+	ctx, stop := signal.NotifyContext(ctx, signals...)
 	context.AfterFunc(ctx, stop) // the second signal meets the default handler
 	// The port before the directory: a server that cannot listen leaves no trace.
 	ln, err := net.Listen("tcp", cfg.Addr)
 	must(err, "cannot listen on addr %q", cfg.Addr)
 	defer ln.Close()
-	st, err := openStore(cfg, nil, log, time.Now)
+	st, err := openStore(ctx, cfg, nil, log, time.Now)
+	if errors.Is(err, context.Canceled) {
+		log.Info("stopped while starting")
+		return
+	}
 	must(err, "")
-	log.With("version", version, "listen", ln.Addr().String(), "config", source).Info("serving", cfg.logArgs()...)
+	log.With("version", version(), "listen", ln.Addr().String(), "config", source).Info("serving", cfg.logArgs()...)
 	if !ln.Addr().(*net.TCPAddr).IP.IsLoopback() && cfg.AuthToken == "" {
 		log.Warn("anyone who can reach this address can read, replace and delete every blob; " +
 			"set auth_token, or set addr to 127.0.0.1, or use a firewall")
 	}
 	err = newServer(cfg, st, log).serve(ctx, ln)
 	must(errors.Join(err, st.close()), "")
+	log.Info("stopped")
 }
 
 // cmdSign prints a path that needs no token until it expires.
 func cmdSign(_ context.Context, c *call) {
 	cfg, source := c.config()
 	key, err := c.args[0], checkKey(c.args[0])
-	if c.ttl < time.Second || !slices.Contains(strings.Split(blobMethods, ", "), c.method) {
-		err = cmp.Or(err, fmt.Errorf("-ttl is at least 1s, and -method is one of %s", blobMethods))
+	if !slices.Contains(strings.Split(blobMethods, ", "), c.method) {
+		err = cmp.Or(err, fmt.Errorf("-method is one of %s", blobMethods))
 	} else if cfg.AuthToken == "" {
 		err = cmp.Or(err, fmt.Errorf("auth_token in %s is empty; a signature needs it as its key", source))
 	}
 	if err != nil {
 		must(usageError(err.Error()), "")
 	}
-	sent := strings.ReplaceAll(url.PathEscape(key), "%2F", "/") // readable
-	if path.Clean("/"+sent) != "/"+sent {
-		sent = escapeAll(key) // else a client may send another path
-	}
+	sent := strings.ReplaceAll(escapeAll(key), "%2F", "/") // nothing that a client resolves
 	expires := strconv.FormatInt(time.Now().Add(c.ttl).Unix(), 10)
 	fmt.Fprintf(c.stdout, "/blob/%s?expires=%s&sig=%s\n", sent, expires, sign(cfg.AuthToken, c.method, key, expires))
 }
@@ -388,15 +412,14 @@ var exampleConfig string
 
 // config is the effective configuration; immutable after loadConfig.
 type config struct {
-	DataDir, Addr, Durability, Hash, AuthToken, TLSCert, TLSKey, CORSOrigin, LogFormat, LogLevel string
-	NumShards, BatchSize, BatchTimeoutMS, MaxBlobBytes, MaxPendingBytes                          int64
-	StorageCompression, OutputCompression, AsyncWrite, PublicRead                                bool
+	DataDir, Addr, Durability, Hash, AuthToken, TLSCert, TLSKey, CORSOrigin, CacheControl, LogFormat, LogLevel string
+	NumShards, BatchSize, BatchTimeoutMS, MaxBlobBytes, MaxPendingBytes                                        int64
+	StorageCompression, OutputCompression, AsyncWrite, PublicRead                                              bool
 
 	keys *flag.FlagSet // the table of keys; its values are the fields above
 }
 
-// newConfig returns the defaults. A key's usage text is its smallest and its largest number, or
-// the words it may be.
+// newConfig returns the defaults. A key's usage text is its least and largest number, or its words.
 func newConfig() *config {
 	keys := flag.NewFlagSet("", flag.ContinueOnError)
 	cfg := &config{keys: keys}
@@ -417,6 +440,7 @@ func newConfig() *config {
 	keys.StringVar(&cfg.TLSCert, "tls_cert", "", "")
 	keys.StringVar(&cfg.TLSKey, "tls_key", "", "")
 	keys.StringVar(&cfg.CORSOrigin, "cors_origin", "", "")
+	keys.StringVar(&cfg.CacheControl, "cache_control", "", "")
 	keys.StringVar(&cfg.LogFormat, "log_format", "text", "text json")
 	keys.StringVar(&cfg.LogLevel, "log_level", "info", "debug info warn error")
 	return cfg
@@ -430,6 +454,7 @@ func (cfg *config) problem(f *flag.Flag) string {
 	fmt.Sscan(f.Usage, &least, &most) // what it does not name stays
 	_, port, addrErr := net.SplitHostPort(text)
 	_, portErr := strconv.ParseUint(port, 10, 16)
+	originErr := new(http.CrossOriginProtection).AddTrustedOrigin(text)
 	switch {
 	case f.Name == "data_dir" && (text == "" || strings.ContainsRune(text, 0)):
 		return "the name of a directory"
@@ -437,16 +462,16 @@ func (cfg *config) problem(f *flag.Flag) string {
 		return `HOST:PORT, such as "127.0.0.1:3000"`
 	case f.Name == "auth_token" && strings.ContainsFunc(text, func(r rune) bool { return r <= ' ' || r > '~' }):
 		return "visible ASCII without spaces"
-	case f.Name == "cors_origin" && !regexp.MustCompile(`^(|\*|[a-z][a-z0-9+.-]*://[^/?#@\s]+)$`).MatchString(text):
+	case f.Name == "cache_control" && strings.ContainsFunc(text, func(r rune) bool { return r < ' ' || r > '~' }):
+		return "visible ASCII"
+	case f.Name == "cors_origin" && text != "" && text != "*" && originErr != nil:
 		return `an origin such as "https://example.org", or "*"`
 	case f.Name == "tls_key" && text+cfg.TLSCert != "": // tls_cert was set before: in alphabetical order
 		if _, err := tls.LoadX509KeyPair(cfg.TLSCert, text); err != nil {
 			return "set together with tls_cert, and be its key: " + err.Error()
 		}
-	case isNumber && n < least:
-		return fmt.Sprint("at least ", least)
-	case isNumber && n > most:
-		return fmt.Sprint("at most ", most)
+	case isNumber && (n < least || n > most):
+		return "a number from " + strings.Join(words, " to ")
 	case !isNumber && f.Usage != "" && !slices.Contains(words, text):
 		return "one of " + strings.Join(words, ", ")
 	}
@@ -541,12 +566,17 @@ type server struct {
 	stall   time.Duration // a client without progress for so long is cut off
 	metrics *metrics
 	mux     *http.ServeMux
+	foreign *http.CrossOriginProtection     // refuses writes of foreign pages; nil: they are welcome
 	pair    atomic.Pointer[tls.Certificate] // the last that was read; see certificate
 }
 
 func newServer(cfg *config, st *store, log *slog.Logger) *server {
 	s := &server{store: st, log: log, cfg: cfg, stall: stallTimeout, mux: http.NewServeMux(),
 		metrics: &metrics{requests: map[string]int64{}, durations: map[string]histogram{}}}
+	if cfg.CORSOrigin != "*" {
+		s.foreign = http.NewCrossOriginProtection()
+		s.foreign.AddTrustedOrigin(cfg.CORSOrigin) // fails if there is none
+	}
 	handle := func(pattern string, h handler) { s.mux.Handle(pattern, s.adapt(h)) }
 	handle("GET /blob/{key...}", s.getBlob)
 	handle("PUT /blob/{key...}", s.putBlob)
@@ -554,9 +584,14 @@ func newServer(cfg *config, st *store, log *slog.Logger) *server {
 	handle("DELETE /blob/{key...}", s.deleteBlob)
 	handle("/blob/{key...}", allowOnly(blobMethods))
 	healthz := func(w *response, _ *http.Request) error { return writeText(w, http.StatusOK, "ok\n") }
-	others := map[string]handler{"/{$}": about, "/healthz": healthz, "/readyz": s.readyz, "/metrics": s.exposeMetrics}
+	others := map[string]handler{"/{$}": s.about, "/healthz": healthz, "/readyz": s.readyz, "/metrics": s.exposeMetrics}
 	for path, h := range others {
-		handle("GET "+path, h)
+		handle("GET "+path, func(w *response, r *http.Request) error {
+			if _, err := queryOf(r); err != nil {
+				return err
+			}
+			return h(w, r)
+		})
 		handle(path, allowOnly("GET, HEAD"))
 	}
 	notFound := func(*response, *http.Request) error { return fmt.Errorf("%w: blobs are at /blob/KEY", errNotFound) }
@@ -583,7 +618,6 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		if r.Method == http.MethodOptions && r.Header.Get("Access-Control-Request-Method") != "" {
 			h.Set("Access-Control-Allow-Methods", blobMethods)
 			h.Set("Access-Control-Allow-Headers", r.Header.Get("Access-Control-Request-Headers"))
-			h.Set("Access-Control-Max-Age", "86400")
 			w.WriteHeader(http.StatusNoContent)
 			return
 		}
@@ -595,9 +629,8 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.ServeHTTP(w, r)
 }
 
-// cleanPath resolves the dot segments of a path, and then encodes what the mux would redirect to a
-// cleaner path, and so to another key: empty segments, and dot segments that the client had
-// percent-encoded. They are part of the key.
+// cleanPath resolves the dot segments of a path, and then encodes what the mux would redirect, to
+// another key: empty segments, and dot segments that the client had percent-encoded.
 func cleanPath(u *url.URL) error {
 	u.Path = cmp.Or(u.Path, "/") // GET http://host HTTP/1.1
 	sent := u.EscapedPath()
@@ -619,33 +652,47 @@ func cleanPath(u *url.URL) error {
 // escapeAll encodes a key as one path segment that nobody resolves.
 func escapeAll(key string) string { return strings.ReplaceAll(url.PathEscape(key), ".", "%2E") }
 
-// authorize returns errUnauthorized unless r may do what it asks for. A token or a signature that
-// is shown has to be right, even where none is needed; only the health routes do not look at it.
+// authorize returns an error unless r may do what it asks for. A token or signature that is shown
+// has to be right, even where none is needed, but for the health routes.
 func (s *server) authorize(r *http.Request) error {
+	if s.foreign != nil && s.foreign.Check(r) != nil {
+		return errForeign
+	}
 	if s.cfg.AuthToken == "" || strings.HasSuffix(r.Pattern, "/healthz") || strings.HasSuffix(r.Pattern, "/readyz") {
 		return nil
 	}
-	shown, signed := r.Header["Authorization"], r.URL.Query().Has("sig")
-	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
+	shown, q := r.Header["Authorization"], r.URL.Query()
 	scheme, token, _ := strings.Cut(strings.Join(shown, ","), " ")
-	token = strings.TrimSpace(token)
-	isToken := strings.EqualFold(scheme, "Bearer") && hmac.Equal([]byte(token), []byte(s.cfg.AuthToken))
-	open := len(shown) > 0 || signed || s.cfg.PublicRead && reads && r.PathValue("key") != ""
-	if !open || len(shown) > 0 && !isToken || signed && !s.isSigned(r) {
+	_, password, isBasic := r.BasicAuth()
+	if token = strings.TrimSpace(token); isBasic {
+		token = password
+	}
+	isToken := (isBasic || strings.EqualFold(scheme, "Bearer")) && hmac.Equal([]byte(token), []byte(s.cfg.AuthToken))
+	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
+	open := len(shown) > 0 || s.cfg.PublicRead && reads && r.PathValue("key") != ""
+	switch {
+	case len(shown) > 0 && !isToken, !open && !q.Has("sig"):
 		return errUnauthorized
+	case q.Has("sig"):
+		return s.checkSignature(r, q)
 	}
 	return nil
 }
 
-// isSigned reports whether r's signature is right and has not expired. One for GET also serves
-// HEAD. No other query parameter is allowed.
-func (s *server) isSigned(r *http.Request) bool {
-	key, q := r.PathValue("key"), r.URL.Query()
-	expires, sig := q.Get("expires"), []byte(q.Get("sig"))
+// checkSignature returns an error unless r's signature is right and has not expired. One for GET
+// also serves HEAD. No other query parameter is allowed.
+func (s *server) checkSignature(r *http.Request, q url.Values) error {
+	key, expires, sig := r.PathValue("key"), q.Get("expires"), []byte(q.Get("sig"))
 	until, err := strconv.ParseInt(expires, 10, 64)
 	fits := func(method string) bool { return hmac.Equal(sig, []byte(sign(s.cfg.AuthToken, method, key, expires))) }
-	return err == nil && key != "" && s.store.now().Unix() < until && strings.Count(r.URL.RawQuery, "&") == 1 &&
-		(fits(r.Method) || r.Method == http.MethodHead && fits(http.MethodGet))
+	switch {
+	case err != nil, key == "", strings.Count(r.URL.RawQuery, "&") != 1,
+		!fits(r.Method) && !(r.Method == http.MethodHead && fits(http.MethodGet)):
+		return errUnauthorized
+	case s.store.now().Unix() >= until:
+		return fmt.Errorf("%w: the signed URL has expired", errUnauthorized)
+	}
+	return nil
 }
 
 // sign returns the signature that lets method be used on key until expires, in Unix seconds.
@@ -671,9 +718,8 @@ func badRequest(format string, args ...any) error {
 
 type handler func(w *response, r *http.Request) error // answers one request, or returns why not
 
-// response notes what was answered, for the log and so that an error after the first byte is not
-// appended to half a blob. It moves the deadlines of the connection while bytes flow. Only the
-// handler's goroutine may use it.
+// response notes what was answered, so that an error is not appended to half a blob, and moves the
+// deadlines of the connection while bytes flow. Only the handler's goroutine may use it.
 type response struct {
 	http.ResponseWriter
 	status         int
@@ -731,11 +777,14 @@ func (w *response) Write(p []byte) (n int, err error) {
 	return n, nil
 }
 
+var noSniff = []string{"nosniff"} // browsers must not guess another type for what others uploaded
+
 // adapt makes an http.Handler of h: it answers the error, counts and logs what was answered.
 func (s *server) adapt(h handler) http.Handler {
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		start := time.Now()
 		w := &response{ResponseWriter: rw, stall: s.stall, moved: start}
+		w.Header()["X-Content-Type-Options"] = noSniff
 		err := s.authorize(r)
 		if err == nil {
 			err = h(w, r)
@@ -745,7 +794,7 @@ func (s *server) adapt(h handler) http.Handler {
 		s.metrics.observe(w, r, took)
 		if s.log.Enabled(r.Context(), slog.LevelDebug) { // else the arguments cost more than the rest
 			s.log.Debug("request", "method", r.Method, "path", r.URL.EscapedPath(), "status", w.status,
-				"bytes", w.sent, "duration", took, "client", r.RemoteAddr)
+				"bytes", w.sent, "duration_ms", float64(took.Microseconds())/1e3, "client", r.RemoteAddr)
 		}
 		if cut {
 			panic(http.ErrAbortHandler) // cuts the connection, so that half an answer is not taken for a whole one
@@ -765,39 +814,38 @@ func (s *server) answerError(w *response, r *http.Request, err error) bool {
 	}
 	maps.DeleteFunc(w.Header(), func(name string, _ []string) bool { // what described a blob
 		ofRange := name == "Content-Range" && status == http.StatusRequestedRangeNotSatisfiable
-		return name != "Allow" && !ofRange && !strings.HasPrefix(name, "Access-Control-")
+		return !ofRange && name != "Allow" && name != "X-Content-Type-Options" && !strings.HasPrefix(name, "Access-Control-")
 	})
 	switch status {
 	case http.StatusUnauthorized:
-		w.Header().Set("WWW-Authenticate", "Bearer")
+		w.Header()["Www-Authenticate"] = []string{"Bearer", `Basic realm="blobnom", charset="UTF-8"`}
 	case http.StatusServiceUnavailable:
 		w.Header().Set("Retry-After", "1")
 	}
 	if w.unread {
-		// The client is still sending. Closed at once, its connection would be reset, and the
-		// answer be lost. net/http lingers after a MaxBytesReader has met its limit; nothing else
-		// makes it do so after Expect: 100-continue.
+		// The client is still sending: closed at once, its connection would be reset, and the
+		// answer lost. A MaxBytesReader that has met its limit makes net/http linger.
 		http.MaxBytesReader(w.ResponseWriter, io.NopCloser(strings.NewReader("x")), 0).Read(make([]byte, 1))
 	}
 	return writeText(w, status, text+"\n") == nil
 }
 
 func writeText(w *response, status int, text string) error {
-	w.load, w.held = nil, 0
-	h := w.Header()
-	h.Set("Content-Type", "text/plain; charset=utf-8")
-	h.Set("X-Content-Type-Options", "nosniff")
-	h.Set("Content-Length", strconv.Itoa(len(text)))
-	w.WriteHeader(status)
-	_, err := io.WriteString(w, text)
-	return err
+	return write(w, status, "text/plain; charset=utf-8", []byte(text))
 }
 
 func writeJSON(w *response, status int, v any) error {
-	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("X-Content-Type-Options", "nosniff")
+	text, err := json.Marshal(v)
+	return cmp.Or(err, write(w, status, "application/json", append(text, '\n')))
+}
+
+func write(w *response, status int, contentType string, body []byte) error {
+	w.load, w.held = nil, 0
+	w.Header().Set("Content-Type", contentType)
+	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(status)
-	return json.NewEncoder(w).Encode(v)
+	_, err := w.Write(body)
+	return err
 }
 
 // serve answers requests on ln until ctx ends, then stops accepting, gives running requests
@@ -834,16 +882,13 @@ func (s *server) serve(ctx context.Context, ln net.Listener) error {
 	return err
 }
 
-// certificate reads the certificate and its key at each handshake: 30 to 130 µs of 1 to 2 ms. While
-// only one of the files is new, it returns the last pair that fitted.
+// certificate reads the pair at each handshake: 30 to 130 µs of 1 to 2 ms. While the files do not fit,
+// because only one of them is new, it returns the last pair that did.
 func (s *server) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-	pair, err := tls.LoadX509KeyPair(s.cfg.TLSCert, s.cfg.TLSKey)
-	if err == nil {
+	if pair, err := tls.LoadX509KeyPair(s.cfg.TLSCert, s.cfg.TLSKey); err == nil {
 		s.pair.Store(&pair)
-	} else if s.pair.Load() != nil {
-		err = nil
 	}
-	return s.pair.Load(), err
+	return s.pair.Load(), nil
 }
 
 // corkedConn gathers what is written between cork and uncork, and sends it with one system call.
@@ -901,8 +946,7 @@ func stamp(ms int64) string { return time.UnixMilli(ms).UTC().Format("2006-01-02
 var headerNames = [...]string{"Content-Type", "Content-Length", "Etag", "Repr-Digest", "Last-Modified", "Accept-Ranges",
 	"Blob-Created", "Blob-Updated", "Blob-Version", "Blob-Expires"}
 
-// Browsers must not guess another type for what others uploaded, nor run it under our name.
-var noSniff, sandbox = []string{"nosniff"}, []string{"sandbox allow-same-origin"}
+var sandbox = []string{"sandbox allow-same-origin"} // nothing that others uploaded runs in a browser
 
 // renderHeader fills in b.header, once for all answers. Rendering for each took a cached GET from
 // 19 to 26 µs, and a map for each cached blob a third more, in the garbage collector.
@@ -917,18 +961,25 @@ func (b *blob) renderHeader() {
 	}
 }
 
+// What a request may have for http.ServeContent to decide.
+var decisive = []string{"Range", "If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since"}
+
 // getBlob serves GET and HEAD. A plain GET is answered chunk by chunk; whatever has conditions or a
 // range to decide, and a HEAD, by http.ServeContent.
 func (s *server) getBlob(w *response, r *http.Request) error {
-	if r.PathValue("key") == "" { // the pattern /blob/{$} would also take the key "/"
+	key := r.PathValue("key")
+	if key == "" { // the pattern /blob/{$} would also take the key "/"
 		return s.listBlobs(w, r)
 	}
-	sh, err := s.store.shardOf(r.PathValue("key"))
-	if err != nil {
+	sh, err := s.store.shardOf(key)
+	_, queryErr := queryOf(r, "expires", "sig")
+	if err = cmp.Or(err, queryErr); err != nil {
 		return err
 	}
-	br, err := sh.read(r.PathValue("key"), r.Method == http.MethodHead)
-	if err != nil {
+	br, err := sh.read(key, r.Method == http.MethodHead)
+	if errors.Is(err, errNoBlob) && strings.HasSuffix(key, "/") && wantsPage(w, r) {
+		return s.showFolder(w, r, key)
+	} else if err != nil {
 		return err
 	}
 	defer br.close()
@@ -936,36 +987,8 @@ func (s *server) getBlob(w *response, r *http.Request) error {
 		c.cork()
 		defer c.uncork()
 	}
-	// Several ranges may be answered with the whole. net/http would answer 416 to a unit it does
-	// not know, and an invalid Content-Range to a range of nothing.
-	ranges := r.Header.Get("Range")
-	if !strings.HasPrefix(ranges, "bytes=") || strings.Contains(ranges, ",") || br.blob.size == 0 {
-		delete(r.Header, "Range")
-	} else if strings.TrimRight(ranges, "0") == "bytes=-" {
-		r.Header.Set("Range", fmt.Sprintf("bytes=%d-", br.blob.size)) // the last 0 bytes: 416
-	}
-	h := w.Header()
-	for i, name := range headerNames {
-		if br.blob.header[i] != "" {
-			h[name] = br.blob.header[i : i+1 : i+1] // without allocating
-		}
-	}
-	h["X-Content-Type-Options"], h["Content-Security-Policy"] = noSniff, sandbox
-	if s.cfg.OutputCompression && len(r.Header["Range"]) == 0 && br.blob.zips() {
-		h.Set("Vary", "Accept-Encoding") // also if this client gets it as it is
-		br.zipped = acceptsGzip(r.Header)
-	}
-	if br.zipped {
-		_, tag := br.blob.etags()
-		h.Set("Etag", tag)
-		h.Set("Content-Encoding", "gzip")
-		h.Del("Repr-Digest") // that of the content as it is
-		h.Del("Content-Length")
-		if br.blob.deflated {
-			h.Set("Content-Length", strconv.FormatInt(br.blob.stored+gzipOverhead, 10))
-		}
-	}
-	decisive := []string{"Range", "If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since"}
+	normalizeRange(r, br.blob.size)
+	s.describe(w, r, br)
 	isSent := func(name string) bool { return len(r.Header[name]) > 0 }
 	if r.Method == http.MethodHead || slices.ContainsFunc(decisive, isSent) {
 		err = br.serveContent(w, r)
@@ -976,6 +999,49 @@ func (s *server) getBlob(w *response, r *http.Request) error {
 		http.NewResponseController(w.ResponseWriter).Flush() // into the cork; a client that is gone needs no answer
 	}
 	return err
+}
+
+// normalizeRange leaves in r what http.ServeContent answers as it should. Several ranges get the
+// whole, and so does a range with a date as its condition: two writes may have the same. net/http
+// would answer 416 to an unknown unit, and an invalid Content-Range to a range of nothing.
+func normalizeRange(r *http.Request, size int64) {
+	ranges, tag := r.Header.Get("Range"), cmp.Or(r.Header.Get("If-Range"), `"`)
+	if !strings.HasPrefix(ranges, "bytes=") || strings.Contains(ranges, ",") || size == 0 || tag[0] != '"' {
+		delete(r.Header, "Range")
+	} else if strings.TrimRight(ranges, "0") == "bytes=-" {
+		r.Header.Set("Range", fmt.Sprintf("bytes=%d-", size)) // the last 0 bytes: 416
+	}
+}
+
+// describe sets the headers of br's blob, and decides whether it is sent as gzip.
+func (s *server) describe(w *response, r *http.Request, br *blobReader) {
+	h, b := w.Header(), br.blob
+	for i, name := range headerNames {
+		if b.header[i] != "" {
+			h[name] = b.header[i : i+1 : i+1] // without allocating
+		}
+	}
+	if now := s.store.now(); b.updated > now.UnixMilli() { // the clock went back
+		h.Set("Last-Modified", now.UTC().Format(http.TimeFormat))
+	}
+	h["Content-Security-Policy"] = sandbox
+	if s.cfg.CacheControl != "" {
+		h.Set("Cache-Control", s.cfg.CacheControl)
+	}
+	if s.cfg.OutputCompression && len(r.Header["Range"]) == 0 && b.zips() {
+		h.Set("Vary", "Accept-Encoding") // also if this client gets it as it is
+		br.zipped = acceptsGzip(r.Header)
+	}
+	if br.zipped {
+		_, tag := b.etags()
+		h.Set("Etag", tag)
+		h.Set("Content-Encoding", "gzip")
+		h.Del("Repr-Digest") // that of the content as it is
+		h.Del("Content-Length")
+		if b.deflated {
+			h.Set("Content-Length", strconv.FormatInt(b.stored+gzipOverhead, 10))
+		}
+	}
 }
 
 // serveContent answers r by http.ServeContent, which compares the client's tags with the one in the
@@ -992,7 +1058,8 @@ func (br *blobReader) serveContent(w *response, r *http.Request) error {
 	if w.load = br.load; r.Method == http.MethodHead {
 		w.load = func() error { return nil }
 	}
-	http.ServeContent(w, r, "", time.UnixMilli(br.blob.updated), br)
+	modified, _ := http.ParseTime(w.Header().Get("Last-Modified"))
+	http.ServeContent(w, r, "", modified, br)
 	switch w.held {
 	case http.StatusPreconditionFailed:
 		return fmt.Errorf("%w: If-Match or If-Unmodified-Since does not hold for this blob", errCondition)
@@ -1004,23 +1071,19 @@ func (br *blobReader) serveContent(w *response, r *http.Request) error {
 }
 
 func (s *server) putBlob(w *response, r *http.Request) error {
-	sh, err := s.store.shardOf(r.PathValue("key"))
-	contentType := cmp.Or(r.Header.Get("Content-Type"), octetStream)
-	encoding := cmp.Or(r.Header.Get("Content-Encoding"), "identity")
+	key := r.PathValue("key")
+	w.unread = r.Header.Get("Expect") != "" // until the body is read: it may be on its way
+	sh, err := s.store.shardOf(key)
+	contentType, typeErr := contentTypeOf(r)
 	ttl, ttlErr := ttlOf(r)
 	cond, condErr := conditionsOf(r.Header)
-	switch err := cmp.Or(err, ttlErr, condErr, verifyDigests(nil, r.Header)); {
-	case err != nil:
+	if err = cmp.Or(err, typeErr, ttlErr, condErr, verifyDigests(nil, r.Header)); err != nil {
 		return err
-	case !strings.EqualFold(encoding, "identity"), r.Header.Get("Content-Range") != "":
-		return badRequest("Content-Encoding and Content-Range are not supported; send the whole content as it is")
-	case len(contentType) > 255, !utf8.ValidString(contentType):
-		return badRequest("the Content-Type is longer than 255 bytes or not UTF-8")
 	}
 	verify := func(sum []byte) error { return verifyDigests(sum, r.Header, r.Trailer) }
 	p := &putOptions{contentType: contentType, length: r.ContentLength, ttl: ttl, conditions: cond, verify: verify}
 	body := &upload{r.Body, w, max(0, r.ContentLength), s.store.maxBlob}
-	b, queued, err := sh.put(r.PathValue("key"), body, p)
+	b, queued, err := sh.put(key, body, p)
 	if err != nil {
 		return err
 	}
@@ -1033,12 +1096,12 @@ func (s *server) putBlob(w *response, r *http.Request) error {
 	return nil
 }
 
-// deleteBlob serves DELETE. The answer does not tell whether the key existed, unless a precondition
-// asks for it.
+// deleteBlob serves DELETE. Only with a precondition does the answer tell whether the key existed.
 func (s *server) deleteBlob(w *response, r *http.Request) error {
 	sh, err := s.store.shardOf(r.PathValue("key"))
 	cond, condErr := conditionsOf(r.Header)
-	if err = cmp.Or(err, condErr); err != nil {
+	_, queryErr := queryOf(r, "expires", "sig")
+	if err = cmp.Or(err, condErr, queryErr); err != nil {
 		return err
 	}
 	queued, err := sh.remove(r.PathValue("key"), cond)
@@ -1049,8 +1112,7 @@ func (s *server) deleteBlob(w *response, r *http.Request) error {
 	return nil
 }
 
-// upload is a request body that keeps the deadlines moving, ends at the maximum, and tells a
-// client's failure from ours.
+// upload is a request body that moves the deadlines and ends at the maximum.
 type upload struct {
 	body            io.Reader
 	w               *response
@@ -1074,44 +1136,45 @@ func (u *upload) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
-// listBlobs serves a page of the listing. The shards are read one after the other,
-// so a page is no snapshot: a key that comes or goes meanwhile may be in it or not.
+// listBlobs serves /blob/: to a browser its folder page, else a page of the listing. That is no
+// snapshot: the shards are read one after the other.
 func (s *server) listBlobs(w *response, r *http.Request) error {
-	q, err := queryOf(r)
-	prefix, after, limit := q.Get("prefix"), q.Get("after"), uint64(defaultPage)
+	if wantsPage(w, r) && r.URL.RawQuery == "" {
+		return s.showFolder(w, r, "")
+	}
+	q, err := queryOf(r, "prefix", "after", "limit", "delimiter")
+	l := listing{prefix: q.Get("prefix"), after: q.Get("after"), delimiter: q.Get("delimiter"), limit: defaultPage}
 	if q.Has("limit") {
-		limit, _ = strconv.ParseUint(q.Get("limit"), 10, 16) // on an error 0, or larger than maxPage
+		limit, _ := strconv.ParseUint(q.Get("limit"), 10, 16) // on an error 0, or larger than maxPage
+		l.limit = int(limit)
 	}
 	switch {
 	case err != nil:
 		return err
-	case limit < 1, limit > maxPage:
+	case l.limit < 1, l.limit > maxPage:
 		return badRequest("limit must be a number from 1 to %d", maxPage)
-	case !utf8.ValidString(prefix), !utf8.ValidString(after):
-		return badRequest("prefix and after must be valid UTF-8")
+	case q.Has("delimiter") && l.delimiter == "", !utf8.ValidString(l.prefix + "x" + l.after + "x" + l.delimiter):
+		return badRequest("prefix, after and delimiter must be valid UTF-8, the delimiter not empty")
 	}
-	page, more, err := s.store.list(prefix, after, int(limit))
+	page, more, err := s.store.list(l)
 	if err != nil {
 		return err
 	}
-	answer := map[string]any{"blobs": page}
+	answer := map[string]any{}
 	if more {
 		answer["next"] = page[len(page)-1].Key
 	}
+	if l.delimiter != "" {
+		prefixes := []string{}
+		for _, row := range page {
+			if row.ETag == "" {
+				prefixes = append(prefixes, row.Key)
+			}
+		}
+		answer["prefixes"] = prefixes
+	}
+	answer["blobs"] = slices.DeleteFunc(page, func(row listed) bool { return row.ETag == "" })
 	return writeJSON(w, http.StatusOK, answer)
-}
-
-func about(w *response, r *http.Request) error {
-	blobs := map[bool]string{false: "http://", true: "https://"}[r.TLS != nil] + r.Host + "/blob/"
-	return writeText(w, http.StatusOK, fmt.Sprintf(`Blobnom %s, a small sharded blob server
-
-  curl -T FILE %[2]sKEY        store or replace
-  curl -o FILE %[2]sKEY        fetch
-  curl '%[2]s?prefix=P'        list, a page at a time
-  curl -X DELETE %[2]sKEY      delete
-
-A KEY may have slashes. For operators: /healthz, /readyz, /metrics.
-`, version, blobs))
 }
 
 // readyz asks every shard. It names shards by number and failures by kind.
@@ -1128,31 +1191,154 @@ func (s *server) readyz(w *response, _ *http.Request) error {
 	return writeJSON(w, status, map[string]any{"ready": status == http.StatusOK, "shards": rows})
 }
 
+// ==== Pages =======================================================================================
+// What a browser shows: the server itself, and folders to browse. Tools that follow links copy
+// everything out over them. There is no script, and none could run.
+
+// wantsPage reports whether r comes from a browser, or a tool that reads HTML.
+func wantsPage(w *response, r *http.Request) bool {
+	w.Header().Set("Vary", "Accept")
+	return strings.Contains(strings.Join(r.Header["Accept"], ","), "text/html")
+}
+
+// about explains the server to whoever finds it.
+func (s *server) about(w *response, r *http.Request) error {
+	blobs := map[bool]string{false: "http://", true: "https://"}[r.TLS != nil] + r.Host + "/blob/"
+	text := fmt.Sprintf(`Blobnom %s, a small sharded blob server
+
+  curl -T FILE %[2]sKEY        store or replace
+  curl -o FILE %[2]sKEY        fetch
+  curl '%[2]s?prefix=P'        list, a page at a time
+  curl -X DELETE %[2]sKEY      delete
+
+A KEY may have slashes. For operators: /healthz, /readyz, /metrics.
+`, version(), blobs)
+	if wantsPage(w, r) {
+		return writePage(w, webPage{Title: "Blobnom", Text: text})
+	}
+	return writeText(w, http.StatusOK, text)
+}
+
+// showFolder answers a page of what is below folder, which is empty or ends with a slash. It is
+// written while the shards are read: a folder of any size costs a page of the listing in memory.
+func (s *server) showFolder(w *response, r *http.Request, folder string) error {
+	if s.cfg.AuthToken != "" && len(r.Header["Authorization"]) == 0 {
+		return errUnauthorized // public_read is for blobs
+	}
+	some, _, err := s.store.list(listing{prefix: folder, limit: 1})
+	if err == nil && len(some) == 0 && folder != "" {
+		err = errNoBlob
+	}
+	if err != nil {
+		return err
+	}
+	rows := func(yield func(listed) bool) {
+		for _, nameAt := range []int{utf8.RuneCountInString(folder) + 1, 0} { // first folders, then blobs
+			l := listing{prefix: folder, delimiter: "/", limit: defaultPage, nameAt: nameAt}
+			for more := true; more && err == nil; {
+				some, more, err = s.store.list(l)
+				for _, row := range some {
+					l.after, row.Key = row.Key, strings.TrimPrefix(row.Key, folder)
+					if (row.ETag == "") == (nameAt > 0) && !yield(row) {
+						return
+					}
+				}
+			}
+		}
+	}
+	writeErr := writePage(w, webPage{Title: "/" + folder, Rows: rows})
+	return cmp.Or(err, writeErr)
+}
+
+// webPage is a text, or a folder. The keys of its rows begin behind the folder's.
+type webPage struct {
+	Title, Text string
+	Rows        iter.Seq[listed]
+}
+
+func writePage(w *response, p webPage) error {
+	w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	w.Header().Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'")
+	w.WriteHeader(http.StatusOK)
+	buffered := bufio.NewWriterSize(w, 16<<10)
+	return cmp.Or(pageTemplate.Execute(buffered, p), buffered.Flush())
+}
+
+var pageFuncs = template.FuncMap{"human": humanSize, "link": link}
+var pageTemplate = template.Must(template.New("").Funcs(pageFuncs).Parse(`<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{{.Title}}</title>
+<style>
+:root { color-scheme: light dark; font: 100%/1.5 system-ui, sans-serif }
+body { max-width: 60rem; margin: auto; padding: 1rem }
+h1, a { overflow-wrap: anywhere; white-space: pre-wrap }
+pre { overflow: auto }
+table { width: 100%; border-collapse: collapse }
+tr { border-top: 1px solid #8885 }
+td { padding: .4rem 0 }
+td + td { padding-left: 1rem; white-space: nowrap; opacity: .7 }
+@media (max-width: 40rem) { td:nth-child(3) { display: none } }
+</style>
+<h1>{{.Title}}</h1>
+{{if .Text}}<pre>{{.Text}}</pre>
+<p><a href="blob/">Browse the blobs</a>
+{{else}}<table>
+{{if ne .Title "/"}}<tr><td><a href="../">../</a>
+{{end}}{{range .Rows}}<tr><td><a{{with link .Key}} href="{{.}}"{{end}}>{{.Key}}</a>
+{{- if .ETag}}<td>{{human .Size}}<td>{{.ContentType}}<td>{{slice .Updated 0 10}} {{slice .Updated 11 16}}{{end}}
+{{end}}</table>
+{{end}}`))
+
+// link returns the relative URL of a row, "" if browsers would resolve it to another.
+func link(name string) string {
+	bare, isFolder := strings.CutSuffix(name, "/")
+	if bare == "." || bare == ".." {
+		return ""
+	}
+	return "./" + url.PathEscape(bare) + map[bool]string{true: "/"}[isFolder]
+}
+
+// humanSize shows bytes as people read them.
+func humanSize(bytes int64) string {
+	size, units := float64(bytes), []string{"B", "KiB", "MiB", "GiB", "TiB"}
+	for ; size >= 1000 && len(units) > 1; units = units[1:] {
+		size /= 1024
+	}
+	return fmt.Sprintf("%.3g %s", size, units[0])
+}
+
 // ==== Fields ======================================================================================
 // What headers and queries ask for. Each parser refuses what it does not understand: a write that
 // ignored its precondition or its digest would not be the one the client wanted.
 
-// queryOf parses the query of r. No parameter may be repeated.
-func queryOf(r *http.Request) (url.Values, error) {
+// queryOf parses the query of r. It may have each of the known parameters once, and no other.
+func queryOf(r *http.Request, known ...string) (url.Values, error) {
+	if r.URL.RawQuery == "" {
+		return nil, nil
+	}
 	q, err := url.ParseQuery(r.URL.RawQuery)
-	for _, values := range q {
-		if len(values) > 1 {
+	for name, values := range q {
+		if len(values) > 1 || !slices.Contains(known, name) {
 			err = errBadRequest
 		}
 	}
 	if err != nil { // its text quotes the query, perhaps a signature
-		return nil, badRequest("the query cannot be parsed, or repeats a parameter")
+		return nil, badRequest("the query is malformed; each parameter may be given once, and known here are: %s",
+			cmp.Or(strings.Join(known, ", "), "none"))
 	}
 	return q, nil
 }
 
 // ttlOf returns the time to live that r asks for, 0 for none.
 func ttlOf(r *http.Request) (time.Duration, error) {
-	q, err := queryOf(r)
+	q, err := queryOf(r, "ttl", "expires", "sig")
 	if err != nil || !q.Has("ttl") {
 		return 0, err
 	}
-	text := q.Get("ttl")
+	return parseTTL(q.Get("ttl"))
+}
+
+func parseTTL(text string) (time.Duration, error) {
 	if strings.Trim(text, "0123456789") == "" { // whole seconds; of none "s" is no duration either
 		text += "s"
 	}
@@ -1163,6 +1349,24 @@ func ttlOf(r *http.Request) (time.Duration, error) {
 	return ttl, nil
 }
 
+// contentTypeOf returns the type to store for an upload: the one it names, else that of the key's
+// file extension. It refuses what could not be given back as it came.
+func contentTypeOf(r *http.Request) (string, error) {
+	sent, encoding := r.Header.Get("Content-Type"), r.Header.Get("Content-Encoding")
+	media, _, _ := strings.Cut(sent, ";")
+	switch media = strings.ToLower(strings.TrimSpace(media)); {
+	case media == "multipart/form-data":
+		return "", badRequest("a multipart/form-data body is a form; send the file alone, as curl -T FILE does")
+	case encoding != "" && !strings.EqualFold(encoding, "identity"), r.Header.Get("Content-Range") != "":
+		return "", badRequest("Content-Encoding and Content-Range are not supported; send the whole content as it is")
+	case len(sent) > 255, !utf8.ValidString(sent):
+		return "", badRequest("the Content-Type is longer than 255 bytes or not UTF-8")
+	case media == "", media == "application/x-www-form-urlencoded": // what curl --data-binary says of anything
+		return cmp.Or(mime.TypeByExtension(path.Ext(r.PathValue("key"))), octetStream), nil
+	}
+	return sent, nil
+}
+
 type conditions struct{ match, noneMatch string } // of a write, as sent: "*" or a list of tags; "" for none
 
 var (
@@ -1170,8 +1374,7 @@ var (
 	tagList   = regexp.MustCompile(`^[ \t,]*(?:\*|(?:(?:W/)?"[^"\x00-\x20\x7f]*"[ \t]*(?:,[ \t,]*|$))+)[ \t,]*$`)
 )
 
-// conditionsOf returns the preconditions in h. It refuses dates: they are of whole seconds, and two
-// writes within one would pass.
+// conditionsOf returns the preconditions in h. It refuses dates: two writes may have the same one.
 func conditionsOf(h http.Header) (conditions, error) {
 	match, noneMatch := strings.Join(h["If-Match"], ","), strings.Join(h["If-None-Match"], ",")
 	switch {
@@ -1246,8 +1449,7 @@ func acceptsGzip(h http.Header) bool {
 var textual = regexp.MustCompile(`(?i)^ *(text/[^;]*|application/(json|x-ndjson|javascript|xml|yaml|toml|sql|wasm|` +
 	`rtf|graphql|[^;]*\+(json|xml|yaml))|font/[ot]tf)\s*(;|$)`)
 
-// zips reports whether b is sent compressed to clients that accept it: it is stored compressed, or
-// it is text and large enough to be worth it.
+// zips reports whether clients that accept gzip get b so: it is stored deflated, or worth deflating.
 func (b *blob) zips() bool {
 	return b.deflated || b.size >= minEncode && textual.MatchString(b.contentType)
 }
@@ -1271,9 +1473,7 @@ var hashes = map[string]func(key string) uint64{
 		io.WriteString(h, key)
 		return h.Sum64()
 	},
-	"crc32c": func(key string) uint64 {
-		return uint64(crc32.Checksum([]byte(key), crc32.MakeTable(crc32.Castagnoli)))
-	},
+	"crc32c": func(key string) uint64 { return uint64(crc32.Checksum([]byte(key), crc32.MakeTable(crc32.Castagnoli))) },
 	"sha256": func(key string) uint64 {
 		sum := sha256.Sum256([]byte(key))
 		return binary.BigEndian.Uint64(sum[:])
@@ -1334,13 +1534,14 @@ func (r *record) String() string {
 // directory in use, an incomplete copy, one of another program and one whose record does not match.
 // A corrupt shard does not keep the others from serving; its own keys fail with errCorrupt. lock is
 // not nil if the caller has locked dir, to copy into it.
-func openStore(cfg *config, lock *sql.DB, log *slog.Logger, now func() time.Time) (_ *store, err error) {
+func openStore(ctx context.Context, cfg *config, lock *sql.DB, log *slog.Logger, now func() time.Time) (*store, error) {
 	st := &store{
 		lock: lock, hash: hashes[cfg.Hash], async: cfg.AsyncWrite, deflate: cfg.StorageCompression, now: now, log: log,
 		maxBlob: min(cmp.Or(cfg.MaxBlobBytes, hardMaxBlob), hardMaxBlob),
 	}
-	st.stopping, st.stop = context.WithCancel(context.Background())
+	st.stopping, st.stop = context.WithCancel(ctx)
 	st.budget = &budget{size: cfg.MaxPendingBytes, patience: queueTimeout, stopping: st.stopping.Done()}
+	var err error
 	if st.dir, err = filepath.Abs(cfg.DataDir); err == nil && lock == nil {
 		if err = refuseDir(st.dir); err == nil {
 			st.lock, err = lockDir(st.dir)
@@ -1349,7 +1550,7 @@ func openStore(cfg *config, lock *sql.DB, log *slog.Logger, now func() time.Time
 	if err != nil {
 		return nil, err
 	}
-	if err = createShards(st.dir, cfg); err == nil {
+	if err = st.createShards(cfg); err == nil {
 		err = st.openShards(cfg)
 	}
 	if errors.Is(err, errFull) { // even opening writes: the reserve's room makes it possible
@@ -1439,11 +1640,10 @@ func shardFiles(dir string) (indexes []int, err error) {
 }
 
 // createShards makes the shards of a new directory, each in its place. The creating file goes first
-// and last: if it is there, an earlier start was killed meanwhile, and this one completes its work.
-// Every step may be repeated, also after shards have been written to, because a power loss can
-// bring a removed file back.
-func createShards(dir string, cfg *config) error {
-	marker := filepath.Join(dir, creatingFile)
+// and last: if it is there, an earlier start was killed, and this one completes its work. Every step
+// may be repeated, even after writes, because a power loss can bring a removed file back.
+func (st *store) createShards(cfg *config) error {
+	dir, marker := st.dir, filepath.Join(st.dir, creatingFile)
 	if indexes, _ := shardFiles(dir); len(indexes) > 0 && !fileExists(marker) {
 		return nil
 	}
@@ -1455,9 +1655,9 @@ func createShards(dir string, cfg *config) error {
 	}
 	for i := 0; i < int(cfg.NumShards) && err == nil; i++ {
 		err = createShard(filepath.Join(dir, shardName(i)), &record{cfg.NumShards, int64(i), cfg.Hash, string(id)})
+		err = cmp.Or(err, st.stopping.Err())
 	}
-	// The names before the marker's removal, else a power loss could take shards away after the
-	// first write was acknowledged.
+	// The names before the marker's removal, else a power loss could take acknowledged writes.
 	if err = cmp.Or(err, syncPath(dir), syncPath(filepath.Dir(dir))); err != nil {
 		return fmt.Errorf("cannot create the shards in %s: %w", dir, err)
 	}
@@ -1499,7 +1699,7 @@ func (st *store) openShards(cfg *config) error {
 	var want *record // of the first shard that can be read
 	st.shards = nil
 	for _, i := range indexes {
-		if err := refuseForeign(st.dir, i); err != nil {
+		if err := cmp.Or(refuseForeign(st.dir, i), st.stopping.Err()); err != nil {
 			return err
 		}
 		sh, r, err := openShard(st, i, cfg)
@@ -1534,38 +1734,57 @@ func (st *store) openShards(cfg *config) error {
 	return nil
 }
 
+// listing asks for a page: up to limit keys that begin with prefix and are above after. Keys that
+// have the delimiter behind the prefix are rolled up into one row, cut after it: a folder.
+type listing struct {
+	prefix, after, delimiter string
+	limit                    int
+	nameAt                   int // if not 0: only folders; where their names begin, in characters from 1
+}
+
+// folder returns what key is rolled up to, "" if it is not.
+func (l *listing) folder(key string) string {
+	rest, inside := strings.CutPrefix(key, l.prefix)
+	if name, _, found := strings.Cut(rest, l.delimiter); inside && found && l.delimiter != "" {
+		return l.prefix + name + l.delimiter
+	}
+	return ""
+}
+
 type listed struct {
 	Key         string `json:"key"`
 	Size        int64  `json:"size"`
 	ContentType string `json:"content_type"`
-	ETag        string `json:"etag"`
+	ETag        string `json:"etag"` // "": the row is a folder
 	Created     string `json:"created"`
 	Updated     string `json:"updated"`
 	Version     int64  `json:"version"`
 	Expires     string `json:"expires,omitempty"`
 }
 
-// list returns up to limit blobs whose keys begin with prefix and are above after, in key order
-// over all shards, and whether there are more. It waits for what is queued.
-func (st *store) list(prefix, after string, limit int) (page []listed, more bool, err error) {
-	// A key has no NUL and no byte 0xff: a key and NUL is what follows the key, and a prefix and
-	// 0xff is above all keys with that prefix.
-	from, to := max(prefix, after+"\x00"), prefix+"\xff"
-	page = []listed{}
+// list returns a page in key order, and whether there is more. It waits for what is queued.
+func (st *store) list(l listing) (page []listed, more bool, err error) {
+	// A key has no NUL and no byte 0xff: so these follow a key, and all keys with a prefix.
+	from, to := max(l.prefix, l.after+"\x00"), l.prefix+"\xff"
+	page = []listed{} // not null
+	if l.after != "" && l.folder(l.after) == l.after {
+		from = l.after + "\xff"
+	}
 	for _, sh := range st.shards {
 		if err = sh.broken; err == nil { // a listing without its keys would be a lie
-			page, err = sh.list(page, from, to, limit+1)
+			page, err = sh.list(page, l, from, to)
 		}
 		if err != nil {
 			return nil, false, err
 		}
 		slices.SortFunc(page, func(a, b listed) int { return strings.Compare(a.Key, b.Key) })
-		if len(page) > limit {
-			page = page[:limit+1]
-			to = page[limit].Key // the other shards need not look above it
+		page = slices.CompactFunc(page, func(a, b listed) bool { return a.Key == b.Key }) // folders of several shards
+		if len(page) > l.limit {
+			page = page[:l.limit+1]
+			to = page[l.limit].Key // the other shards need not look above it
 		}
 	}
-	return page[:min(limit, len(page))], len(page) > limit, nil
+	return page[:min(l.limit, len(page))], len(page) > l.limit, nil
 }
 
 // close commits what is queued and closes everything. Nothing may call the store any more.
@@ -1612,6 +1831,8 @@ func translate(err error) error {
 		return fmt.Errorf("%w: %w", errCorrupt, err)
 	case code == sqlite3.SQLITE_BUSY, code == sqlite3.SQLITE_LOCKED:
 		return fmt.Errorf("%w: %w", errBusy, err)
+	case code == sqlite3.SQLITE_CANTOPEN && createFile(os.DevNull) != nil, errors.Is(err, syscall.EMFILE):
+		return fmt.Errorf("%w: raise the limit with ulimit -n or LimitNOFILE: %w", errNoFiles, err)
 	case code == sqlite3.SQLITE_CANTOPEN, code == sqlite3.SQLITE_READONLY, code == sqlite3.SQLITE_PERM:
 		return fmt.Errorf("%w; its directory must be writable, for -wal and -shm: %w", errCannotOpen, err)
 	case errors.As(err, new(*fs.PathError)):
@@ -1622,8 +1843,7 @@ func translate(err error) error {
 
 // ==== Shard =======================================================================================
 // One database: a pool of readers, one writer behind a batcher, and the ids of contents in use.
-// Request goroutines read, put and remove. They return when the write is committed (in async mode:
-// queued) or the content is ready to be read.
+// Request goroutines run this. A write returns when it is committed, in async mode when queued.
 
 type shard struct {
 	store   *store
@@ -1664,13 +1884,15 @@ const blobColumns = `id, size, stored, codec, coalesce(crc32, 0), sha256, conten
 
 const rowQuery = `SELECT ` + blobColumns + `, CASE WHEN ?2 THEN data END, key FROM blobs WHERE key = ?1`
 const pageQuery = `SELECT ` + blobColumns + `, NULL, key FROM blobs
-	WHERE key >= ? AND key < ? AND (expires_at IS NULL OR expires_at > ?) ORDER BY key LIMIT ?`
+	WHERE key >= ?1 AND key < ?2 AND (?5 = 0 OR instr(substr(key, ?5), '/'))
+	AND (expires_at IS NULL OR expires_at > ?3) ORDER BY key LIMIT ?4`
 
 // openShard opens one database file and starts its batcher. On an error the shard is returned all
 // the same, closed. A database that opens but is not one of ours is an errCorrupt.
 func openShard(st *store, i int, cfg *config) (_ *shard, r *record, err error) {
 	sh := &shard{store: st, index: i, path: filepath.Join(st.dir, shardName(i)), held: map[int64]int{},
-		prepared: map[string]*sql.Stmt{}, cache: newCache(cacheBytes / int(cfg.NumShards))}
+		prepared: map[string]*sql.Stmt{}}
+	sh.cache = &cache{limit: cacheBytes / int(cfg.NumShards), entries: map[string]*blob{}, blocked: map[string]bool{}}
 	// A backup comes out of VACUUM INTO without WAL mode: here it gets it.
 	sh.writer = openDB(sh.path, fmt.Sprintf("mode=rw&%s&_pragma=journal_mode(wal)&_pragma=synchronous(%s)"+
 		"&_pragma=temp_store(memory)&_pragma=journal_size_limit(%d)", busyPragma, cfg.Durability, reserveBytes))
@@ -1697,7 +1919,8 @@ func openShard(st *store, i int, cfg *config) (_ *shard, r *record, err error) {
 	}
 	sh.nextID.Store(last)
 	window := time.Duration(min(cfg.BatchTimeoutMS, math.MaxInt64/int64(time.Millisecond))) * time.Millisecond
-	sh.batcher = newBatcher(int(cfg.BatchSize), window, st.stopping.Done(), sh.commit, sh.upkeep)
+	sh.batcher = &batcher{size: int(cfg.BatchSize), window: window, stopping: st.stopping.Done(), commit: sh.commit,
+		upkeep: sh.upkeep, wake: make(chan struct{}, 1), ended: make(chan struct{}), newest: map[string]*op{}}
 	go sh.batcher.run()
 	return sh, r, nil
 }
@@ -1734,8 +1957,8 @@ func (sh *shard) health() error {
 	return translate(sh.readers.QueryRow("SELECT count(*) FROM (SELECT 1 FROM blobs LIMIT 1)").Scan(new(int)))
 }
 
-// read returns the content under key, or errNotFound. The caller closes it. headOnly leaves the
-// content itself on the disk.
+// read returns the content under key, or errNotFound; headOnly leaves it on the disk. The caller
+// closes it.
 func (sh *shard) read(key string, headOnly bool) (_ *blobReader, err error) {
 	sh.batcher.settle(key)
 	b, generation := sh.cache.get(key)
@@ -1759,6 +1982,21 @@ func (sh *shard) read(key string, headOnly bool) (_ *blobReader, err error) {
 	return &blobReader{shard: sh, blob: b}, nil
 }
 
+// precheck returns an errCondition if cond does not hold for what is under key now.
+func (sh *shard) precheck(key string, cond conditions) error {
+	if cond == (conditions{}) {
+		return nil
+	}
+	br, err := sh.read(key, true)
+	if errors.Is(err, errNoBlob) {
+		return cond.refuse(nil)
+	} else if err != nil {
+		return err
+	}
+	defer br.close()
+	return cond.refuse(br.blob)
+}
+
 // scanBlob scans a row of blobColumns, data and key; it returns errNoBlob if there is none.
 func scanBlob(row interface{ Scan(...any) error }) (*blob, string, error) {
 	b, key, sum := &blob{}, "", []byte(nil)
@@ -1773,27 +2011,36 @@ func scanBlob(row interface{ Scan(...any) error }) (*blob, string, error) {
 	return b, key, err
 }
 
-// list appends to page up to n rows with keys of [from, to) that have not expired.
-func (sh *shard) list(page []listed, from, to string, n int) ([]listed, error) {
+// list appends to page what l asks for with keys of [from, to), up to one more than its limit. A
+// folder costs a query, whatever the number of keys in it.
+func (sh *shard) list(page []listed, l listing, from, to string) ([]listed, error) {
 	sh.batcher.settle(allKeys)
-	rows, err := sh.pageStmt.Query(from, to, sh.store.now().UnixMilli(), n)
-	if err != nil {
-		return nil, sh.note(err)
-	}
-	defer rows.Close()
-	for rows.Next() {
-		b, key, err := scanBlob(rows)
+	end := len(page) + l.limit + 1
+	for from != "" && len(page) < end {
+		rows, err := sh.pageStmt.Query(from, to, sh.store.now().UnixMilli(), end-len(page), l.nameAt)
 		if err != nil {
 			return nil, sh.note(err)
 		}
-		etag, _ := b.etags()
-		row := listed{key, b.size, b.contentType, etag, stamp(b.created), stamp(b.updated), b.version, ""}
-		if b.expires != 0 {
-			row.Expires = stamp(b.expires)
+		for from = ""; from == "" && err == nil && rows.Next(); {
+			var b *blob
+			var key string
+			if b, key, err = scanBlob(rows); err != nil {
+				break
+			}
+			if folder := l.folder(key); folder != "" {
+				page = append(page, listed{Key: folder})
+				from = folder + "\xff" // goes on behind all of its keys
+				continue
+			}
+			b.renderHeader()
+			h := b.header
+			page = append(page, listed{key, b.size, b.contentType, h[2], h[6], h[7], b.version, h[9]})
 		}
-		page = append(page, row)
+		if err = cmp.Or(err, rows.Err(), rows.Close()); err != nil {
+			return nil, sh.note(err)
+		}
 	}
-	return page, sh.note(rows.Err())
+	return page, nil
 }
 
 // hold keeps the content id from being swept until release.
@@ -1827,6 +2074,9 @@ type putOptions struct {
 // put stores body under key and returns what it stored, and whether that is only queued. An error
 // means that nothing a reader can see has changed.
 func (sh *shard) put(key string, body io.Reader, p *putOptions) (_ *blob, queued bool, err error) {
+	if err = sh.precheck(key, p.conditions); err != nil { // before the body is read; the commit decides again
+		return nil, false, err
+	}
 	hash := sha256.New()
 	body = io.TeeReader(body, hash)
 	b := &blob{contentType: p.contentType, deflated: sh.store.deflate} // if that pays: see pack
@@ -1952,14 +2202,7 @@ type batcher struct {
 	closed bool
 }
 
-func newBatcher(size int, window time.Duration, stopping <-chan struct{},
-	commit func([]*op), upkeep func() time.Duration) *batcher {
-	return &batcher{size: size, window: window, stopping: stopping, commit: commit, upkeep: upkeep,
-		wake: make(chan struct{}, 1), ended: make(chan struct{}), newest: map[string]*op{}}
-}
-
-// add queues o, unless the batcher is closed. It does not wait, and the queue has no limit: the
-// budget is what bounds it.
+// add queues o, unless the batcher is closed. It does not wait: the budget bounds the queue.
 func (q *batcher) add(o *op) error {
 	o.done, o.queued = make(chan struct{}), time.Now()
 	q.mu.Lock()
@@ -2209,8 +2452,7 @@ func (sh *shard) commit(batch []*op) {
 	}
 }
 
-// transact runs batch as one transaction. An operation whose precondition fails changes nothing,
-// and does not disturb the others.
+// transact runs batch as one transaction. An operation whose precondition fails changes nothing.
 func (sh *shard) transact(batch []*op) error {
 	for _, o := range batch {
 		sh.cache.block(o.key)
@@ -2236,8 +2478,7 @@ func (sh *shard) transact(batch []*op) error {
 	return err
 }
 
-// finish settles one operation of a batch that failed with err, or was committed: readers and the
-// client see its outcome from here on.
+// finish settles one operation of a batch that failed with err, or was committed if that is nil.
 func (sh *shard) finish(o *op, err error) {
 	o.err = cmp.Or(sh.note(err), o.err)
 	sh.cache.drop(o.key) // after COMMIT and before anybody is told
@@ -2279,8 +2520,7 @@ func (sh *shard) putRow(key string, b *blob, p *putOptions) error {
 	row.created, row.updated = now, now
 	if !b.chunked() {
 		row.id = sh.nextID.Add(1)
-		// Nearly always one statement does it: nothing is there, or a small content is replaced in
-		// place. Looking first would take 10 % longer.
+		// Nearly always one statement does it, in place. Looking first would take 10 % longer.
 		if p.copyOf == nil && p.conditions == (conditions{}) && (sh.upsert(key, &row) || sh.err != nil) {
 			return sh.err
 		}
@@ -2394,8 +2634,7 @@ func (b *blob) pack(chunk []byte) []byte {
 	return data
 }
 
-// What makes a gzip member of deflated chunks: a header without name and time, an empty last block,
-// and eight bytes of checksum and size.
+// What a gzip member has around deflated chunks, besides eight bytes of checksum and size.
 const (
 	gzipHeader   = "\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
 	gzipEnd      = "\x03\x00"
@@ -2403,8 +2642,7 @@ const (
 )
 
 // ==== Cache, reader ===============================================================================
-// What readers hold on to. The cache keeps small committed contents in memory; a blobReader is one
-// download's position in a blob.
+// The cache keeps small committed contents in memory; a blobReader is one download's position.
 
 // cache maps keys to committed small blobs, at most limit bytes of them. The shard's one writer
 // blocks the keys of a batch before its transaction, and drops them after the COMMIT and before
@@ -2419,10 +2657,6 @@ type cache struct {
 	entries    map[string]*blob
 	blocked    map[string]bool
 	generation int64 // counts drops
-}
-
-func newCache(limit int) *cache {
-	return &cache{limit: limit, entries: map[string]*blob{}, blocked: map[string]bool{}}
 }
 
 // get returns the committed blob under key, nil if it is not at hand, and the generation.
@@ -2465,17 +2699,6 @@ func (c *cache) drop(key string) {
 	c.generation++
 }
 
-// expire forgets what has expired at now, which nobody may ask for again.
-func (c *cache) expire(now int64) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for key, b := range c.entries {
-		if b.expired(now) {
-			c.remove(key)
-		}
-	}
-}
-
 // remove forgets key. c.mu is held.
 func (c *cache) remove(key string) {
 	if b := c.entries[key]; b != nil {
@@ -2484,8 +2707,7 @@ func (c *cache) remove(key string) {
 	}
 }
 
-// entryBytes is about what an entry holds: blob, header and the map's share come to some 600 bytes
-// besides key and content.
+// entryBytes is about what an entry holds. Blob, header and the map's share come to 600 bytes.
 func entryBytes(key string, b *blob) int { return len(key) + len(b.data) + len(b.contentType) + 600 }
 
 // blobReader reads a blob for one request. Of a chunked blob it has one chunk in memory and takes
@@ -2552,8 +2774,7 @@ func (br *blobReader) WriteTo(w io.Writer) (n int64, err error) {
 	return n, err
 }
 
-// load reads the next chunk. A chunk that is missing or of the wrong length is an error: a download
-// is whole or visibly cut.
+// load reads the next chunk, or fails if its length is wrong: a download is whole or visibly cut.
 func (br *blobReader) load() (err error) {
 	b, data, want := br.blob, br.blob.data, min(chunkSize, br.blob.size-br.next*chunkSize)
 	if b.chunked() {
@@ -2642,36 +2863,31 @@ func metric(w io.Writer, name, help string, samples ...any) {
 	}
 }
 
-func (m *metrics) expose(w io.Writer) {
+func (s *server) exposeMetrics(w *response, _ *http.Request) error {
+	text, m, st := new(bytes.Buffer), s.metrics, s.store
 	m.mu.Lock()
-	defer m.mu.Unlock()
 	var samples []any
 	for labels, n := range m.requests {
 		samples = append(samples, labels, n)
 	}
-	metric(w, "blobnom_http_requests_total", "Requests by route, method and status code; 0 was cut off.", samples...)
-	metric(w, "blobnom_http_received_bytes_total", "Bytes of uploaded bodies.", "", m.received)
-	metric(w, "blobnom_http_sent_bytes_total", "Bytes of answered bodies.", "", m.sent)
+	metric(text, "blobnom_http_requests_total", "Requests by route, method and status code; 0 was cut off.", samples...)
+	metric(text, "blobnom_http_received_bytes_total", "Bytes of uploaded bodies.", "", m.received)
+	metric(text, "blobnom_http_sent_bytes_total", "Bytes of answered bodies.", "", m.sent)
 	const name = "blobnom_http_request_duration_seconds"
-	fmt.Fprintf(w, "# HELP %s Time from the request's header to the end of its answer.\n# TYPE %[1]s histogram\n", name)
+	fmt.Fprintf(text, "# HELP %s Time from the request's header to the end of its answer.\n# TYPE %[1]s histogram\n", name)
 	for route, h := range m.durations {
 		var n int64
 		for i, bound := range append(seconds[:], math.Inf(1)) {
 			n += h.counts[i]
-			fmt.Fprintf(w, "%s_bucket{route=%q,le=\"%v\"} %d\n", name, route, bound, n)
+			fmt.Fprintf(text, "%s_bucket{route=%q,le=\"%v\"} %d\n", name, route, bound, n)
 		}
-		fmt.Fprintf(w, "%s_sum{route=%q} %g\n%[1]s_count{route=%[2]q} %[4]d\n", name, route, h.sum, n)
+		fmt.Fprintf(text, "%s_sum{route=%q} %g\n%[1]s_count{route=%[2]q} %[4]d\n", name, route, h.sum, n)
 	}
-}
-
-func (s *server) exposeMetrics(w *response, _ *http.Request) error {
-	var text bytes.Buffer
-	s.metrics.expose(&text)
-	st := s.store
-	metric(&text, "blobnom_batches_total", "Transactions of writes.", "", st.batches.Load())
-	metric(&text, "blobnom_batch_operations_total", "Writes in these transactions.", "", st.operations.Load())
-	metric(&text, "blobnom_commit_seconds_total", "Time that they took.", "", float64(st.commitNanos.Load())/1e9)
-	metric(&text, "blobnom_queue_bytes", "Bytes of writes queued or being committed.", "", st.budget.used.Load())
+	m.mu.Unlock()
+	metric(text, "blobnom_batches_total", "Transactions of writes.", "", st.batches.Load())
+	metric(text, "blobnom_batch_operations_total", "Writes in these transactions.", "", st.operations.Load())
+	metric(text, "blobnom_commit_seconds_total", "Time that they took.", "", float64(st.commitNanos.Load())/1e9)
+	metric(text, "blobnom_queue_bytes", "Bytes of writes queued or being committed.", "", st.budget.used.Load())
 	perShard := func(name, help string, value func(*shard) any) {
 		var samples []any
 		for _, sh := range st.shards {
@@ -2679,7 +2895,7 @@ func (s *server) exposeMetrics(w *response, _ *http.Request) error {
 				samples = append(samples, fmt.Sprintf(`{shard="%d"}`, sh.index), value(sh))
 			}
 		}
-		metric(&text, name, help, samples...)
+		metric(text, name, help, samples...)
 	}
 	perShard("blobnom_queue_operations", "Queued writes.", func(sh *shard) any { return sh.batcher.depth() })
 	failed := func(sh *shard) any { return sh.failedWrites.Load() }
@@ -2689,14 +2905,11 @@ func (s *server) exposeMetrics(w *response, _ *http.Request) error {
 	perShard("blobnom_shard_wal_bytes", "WAL size.", func(sh *shard) any { return max(0, sizeOf(sh.path+"-wal")) })
 	var mem runtime.MemStats
 	runtime.ReadMemStats(&mem)
-	metric(&text, "go_goroutines", "Goroutines that exist.", "", runtime.NumGoroutine())
-	metric(&text, "go_memstats_heap_alloc_bytes", "Bytes of heap objects.", "", mem.HeapAlloc)
-	metric(&text, "go_memstats_sys_bytes", "Bytes obtained from the system.", "", mem.Sys)
-	metric(&text, "blobnom_build_info", "The version.", `{version="`+version+`",goversion="`+runtime.Version()+`"}`, 1)
-	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-	w.Header().Set("X-Content-Type-Options", "nosniff")
-	_, err := text.WriteTo(w)
-	return err
+	metric(text, "go_goroutines", "Goroutines that exist.", "", runtime.NumGoroutine())
+	metric(text, "go_memstats_heap_alloc_bytes", "Bytes of heap objects.", "", mem.HeapAlloc)
+	metric(text, "go_memstats_sys_bytes", "Bytes obtained from the system.", "", mem.Sys)
+	metric(text, "blobnom_build_info", "The version.", `{version="`+version()+`",goversion="`+runtime.Version()+`"}`, 1)
+	return write(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", text.Bytes())
 }
 
 // blobs counts the shard's blobs, at most once a minute: that reads the whole key index.
@@ -2753,7 +2966,6 @@ func (sh *shard) upkeep() time.Duration {
 	switch {
 	case err != nil:
 	case due:
-		sh.cache.expire(now)
 		err = sh.transaction(func() error {
 			swept, err := sh.sweep() // first: a reader may still find what expires in this transaction
 			sh.exec(orphanExpired, now, 64, chunkSize)
@@ -2793,8 +3005,7 @@ func (sh *shard) sweep() (swept bool, err error) {
 	return id != 0, err
 }
 
-// diskFull removes the reserve, for deletes and checkpoints to use its room, and refuses
-// other writes until takeReserve.
+// diskFull gives deletes and checkpoints the reserve's room, and refuses other writes.
 func (st *store) diskFull() {
 	if st.full.Load() {
 		return
@@ -2831,8 +3042,7 @@ func (st *store) takeReserve() error {
 // SQLite client would, in a process of their own. check reads row by row, but for SQLite's own
 // check of its pages: a transaction as long as all of it would keep the WAL from being used again.
 
-// progress shows how far long work is, at most every 100 ms, if standard error is a terminal. An
-// empty text clears the line.
+// progress shows how far long work is, if stderr is a terminal. An empty text clears the line.
 func (c *call) progress(format string, args ...any) {
 	if f, ok := c.stderr.(*os.File); ok && (format == "" || time.Since(c.shown) > 100*time.Millisecond) {
 		if info, err := f.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
@@ -2842,12 +3052,11 @@ func (c *call) progress(format string, args ...any) {
 	}
 }
 
-// sourceDir returns the absolute path of dir, unless it is an incomplete copy, and the indexes of
-// its shards.
-func sourceDir(dir string) (string, []int) {
+// sourceDir returns the absolute path of dir and its shards' indexes, unless refuse objects.
+func sourceDir(dir string, refuse func(dir string) error) (string, []int) {
 	dir, err := filepath.Abs(dir)
 	indexes, indexErr := shardFiles(dir)
-	must(cmp.Or(err, refusePartial(dir), indexErr), "")
+	must(cmp.Or(err, refuse(dir), indexErr), "")
 	return dir, indexes
 }
 
@@ -2857,8 +3066,7 @@ func cmdCheck(ctx context.Context, c *call) {
 		cfg, _ := c.config()
 		c.args = []string{cfg.DataDir}
 	}
-	dir, _ := sourceDir(c.args[0])
-	must(refuseDir(dir), "")
+	dir, _ := sourceDir(c.args[0], refuseDir)
 	k := c.check(ctx, dir)
 	fmt.Fprintf(c.stdout, "%s: %d shards, %s, %d defects\n", dir, k.shards, k.amount(), k.defects)
 	if k.defects > 0 {
@@ -2873,9 +3081,7 @@ type checker struct {
 	blobs, bytes    int64
 }
 
-func (k *checker) amount() string {
-	return fmt.Sprintf("%d blobs, %.1f MiB", k.blobs, float64(k.bytes)/(1<<20))
-}
+func (k *checker) amount() string { return fmt.Sprintf("%d blobs, %s", k.blobs, humanSize(k.bytes)) }
 
 func (k *checker) defect(shard int, format string, args ...any) {
 	k.defects++
@@ -2992,8 +3198,7 @@ func openSource(dir string, i int) (s *source, r *record, err error) {
 	return s, r, err
 }
 
-// walk calls f with the rows that were there when it began, in the order of their ids. Each is a
-// query of its own.
+// walk calls f with the rows that were there when it began, each in a query of its own.
 func (s *source) walk(ctx context.Context, f func(id int64, key string) error) error {
 	var last int64
 	err := s.readers.QueryRow("SELECT coalesce(max(rowid), 0) FROM blobs").Scan(&last)
@@ -3041,13 +3246,11 @@ func (s *source) verify(id int64) (int64, error) {
 	return b.size, err
 }
 
-// cmdBackup copies the data directory, in use or not, into DIR. Each shard is as it was at one
-// moment, when its turn came.
+// cmdBackup copies the data directory, each shard as it was at the moment when its turn came.
 func cmdBackup(ctx context.Context, c *call) {
 	cfg, _ := c.config()
 	start := time.Now()
-	from, indexes := sourceDir(cfg.DataDir)
-	must(refuseDir(from), "")
+	from, indexes := sourceDir(cfg.DataDir, refuseDir)
 	to, lock := c.beginCopy(c.args[0])
 	defer lock.Close()
 	for i := range indexes {
@@ -3109,14 +3312,13 @@ func (c *call) finishCopy(ctx context.Context, start time.Time, dir string, blob
 
 // ==== Migrate =====================================================================================
 // migrate copies the blobs of a directory, ours or the Rust server's, into the configured one,
-// which is new. It reads every row of every shard. First it copies the rows that are in the shard
-// of their hash, and then the others, unless their key is there already: so of a key that is found
-// twice the right copy is taken.
+// which is new. First it copies the rows that are in the shard of their hash, and then the others,
+// unless their key is there already: of a key that is found twice the right copy is taken.
 
 func cmdMigrate(ctx context.Context, c *call) {
 	cfg, _ := c.config()
 	start, m := time.Now(), &migration{call: c, hash: hashes["fnv1a"]}
-	from, indexes := sourceDir(c.args[0])
+	from, indexes := sourceDir(c.args[0], refusePartial)
 	if fileExists(filepath.Join(from, lockFile)) { // else no server of ours was ever there
 		lock, err := lockDir(from)
 		must(err, "")
@@ -3138,7 +3340,7 @@ func cmdMigrate(ctx context.Context, c *call) {
 	copied := *cfg
 	copied.AsyncWrite, copied.Durability, copied.BatchSize, copied.MaxPendingBytes = true, "normal", 64, 8<<20
 	// In 1970 nothing has expired yet: rows that have are copied too, and left to the server.
-	to, err := openStore(&copied, lock, newLogger(cfg, c.stderr), func() time.Time { return time.Unix(0, 0) })
+	to, err := openStore(ctx, &copied, lock, newLogger(cfg, c.stderr), func() time.Time { return time.Unix(0, 0) })
 	must(err, "")
 	m.to = to
 	for _, cond := range []conditions{{}, {noneMatch: "*"}} {
