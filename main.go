@@ -149,7 +149,7 @@ func (e *statusError) Error() string { return e.text }
 
 var (
 	errBadRequest   = &statusError{http.StatusBadRequest, "bad request"}
-	errUnauthorized = &statusError{http.StatusUnauthorized, "unauthorized"} // deliberately without a reason
+	errUnauthorized = &statusError{http.StatusUnauthorized, "unauthorized"} // no reason, but that a signed URL has expired
 	errForeign      = &statusError{http.StatusForbidden, "a page of another origin may not write, see cors_origin"}
 	errNotFound     = &statusError{http.StatusNotFound, "not found"}
 	errCondition    = &statusError{http.StatusPreconditionFailed, "precondition failed"}
@@ -661,17 +661,18 @@ func (s *server) authorize(r *http.Request) error {
 	if s.cfg.AuthToken == "" || strings.HasSuffix(r.Pattern, "/healthz") || strings.HasSuffix(r.Pattern, "/readyz") {
 		return nil
 	}
-	shown, q := r.Header["Authorization"], r.URL.Query()
-	scheme, token, _ := strings.Cut(strings.Join(shown, ","), " ")
+	credentials, q := r.Header["Authorization"], r.URL.Query()
+	scheme, token, _ := strings.Cut(strings.Join(credentials, ","), " ")
 	_, password, isBasic := r.BasicAuth()
-	if token = strings.TrimSpace(token); isBasic {
+	if isBasic {
 		token = password
 	}
-	isToken := (isBasic || strings.EqualFold(scheme, "Bearer")) && hmac.Equal([]byte(token), []byte(s.cfg.AuthToken))
+	isToken := (isBasic || strings.EqualFold(scheme, "Bearer")) &&
+		hmac.Equal([]byte(strings.TrimSpace(token)), []byte(s.cfg.AuthToken))
 	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
-	open := len(shown) > 0 || s.cfg.PublicRead && reads && r.PathValue("key") != ""
+	public := s.cfg.PublicRead && reads && r.PathValue("key") != ""
 	switch {
-	case len(shown) > 0 && !isToken, !open && !q.Has("sig"):
+	case len(credentials) > 0 && !isToken, len(credentials) == 0 && !public && !q.Has("sig"):
 		return errUnauthorized
 	case q.Has("sig"):
 		return s.checkSignature(r, q)
@@ -729,7 +730,7 @@ type response struct {
 	moved          time.Time // when the deadlines were
 
 	// While http.ServeContent answers, its errors and answers whose content cannot be loaded are
-	// held back: getBlob makes errors of ours of them.
+	// held back: blobReader.serveContent returns them as errors.
 	load func() error // nil: anything else answers
 	held int          // the status that was held back
 }
@@ -814,7 +815,8 @@ func (s *server) answerError(w *response, r *http.Request, err error) bool {
 	}
 	maps.DeleteFunc(w.Header(), func(name string, _ []string) bool { // what described a blob
 		ofRange := name == "Content-Range" && status == http.StatusRequestedRangeNotSatisfiable
-		return !ofRange && name != "Allow" && name != "X-Content-Type-Options" && !strings.HasPrefix(name, "Access-Control-")
+		return !ofRange && !slices.Contains([]string{"Allow", "Vary", "X-Content-Type-Options"}, name) &&
+			!strings.HasPrefix(name, "Access-Control-")
 	})
 	switch status {
 	case http.StatusUnauthorized:
@@ -939,8 +941,13 @@ func (b *blob) etags() (plain, zipped string) {
 	return `"` + sum + `"`, `"` + sum + `-gzip"`
 }
 
-// stamp is how times look in answers.
-func stamp(ms int64) string { return time.UnixMilli(ms).UTC().Format("2006-01-02T15:04:05.000Z07:00") }
+// stamp is how times look in answers; 0 is none.
+func stamp(ms int64) string {
+	if ms == 0 {
+		return ""
+	}
+	return time.UnixMilli(ms).UTC().Format("2006-01-02T15:04:05.000Z07:00")
+}
 
 // headerNames are the headers of a blob that is sent as it is, in the order of blob.header.
 var headerNames = [...]string{"Content-Type", "Content-Length", "Etag", "Repr-Digest", "Last-Modified", "Accept-Ranges",
@@ -955,20 +962,17 @@ func (b *blob) renderHeader() {
 	digest := "sha-256=:" + base64.StdEncoding.EncodeToString(b.sum[:]) + ":"
 	modified := time.UnixMilli(b.updated).UTC().Format(http.TimeFormat)
 	b.header = [...]string{b.contentType, strconv.FormatInt(b.size, 10), plain, digest, modified, "bytes",
-		stamp(b.created), stamp(b.updated), strconv.FormatInt(b.version, 10), ""}
-	if b.expires != 0 {
-		b.header[9] = stamp(b.expires)
-	}
+		stamp(b.created), stamp(b.updated), strconv.FormatInt(b.version, 10), stamp(b.expires)}
 }
 
-// What a request may have for http.ServeContent to decide.
+// decisive are the headers of a read that http.ServeContent decides.
 var decisive = []string{"Range", "If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since"}
 
 // getBlob serves GET and HEAD. A plain GET is answered chunk by chunk; whatever has conditions or a
 // range to decide, and a HEAD, by http.ServeContent.
 func (s *server) getBlob(w *response, r *http.Request) error {
 	key := r.PathValue("key")
-	if key == "" { // the pattern /blob/{$} would also take the key "/"
+	if key == "" { // a route of its own, /blob/{$}, would also take /blob/%2F, the key "/"
 		return s.listBlobs(w, r)
 	}
 	sh, err := s.store.shardOf(key)
@@ -1001,9 +1005,9 @@ func (s *server) getBlob(w *response, r *http.Request) error {
 	return err
 }
 
-// normalizeRange leaves in r what http.ServeContent answers as it should. Several ranges get the
-// whole, and so does a range with a date as its condition: two writes may have the same. net/http
-// would answer 416 to an unknown unit, and an invalid Content-Range to a range of nothing.
+// normalizeRange removes a Range that http.ServeContent would answer wrongly: with 416 to an unknown
+// unit, with an invalid Content-Range to a range of nothing. Several ranges get the whole, and so
+// does a range with a date as its condition: two writes may have the same date.
 func normalizeRange(r *http.Request, size int64) {
 	ranges, tag := r.Header.Get("Range"), cmp.Or(r.Header.Get("If-Range"), `"`)
 	if !strings.HasPrefix(ranges, "bytes=") || strings.Contains(ranges, ",") || size == 0 || tag[0] != '"' {
@@ -1139,7 +1143,7 @@ func (u *upload) Read(p []byte) (n int, err error) {
 // listBlobs serves /blob/: to a browser its folder page, else a page of the listing. That is no
 // snapshot: the shards are read one after the other.
 func (s *server) listBlobs(w *response, r *http.Request) error {
-	if wantsPage(w, r) && r.URL.RawQuery == "" {
+	if wantsPage(w, r) {
 		return s.showFolder(w, r, "")
 	}
 	q, err := queryOf(r, "prefix", "after", "limit", "delimiter")
@@ -1160,20 +1164,19 @@ func (s *server) listBlobs(w *response, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	answer := map[string]any{}
+	answer, prefixes := map[string]any{}, []string{}
 	if more {
 		answer["next"] = page[len(page)-1].Key
 	}
-	if l.delimiter != "" {
-		prefixes := []string{}
-		for _, row := range page {
-			if row.ETag == "" {
-				prefixes = append(prefixes, row.Key)
-			}
+	answer["blobs"] = slices.DeleteFunc(page, func(row listed) bool {
+		if row.ETag == "" {
+			prefixes = append(prefixes, row.Key)
 		}
+		return row.ETag == ""
+	})
+	if l.delimiter != "" {
 		answer["prefixes"] = prefixes
 	}
-	answer["blobs"] = slices.DeleteFunc(page, func(row listed) bool { return row.ETag == "" })
 	return writeJSON(w, http.StatusOK, answer)
 }
 
@@ -1195,10 +1198,10 @@ func (s *server) readyz(w *response, _ *http.Request) error {
 // What a browser shows: the server itself, and folders to browse. Tools that follow links copy
 // everything out over them. There is no script, and none could run.
 
-// wantsPage reports whether r comes from a browser, or a tool that reads HTML.
+// wantsPage reports whether r comes from a browser, or a tool that reads HTML, and has no query.
 func wantsPage(w *response, r *http.Request) bool {
 	w.Header().Set("Vary", "Accept")
-	return strings.Contains(strings.Join(r.Header["Accept"], ","), "text/html")
+	return r.URL.RawQuery == "" && strings.Contains(strings.Join(r.Header["Accept"], ","), "text/html")
 }
 
 // about explains the server to whoever finds it.
@@ -1250,7 +1253,7 @@ func (s *server) showFolder(w *response, r *http.Request, folder string) error {
 	return cmp.Or(err, writeErr)
 }
 
-// webPage is a text, or a folder. The keys of its rows begin behind the folder's.
+// webPage is a text, or a folder. The keys of its rows lack the folder's name.
 type webPage struct {
 	Title, Text string
 	Rows        iter.Seq[listed]
@@ -1289,7 +1292,7 @@ td + td { padding-left: 1rem; white-space: nowrap; opacity: .7 }
 {{end}}</table>
 {{end}}`))
 
-// link returns the relative URL of a row, "" if browsers would resolve it to another.
+// link returns the relative URL of a row, "" if browsers would resolve it to another path.
 func link(name string) string {
 	bare, isFolder := strings.CutSuffix(name, "/")
 	if bare == "." || bare == ".." {
@@ -1301,7 +1304,7 @@ func link(name string) string {
 // humanSize shows bytes as people read them.
 func humanSize(bytes int64) string {
 	size, units := float64(bytes), []string{"B", "KiB", "MiB", "GiB", "TiB"}
-	for ; size >= 1000 && len(units) > 1; units = units[1:] {
+	for ; size >= 999.5 && len(units) > 1; units = units[1:] {
 		size /= 1024
 	}
 	return fmt.Sprintf("%.3g %s", size, units[0])
@@ -1352,7 +1355,7 @@ func parseTTL(text string) (time.Duration, error) {
 // contentTypeOf returns the type to store for an upload: the one it names, else that of the key's
 // file extension. It refuses what could not be given back as it came.
 func contentTypeOf(r *http.Request) (string, error) {
-	sent, encoding := r.Header.Get("Content-Type"), r.Header.Get("Content-Encoding")
+	sent, encoding := r.Header.Get("Content-Type"), strings.Join(r.Header["Content-Encoding"], ",")
 	media, _, _ := strings.Cut(sent, ";")
 	switch media = strings.ToLower(strings.TrimSpace(media)); {
 	case media == "multipart/form-data":
@@ -1739,7 +1742,7 @@ func (st *store) openShards(cfg *config) error {
 type listing struct {
 	prefix, after, delimiter string
 	limit                    int
-	nameAt                   int // if not 0: only folders; where their names begin, in characters from 1
+	nameAt                   int // 0: all rows. Else only folders: where a name begins in its key, as substr counts
 }
 
 // folder returns what key is rolled up to, "" if it is not.
@@ -1764,7 +1767,8 @@ type listed struct {
 
 // list returns a page in key order, and whether there is more. It waits for what is queued.
 func (st *store) list(l listing) (page []listed, more bool, err error) {
-	// A key has no NUL and no byte 0xff: so these follow a key, and all keys with a prefix.
+	// A key has no NUL and no byte 0xff: a key and NUL is the next possible key, a prefix and 0xff
+	// is above every key with that prefix.
 	from, to := max(l.prefix, l.after+"\x00"), l.prefix+"\xff"
 	page = []listed{} // not null
 	if l.after != "" && l.folder(l.after) == l.after {
@@ -1781,7 +1785,7 @@ func (st *store) list(l listing) (page []listed, more bool, err error) {
 		page = slices.CompactFunc(page, func(a, b listed) bool { return a.Key == b.Key }) // folders of several shards
 		if len(page) > l.limit {
 			page = page[:l.limit+1]
-			to = page[l.limit].Key // the other shards need not look above it
+			to = page[l.limit].Key // the page is full below it: so far need the other shards look
 		}
 	}
 	return page[:min(l.limit, len(page))], len(page) > l.limit, nil
@@ -1834,7 +1838,8 @@ func translate(err error) error {
 	case code == sqlite3.SQLITE_CANTOPEN && createFile(os.DevNull) != nil, errors.Is(err, syscall.EMFILE):
 		return fmt.Errorf("%w: raise the limit with ulimit -n or LimitNOFILE: %w", errNoFiles, err)
 	case code == sqlite3.SQLITE_CANTOPEN, code == sqlite3.SQLITE_READONLY, code == sqlite3.SQLITE_PERM:
-		return fmt.Errorf("%w; its directory must be writable, for -wal and -shm: %w", errCannotOpen, err)
+		return fmt.Errorf("%w; its directory must be writable, for -wal and -shm, and ulimit -n high enough: %w",
+			errCannotOpen, err)
 	case errors.As(err, new(*fs.PathError)):
 		return fmt.Errorf("%w: %w", errCannotOpen, err)
 	}
@@ -1982,19 +1987,18 @@ func (sh *shard) read(key string, headOnly bool) (_ *blobReader, err error) {
 	return &blobReader{shard: sh, blob: b}, nil
 }
 
-// precheck returns an errCondition if cond does not hold for what is under key now.
+// precheck returns an errCondition if cond does not hold for what is under key now. The commit
+// decides again; this saves reading a body that would be refused.
 func (sh *shard) precheck(key string, cond conditions) error {
 	if cond == (conditions{}) {
 		return nil
 	}
-	br, err := sh.read(key, true)
-	if errors.Is(err, errNoBlob) {
+	sh.batcher.settle(key)
+	b, _, err := scanBlob(sh.rowStmt.QueryRow(key, false))
+	if errors.Is(err, errNoBlob) || err == nil && b.expired(sh.store.now().UnixMilli()) {
 		return cond.refuse(nil)
-	} else if err != nil {
-		return err
 	}
-	defer br.close()
-	return cond.refuse(br.blob)
+	return cmp.Or(sh.note(err), cond.refuse(b))
 }
 
 // scanBlob scans a row of blobColumns, data and key; it returns errNoBlob if there is none.
@@ -2022,19 +2026,13 @@ func (sh *shard) list(page []listed, l listing, from, to string) ([]listed, erro
 			return nil, sh.note(err)
 		}
 		for from = ""; from == "" && err == nil && rows.Next(); {
-			var b *blob
-			var key string
-			if b, key, err = scanBlob(rows); err != nil {
-				break
-			}
+			b, key, scanErr := scanBlob(rows)
+			etag, _ := b.etags()
+			row := listed{key, b.size, b.contentType, etag, stamp(b.created), stamp(b.updated), b.version, stamp(b.expires)}
 			if folder := l.folder(key); folder != "" {
-				page = append(page, listed{Key: folder})
-				from = folder + "\xff" // goes on behind all of its keys
-				continue
+				row, from = listed{Key: folder}, folder+"\xff" // goes on after all of its keys
 			}
-			b.renderHeader()
-			h := b.header
-			page = append(page, listed{key, b.size, b.contentType, h[2], h[6], h[7], b.version, h[9]})
+			page, err = append(page, row), scanErr
 		}
 		if err = cmp.Or(err, rows.Err(), rows.Close()); err != nil {
 			return nil, sh.note(err)
@@ -2074,7 +2072,7 @@ type putOptions struct {
 // put stores body under key and returns what it stored, and whether that is only queued. An error
 // means that nothing a reader can see has changed.
 func (sh *shard) put(key string, body io.Reader, p *putOptions) (_ *blob, queued bool, err error) {
-	if err = sh.precheck(key, p.conditions); err != nil { // before the body is read; the commit decides again
+	if err = sh.precheck(key, p.conditions); err != nil {
 		return nil, false, err
 	}
 	hash := sha256.New()
