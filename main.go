@@ -354,8 +354,9 @@ func cmdServe(ctx context.Context, c *call) {
 		signals = signals[:2] // as nohup wants it
 	}
 	signal.Ignore(syscall.SIGPIPE) // else the process would end with whoever reads its log
-	ctx, stop := signal.NotifyContext(ctx, signals...)
-	context.AfterFunc(ctx, stop) // the second signal meets the default handler
+	signalled, stop := signal.NotifyContext(ctx, signals...)
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	context.AfterFunc(signalled, func() { stop(); cancel() }) // so the second signal meets the default handler
 	// The port before the directory: a server that cannot listen leaves no trace.
 	ln, err := net.Listen("tcp", cfg.Addr)
 	must(err, "cannot listen on addr %q", cfg.Addr)
@@ -573,6 +574,7 @@ type server struct {
 func newServer(cfg *config, st *store, log *slog.Logger) *server {
 	s := &server{store: st, log: log, cfg: cfg, stall: stallTimeout, mux: http.NewServeMux(),
 		metrics: &metrics{requests: map[string]int64{}, durations: map[string]histogram{}}}
+	mime.AddExtensionType(".webm", "video/webm") // its own table says audio
 	if cfg.CORSOrigin != "*" {
 		s.foreign = http.NewCrossOriginProtection()
 		s.foreign.AddTrustedOrigin(cfg.CORSOrigin) // fails if there is none
@@ -663,12 +665,9 @@ func (s *server) authorize(r *http.Request) error {
 	}
 	credentials, q := r.Header["Authorization"], r.URL.Query()
 	scheme, token, _ := strings.Cut(strings.Join(credentials, ","), " ")
-	_, password, isBasic := r.BasicAuth()
-	if isBasic {
-		token = password
-	}
-	isToken := (isBasic || strings.EqualFold(scheme, "Bearer")) &&
-		hmac.Equal([]byte(strings.TrimSpace(token)), []byte(s.cfg.AuthToken))
+	_, password, _ := r.BasicAuth()
+	token = cmp.Or(password, strings.TrimSpace(token))
+	isToken := (password != "" || strings.EqualFold(scheme, "Bearer")) && hmac.Equal([]byte(token), []byte(s.cfg.AuthToken))
 	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
 	public := s.cfg.PublicRead && reads && r.PathValue("key") != ""
 	switch {
@@ -725,7 +724,6 @@ type response struct {
 	http.ResponseWriter
 	status         int
 	received, sent int64 // bytes of bodies
-	unread         bool  // the client is sending a body that nobody will read
 	stall          time.Duration
 	moved          time.Time // when the deadlines were
 
@@ -824,12 +822,14 @@ func (s *server) answerError(w *response, r *http.Request, err error) bool {
 	case http.StatusServiceUnavailable:
 		w.Header().Set("Retry-After", "1")
 	}
-	if w.unread {
-		// The client is still sending: closed at once, its connection would be reset, and the
-		// answer lost. A MaxBytesReader that has met its limit makes net/http linger.
-		http.MaxBytesReader(w.ResponseWriter, io.NopCloser(strings.NewReader("x")), 0).Read(make([]byte, 1))
+	writeErr := writeText(w, status, text+"\n")
+	if r.ContentLength != 0 && r.ProtoMajor == 1 {
+		// Many a client reads no answer before it has sent all. If its connection were closed now, it
+		// would be reset, and the answer lost. So what follows is read, up to a GiB.
+		http.NewResponseController(w.ResponseWriter).Flush()
+		io.Copy(io.Discard, &upload{body: r.Body, w: w, most: w.received + 1<<30})
 	}
-	return writeText(w, status, text+"\n") == nil
+	return writeErr == nil
 }
 
 func writeText(w *response, status int, text string) error {
@@ -1076,7 +1076,6 @@ func (br *blobReader) serveContent(w *response, r *http.Request) error {
 
 func (s *server) putBlob(w *response, r *http.Request) error {
 	key := r.PathValue("key")
-	w.unread = r.Header.Get("Expect") != "" // until the body is read: it may be on its way
 	sh, err := s.store.shardOf(key)
 	contentType, typeErr := contentTypeOf(r)
 	ttl, ttlErr := ttlOf(r)
@@ -1124,13 +1123,11 @@ type upload struct {
 }
 
 func (u *upload) Read(p []byte) (n int, err error) {
-	u.w.unread = true
 	if u.announced <= u.most {
 		if n, err = u.body.Read(p); n > 0 {
 			u.w.progressed()
 		}
 		u.w.received += int64(n)
-		u.w.unread = err != io.EOF
 	}
 	if max(u.announced, u.w.received) > u.most {
 		err = fmt.Errorf("%w: the maximum is %d bytes", errTooLarge, u.most)
@@ -1217,13 +1214,13 @@ func (s *server) about(w *response, r *http.Request) error {
 A KEY may have slashes. For operators: /healthz, /readyz, /metrics.
 `, version(), blobs)
 	if wantsPage(w, r) {
-		return writePage(w, webPage{Title: "Blobnom", Text: text})
+		return writePage(w, r, webPage{Title: "Blobnom", Text: text})
 	}
 	return writeText(w, http.StatusOK, text)
 }
 
 // showFolder answers a page of what is below folder, which is empty or ends with a slash. It is
-// written while the shards are read: a folder of any size costs a page of the listing in memory.
+// written while the shards are read: a folder of any size costs a small page in memory.
 func (s *server) showFolder(w *response, r *http.Request, folder string) error {
 	if s.cfg.AuthToken != "" && len(r.Header["Authorization"]) == 0 {
 		return errUnauthorized // public_read is for blobs
@@ -1237,7 +1234,7 @@ func (s *server) showFolder(w *response, r *http.Request, folder string) error {
 	}
 	rows := func(yield func(listed) bool) {
 		for _, nameAt := range []int{utf8.RuneCountInString(folder) + 1, 0} { // first folders, then blobs
-			l := listing{prefix: folder, delimiter: "/", limit: defaultPage, nameAt: nameAt}
+			l := listing{prefix: folder, delimiter: "/", limit: 100, nameAt: nameAt}
 			for more := true; more && err == nil; {
 				some, more, err = s.store.list(l)
 				for _, row := range some {
@@ -1249,7 +1246,7 @@ func (s *server) showFolder(w *response, r *http.Request, folder string) error {
 			}
 		}
 	}
-	writeErr := writePage(w, webPage{Title: "/" + folder, Rows: rows})
+	writeErr := writePage(w, r, webPage{Title: "/" + folder, Rows: rows})
 	return cmp.Or(err, writeErr)
 }
 
@@ -1259,10 +1256,13 @@ type webPage struct {
 	Rows        iter.Seq[listed]
 }
 
-func writePage(w *response, p webPage) error {
+func writePage(w *response, r *http.Request, p webPage) error {
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
 	w.Header().Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'")
 	w.WriteHeader(http.StatusOK)
+	if r.Method == http.MethodHead {
+		return nil
+	}
 	buffered := bufio.NewWriterSize(w, 16<<10)
 	return cmp.Or(pageTemplate.Execute(buffered, p), buffered.Flush())
 }
