@@ -667,11 +667,11 @@ func (s *server) authorize(r *http.Request) error {
 	scheme, token, _ := strings.Cut(strings.Join(credentials, ","), " ")
 	_, password, _ := r.BasicAuth()
 	token = cmp.Or(password, strings.TrimSpace(token))
-	isToken := (password != "" || strings.EqualFold(scheme, "Bearer")) && hmac.Equal([]byte(token), []byte(s.cfg.AuthToken))
+	right := (password != "" || strings.EqualFold(scheme, "Bearer")) && hmac.Equal([]byte(token), []byte(s.cfg.AuthToken))
 	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
 	public := s.cfg.PublicRead && reads && r.PathValue("key") != ""
 	switch {
-	case len(credentials) > 0 && !isToken, len(credentials) == 0 && !public && !q.Has("sig"):
+	case len(credentials) > 0 && !right, len(credentials) == 0 && !public && !q.Has("sig"):
 		return errUnauthorized
 	case q.Has("sig"):
 		return s.checkSignature(r, q)
