@@ -372,7 +372,11 @@ func cmdServe(ctx context.Context, c *call) {
 		log.Warn("anyone who can reach this address can read, replace and delete every blob; " +
 			"set auth_token, or set addr to 127.0.0.1, or use a firewall")
 	}
+	// Never touched, it takes no memory; but the heap grows by as much before it is collected. A POST
+	// took 6 to 9 % longer without: there was a collection every 190.
+	ballast := make([]byte, 32<<20)
 	err = newServer(cfg, st, log).serve(ctx, ln)
+	runtime.KeepAlive(ballast)
 	must(errors.Join(err, st.close()), "")
 	log.Info("stopped")
 }
@@ -1005,9 +1009,8 @@ func (s *server) getBlob(w *response, r *http.Request) error {
 	return err
 }
 
-// normalizeRange removes a Range that http.ServeContent would answer wrongly: with 416 to an unknown
-// unit, with an invalid Content-Range to a range of nothing. Several ranges get the whole, and so
-// does a range with a date as its condition: two writes may have the same date.
+// normalizeRange removes a Range that http.ServeContent would answer wrongly, one of several ranges,
+// and one with a date as its condition: two writes may have the same date.
 func normalizeRange(r *http.Request, size int64) {
 	ranges, tag := r.Header.Get("Range"), cmp.Or(r.Header.Get("If-Range"), `"`)
 	if !strings.HasPrefix(ranges, "bytes=") || strings.Contains(ranges, ",") || size == 0 || tag[0] != '"' {
@@ -1294,11 +1297,10 @@ td + td { padding-left: 1rem; white-space: nowrap; opacity: .7 }
 
 // link returns the relative URL of a row, "" if browsers would resolve it to another path.
 func link(name string) string {
-	bare, isFolder := strings.CutSuffix(name, "/")
-	if bare == "." || bare == ".." {
-		return ""
+	if bare := strings.TrimSuffix(name, "/"); bare != "." && bare != ".." {
+		return "./" + url.PathEscape(bare) + name[len(bare):]
 	}
-	return "./" + url.PathEscape(bare) + map[bool]string{true: "/"}[isFolder]
+	return ""
 }
 
 // humanSize shows bytes as people read them.
@@ -1987,8 +1989,7 @@ func (sh *shard) read(key string, headOnly bool) (_ *blobReader, err error) {
 	return &blobReader{shard: sh, blob: b}, nil
 }
 
-// precheck returns an errCondition if cond does not hold for what is under key now. The commit
-// decides again; this saves reading a body that would be refused.
+// precheck returns an errCondition if cond does not hold now; it saves reading a body in vain.
 func (sh *shard) precheck(key string, cond conditions) error {
 	if cond == (conditions{}) {
 		return nil
