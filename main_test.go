@@ -3683,7 +3683,12 @@ func benchmark(b *testing.B, method string, modes []string) {
 	for _, size := range []int{100, 4 << 10, 64 << 10, 1 << 20} {
 		body := noise(size, 1)
 		bare := bareServer(b, body)
-		b.Run(fmt.Sprintf("%d/bare", size), func(b *testing.B) { drive(b, bare, method, body) })
+		perRequest := func(b *testing.B) float64 { return float64(b.Elapsed()) / float64(b.N) }
+		var ofBare float64
+		b.Run(fmt.Sprintf("%d/bare", size), func(b *testing.B) {
+			drive(b, bare, method, body)
+			ofBare = perRequest(b)
+		})
 		for _, mode := range modes {
 			for _, batch := range []int64{1, 64} {
 				if method == "GET" && batch == 1 {
@@ -3702,6 +3707,7 @@ func benchmark(b *testing.B, method string, modes []string) {
 						}
 					}
 					drive(b, s.base, method, body)
+					b.ReportMetric(ofBare/perRequest(b), "of-bare")
 				})
 			}
 		}
