@@ -28,7 +28,7 @@ This file is meant to be read from top to bottom. It follows one PUT from the so
 	HTTP server     routes, errors as status codes, deadlines, shutdown
 	Handlers        one function per request
 	Pages           what a browser shows
-	Fields          what headers and queries ask for
+	Fields          what headers and queries ask for, and by what right
 	Store           the data directory: which shard has a key; listings
 	Shard           one database as a request sees it: read, put, remove
 	Batcher         one goroutine per shard groups writes into transactions
@@ -558,6 +558,18 @@ func sizeOf(name string) int64 {
 
 func fileExists(name string) bool { return sizeOf(name) >= 0 }
 
+// createFile makes a file unless it is there. SQLite itself would let everybody read it.
+func createFile(path string) error {
+	f, err := os.OpenFile(path, os.O_CREATE, 0o600)
+	return cmp.Or(err, f.Close()) // of a nil file that is an error too
+}
+
+// syncPath makes a file durable, or the names in a directory.
+func syncPath(path string) error {
+	f, err := os.Open(path)
+	return cmp.Or(err, f.Sync(), f.Close())
+}
+
 // ==== HTTP server =================================================================================
 // Routes, the adapter every handler runs under, the one place where an error becomes a status,
 // deadlines and shutdown. Each request has its own goroutine. Nothing here holds a lock or a
@@ -657,54 +669,6 @@ func cleanPath(u *url.URL) error {
 
 // escapeAll encodes a key as one path segment that nobody resolves.
 func escapeAll(key string) string { return strings.ReplaceAll(url.PathEscape(key), ".", "%2E") }
-
-// authorize returns an error unless r may do what it asks for. A token or signature that is shown
-// has to be right, even where none is needed, but for the health routes.
-func (s *server) authorize(r *http.Request) error {
-	if s.foreign != nil && s.foreign.Check(r) != nil {
-		return errForeign
-	}
-	if s.cfg.AuthToken == "" || strings.HasSuffix(r.Pattern, "/healthz") || strings.HasSuffix(r.Pattern, "/readyz") {
-		return nil
-	}
-	credentials, q := r.Header["Authorization"], r.URL.Query()
-	scheme, token, _ := strings.Cut(strings.Join(credentials, ","), " ")
-	_, password, _ := r.BasicAuth()
-	token = cmp.Or(password, strings.TrimSpace(token))
-	right := (password != "" || strings.EqualFold(scheme, "Bearer")) && hmac.Equal([]byte(token), []byte(s.cfg.AuthToken))
-	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
-	public := s.cfg.PublicRead && reads && r.PathValue("key") != ""
-	switch {
-	case len(credentials) > 0 && !right, len(credentials) == 0 && !public && !q.Has("sig"):
-		return errUnauthorized
-	case q.Has("sig"):
-		return s.checkSignature(r, q)
-	}
-	return nil
-}
-
-// checkSignature returns an error unless r's signature is right and has not expired. One for GET
-// also serves HEAD. No other query parameter is allowed.
-func (s *server) checkSignature(r *http.Request, q url.Values) error {
-	key, expires, sig := r.PathValue("key"), q.Get("expires"), []byte(q.Get("sig"))
-	until, err := strconv.ParseInt(expires, 10, 64)
-	fits := func(method string) bool { return hmac.Equal(sig, []byte(sign(s.cfg.AuthToken, method, key, expires))) }
-	switch {
-	case err != nil, key == "", strings.Count(r.URL.RawQuery, "&") != 1,
-		!fits(r.Method) && !(r.Method == http.MethodHead && fits(http.MethodGet)):
-		return errUnauthorized
-	case s.store.now().Unix() >= until:
-		return fmt.Errorf("%w: the signed URL has expired", errUnauthorized)
-	}
-	return nil
-}
-
-// sign returns the signature that lets method be used on key until expires, in Unix seconds.
-func sign(token, method, key, expires string) string {
-	h := hmac.New(sha256.New, []byte(token))
-	io.WriteString(h, method+"\n"+key+"\n"+expires)
-	return hex.EncodeToString(h.Sum(nil))
-}
 
 // statusOf returns what err means to a client, and what the client is told of it: all of a 4xx,
 // which is about the request; only the kind of a 5xx.
@@ -1312,8 +1276,8 @@ func humanSize(bytes int64) string {
 }
 
 // ==== Fields ======================================================================================
-// What headers and queries ask for. Each parser refuses what it does not understand: a write that
-// ignored its precondition or its digest would not be the one the client wanted.
+// What headers and queries ask for, and by what right. Each parser refuses what it does not
+// understand: a write that ignored its precondition would not be the one the client wanted.
 
 // queryOf parses the query of r. It may have each of the known parameters once, and no other.
 func queryOf(r *http.Request, known ...string) (url.Values, error) {
@@ -1369,6 +1333,54 @@ func contentTypeOf(r *http.Request) (string, error) {
 		return cmp.Or(mime.TypeByExtension(path.Ext(r.PathValue("key"))), octetStream), nil
 	}
 	return sent, nil
+}
+
+// authorize returns an error unless r may do what it asks for. A token or signature that is shown
+// has to be right, even where none is needed, but for the health routes.
+func (s *server) authorize(r *http.Request) error {
+	if s.foreign != nil && s.foreign.Check(r) != nil {
+		return errForeign
+	}
+	if s.cfg.AuthToken == "" || strings.HasSuffix(r.Pattern, "/healthz") || strings.HasSuffix(r.Pattern, "/readyz") {
+		return nil
+	}
+	credentials, q := r.Header["Authorization"], r.URL.Query()
+	scheme, token, _ := strings.Cut(strings.Join(credentials, ","), " ")
+	_, password, _ := r.BasicAuth()
+	token = cmp.Or(password, strings.TrimSpace(token))
+	right := (password != "" || strings.EqualFold(scheme, "Bearer")) && hmac.Equal([]byte(token), []byte(s.cfg.AuthToken))
+	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
+	public := s.cfg.PublicRead && reads && r.PathValue("key") != ""
+	switch {
+	case len(credentials) > 0 && !right, len(credentials) == 0 && !public && !q.Has("sig"):
+		return errUnauthorized
+	case q.Has("sig"):
+		return s.checkSignature(r, q)
+	}
+	return nil
+}
+
+// checkSignature returns an error unless r's signature is right and has not expired. One for GET
+// also serves HEAD. No other query parameter is allowed.
+func (s *server) checkSignature(r *http.Request, q url.Values) error {
+	key, expires, sig := r.PathValue("key"), q.Get("expires"), []byte(q.Get("sig"))
+	until, err := strconv.ParseInt(expires, 10, 64)
+	fits := func(method string) bool { return hmac.Equal(sig, []byte(sign(s.cfg.AuthToken, method, key, expires))) }
+	switch {
+	case err != nil, key == "", strings.Count(r.URL.RawQuery, "&") != 1,
+		!fits(r.Method) && !(r.Method == http.MethodHead && fits(http.MethodGet)):
+		return errUnauthorized
+	case s.store.now().Unix() >= until:
+		return fmt.Errorf("%w: the signed URL has expired", errUnauthorized)
+	}
+	return nil
+}
+
+// sign returns the signature that lets method be used on key until expires, in Unix seconds.
+func sign(token, method, key, expires string) string {
+	h := hmac.New(sha256.New, []byte(token))
+	io.WriteString(h, method+"\n"+key+"\n"+expires)
+	return hex.EncodeToString(h.Sum(nil))
 }
 
 type conditions struct{ match, noneMatch string } // of a write, as sent: "*" or a list of tags; "" for none
@@ -1684,18 +1696,6 @@ func createShard(path string, r *record) error {
 	return errors.Join(err, db.Close())
 }
 
-// createFile makes a file unless it is there. SQLite itself would let everybody read it.
-func createFile(path string) error {
-	f, err := os.OpenFile(path, os.O_CREATE, 0o600)
-	return cmp.Or(err, f.Close()) // of a nil file that is an error too
-}
-
-// syncPath makes a file durable, or the names in a directory.
-func syncPath(path string) error {
-	f, err := os.Open(path)
-	return cmp.Or(err, f.Sync(), f.Close())
-}
-
 // openShards opens every shard, and compares the records with one another and with cfg.
 func (st *store) openShards(cfg *config) error {
 	indexes, err := shardFiles(st.dir)
@@ -1818,32 +1818,6 @@ func openDB(path, params string) *sql.DB {
 
 func openReadOnly(path string) *sql.DB {
 	return openDB(path, "mode=ro&_pragma=cache_size(-512)&"+busyPragma)
-}
-
-// translate gives an error of the driver or of a file the meaning the other chapters test for.
-func translate(err error) error {
-	code, extended := 0, 0 // of SQLite
-	if e, ok := errors.AsType[*sqlite.Error](err); ok {
-		code, extended = e.Code()&0xff, e.Code()
-	}
-	switch {
-	case err == nil, errors.As(err, new(*statusError)): // translated already
-		return err
-	case code == sqlite3.SQLITE_FULL, extended == sqlite3.SQLITE_IOERR_SHMSIZE: // the -shm file could not grow
-		return fmt.Errorf("%w: %w", errFull, err)
-	case code == sqlite3.SQLITE_CORRUPT, code == sqlite3.SQLITE_NOTADB:
-		return fmt.Errorf("%w: %w", errCorrupt, err)
-	case code == sqlite3.SQLITE_BUSY, code == sqlite3.SQLITE_LOCKED:
-		return fmt.Errorf("%w: %w", errBusy, err)
-	case code == sqlite3.SQLITE_CANTOPEN && createFile(os.DevNull) != nil, errors.Is(err, syscall.EMFILE):
-		return fmt.Errorf("%w: raise the limit with ulimit -n or LimitNOFILE: %w", errNoFiles, err)
-	case code == sqlite3.SQLITE_CANTOPEN, code == sqlite3.SQLITE_READONLY, code == sqlite3.SQLITE_PERM:
-		return fmt.Errorf("%w; its directory must be writable, for -wal and -shm, and ulimit -n high enough: %w",
-			errCannotOpen, err)
-	case errors.As(err, new(*fs.PathError)):
-		return fmt.Errorf("%w: %w", errCannotOpen, err)
-	}
-	return err
 }
 
 // ==== Shard =======================================================================================
@@ -2041,6 +2015,32 @@ func (sh *shard) list(page []listed, l listing, from, to string) ([]listed, erro
 		}
 	}
 	return page, nil
+}
+
+// translate gives an error of the driver or of a file the meaning the other chapters test for.
+func translate(err error) error {
+	code, extended := 0, 0 // of SQLite
+	if e, ok := errors.AsType[*sqlite.Error](err); ok {
+		code, extended = e.Code()&0xff, e.Code()
+	}
+	switch {
+	case err == nil, errors.As(err, new(*statusError)): // translated already
+		return err
+	case code == sqlite3.SQLITE_FULL, extended == sqlite3.SQLITE_IOERR_SHMSIZE: // the -shm file could not grow
+		return fmt.Errorf("%w: %w", errFull, err)
+	case code == sqlite3.SQLITE_CORRUPT, code == sqlite3.SQLITE_NOTADB:
+		return fmt.Errorf("%w: %w", errCorrupt, err)
+	case code == sqlite3.SQLITE_BUSY, code == sqlite3.SQLITE_LOCKED:
+		return fmt.Errorf("%w: %w", errBusy, err)
+	case code == sqlite3.SQLITE_CANTOPEN && createFile(os.DevNull) != nil, errors.Is(err, syscall.EMFILE):
+		return fmt.Errorf("%w: raise the limit with ulimit -n or LimitNOFILE: %w", errNoFiles, err)
+	case code == sqlite3.SQLITE_CANTOPEN, code == sqlite3.SQLITE_READONLY, code == sqlite3.SQLITE_PERM:
+		return fmt.Errorf("%w; its directory must be writable, for -wal and -shm, and ulimit -n high enough: %w",
+			errCannotOpen, err)
+	case errors.As(err, new(*fs.PathError)):
+		return fmt.Errorf("%w: %w", errCannotOpen, err)
+	}
+	return err
 }
 
 // hold keeps the content id from being swept until release.
