@@ -2499,7 +2499,10 @@ func TestFullDiskAnswers(t *testing.T) {
 		conn.Close()
 	}
 	free()
-	eventually(t, "ready", s.ready)
+	// Upkeep is done before the disk is filled again, else it may give the reserve to the filler.
+	eventually(t, "ready, and the uploads swept", func() bool {
+		return s.ready() && countRows(t, s.store.dir, unswept) == 0 && countRows(t, s.store.dir, "PRAGMA freelist_count") <= vacuumPages
+	})
 	// Another process reads, so that the WAL cannot be emptied.
 	defer hold(t, openReadOnly(filepath.Join(s.store.dir, shardName(0))), "BEGIN; SELECT count(*) FROM blobs").Close()
 	free = fillDisk(t, dir, 0)
