@@ -2964,7 +2964,7 @@ func (sh *shard) upkeep() time.Duration {
 	}
 	err = cmp.Or(err, sh.writer.QueryRow(lookQuery, now).Scan(&due, &free, &pages))
 	switch {
-	case err != nil:
+	case err != nil, full && sizeOf(sh.path+"-wal") > spareBytes: // a reader holds it: spare the reserve
 	case due:
 		err = sh.transaction(func() error {
 			swept, err := sh.sweep() // first: a reader may still find what expires in this transaction

@@ -2519,6 +2519,26 @@ func TestFullDiskAnswers(t *testing.T) {
 	s.put("k", []byte("w"))
 }
 
+// Upkeep leaves the reserve to deletes while a reader, a backup for example, holds the WAL.
+func TestFullDiskReader(t *testing.T) {
+	t.Parallel()
+	dir := mount(t, "32m")
+	s := newTestServer(t, oneShard, func(c *config) { c.DataDir = filepath.Join(dir, "data") })
+	for i := range 80 {
+		s.put(fmt.Sprint(i), noise(200_000, uint64(i)))
+	}
+	defer hold(t, openReadOnly(filepath.Join(s.store.dir, shardName(0))), "BEGIN; SELECT count(*) FROM blobs").Close()
+	fillDisk(t, dir, 0)
+	s.want(507, "PUT", "/blob/x", noise(8<<20, 1))
+	for i := range 70 {
+		s.want(204, "DELETE", "/blob/"+fmt.Sprint(i), nil)
+	}
+	wal := filepath.Join(s.store.dir, shardName(0)) + "-wal"
+	before := sizeOf(wal)
+	time.Sleep(2 * sweepInterval) // nothing tells that upkeep has looked
+	expect(t, sizeOf(wal) == before, "the WAL grew from %d to %d bytes", before, sizeOf(wal))
+}
+
 // The reserve is tried at most once a second.
 func TestReserve(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
