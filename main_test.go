@@ -2560,20 +2560,21 @@ func TestReserve(t *testing.T) {
 func TestSyncer(t *testing.T) {
 	name := filepath.Join(t.TempDir(), "f")
 	fatal(t, os.WriteFile(name, []byte("x"), 0o600))
-	y, err := openSyncer(name)
-	fatal(t, errors.Join(err, y.sync(true)))
-	expect(t, y.result == [4]uint64{}, "a lone writer's sync ran in the background: %v", y.result)
+	y := &syncer{}
+	fatal(t, errors.Join(y.open(name), y.sync(true)))
+	expect(t, y.result == [4]int64{}, "a lone writer's sync ran in the background: %v", y.result)
 	for range 100 {
-		y.result = [4]uint64{}
+		y.result = [4]int64{}
 		fatal(t, y.sync(false))
 		expect(t, (y.result[1] != 0) == hasAsyncIO, "in the background: %v", y.result) // the address of the request
 	}
-	file := y.file
+	context := y.context
 	y.context = 0 // as where the kernel refuses
-	fatal(t, errors.Join(y.sync(false), y.close()))
-	err = y.sync(false)
-	y.file = file
-	expect(t, errors.Is(err, errNotSynced) && y.sync(true) == err, "of a closed file: %v, then %v", err, y.err)
+	fatal(t, y.sync(false))
+	y.context = context
+	y.close()
+	err := y.sync(false)
+	expect(t, errors.Is(err, errNotSynced), "of a closed file: %v", err)
 }
 
 // A write that cannot be synced is not answered with success, nor is any later one. Chunks wait for the last one's sync.
@@ -2582,13 +2583,18 @@ func TestNotSynced(t *testing.T) {
 	sh := s.store.shards[0]
 	s.put("before", []byte("v"))
 	fatal(t, sh.syncer.file.Close())
-	o := &op{data: []byte("a chunk"), do: func() error { return nil }}
-	fatal(t, sh.batcher.add(o))
-	<-o.done
-	expect(t, o.err == nil, "a chunk: %v", o.err)
+	chunk := func() error {
+		o := &op{data: []byte("a chunk"), do: func() error { return nil }}
+		fatal(t, sh.batcher.add(o))
+		<-o.done
+		return o.err
+	}
+	expect(t, chunk() == nil, "a chunk was synced")
+	s.want(412, "PUT", "/blob/before", nil, "If-None-Match", "*")
 	s.wantLine(500, "PUT", "/blob/k", []byte("v"))
 	sh.syncer.file = noErr(os.Open(sh.path + "-wal"))
-	s.wantLine(500, "DELETE", "/blob/other", nil)
+	s.wantLine(500, "DELETE", "/blob/before", nil)
+	expect(t, errors.Is(chunk(), errNotSynced), "a chunk was written after a failed sync")
 	s.want(503, "GET", "/readyz", nil)
 	s.wantBlob("before", []byte("v"))
 	expect(t, strings.Count(s.log.String(), "restart the server: ") == 2, "logged: %s", s.log)
