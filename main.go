@@ -460,6 +460,8 @@ func (cfg *config) problem(f *flag.Flag) string {
 		return `HOST:PORT, such as "127.0.0.1:3000"`
 	case f.Name == "auth_token" && strings.ContainsFunc(text, func(r rune) bool { return r <= ' ' || r > '~' }):
 		return "visible ASCII without spaces"
+	case f.Name == "cache_control" && strings.ContainsFunc(text, func(r rune) bool { return r < ' ' || r > '~' }):
+		return "visible ASCII"
 	case f.Name == "cors_origin" && text != "" && text != "*" && originErr != nil:
 		return `an origin such as "https://example.org", or "*"`
 	case f.Name == "tls_key" && text+cfg.TLSCert != "": // tls_cert was set before: in alphabetical order
@@ -1153,7 +1155,7 @@ func (s *server) about(w *response, r *http.Request) error {
 A KEY may have slashes. For operators: /healthz, /readyz, /metrics.
 `, version(), blobs)
 	if wantsPage(w, r) {
-		return writePage(w, map[string]any{"Title": "Blobnom", "Text": text})
+		return writePage(w, r, map[string]any{"Title": "Blobnom", "Text": text})
 	}
 	return writeText(w, http.StatusOK, text)
 }
@@ -1185,14 +1187,18 @@ func (s *server) showFolder(w *response, r *http.Request, folder string) error {
 			}
 		}
 	}
-	writeErr := writePage(w, map[string]any{"Title": "/" + folder, "Rows": rows})
+	writeErr := writePage(w, r, map[string]any{"Title": "/" + folder, "Rows": rows})
 	return cmp.Or(err, writeErr)
 }
 
 // writePage answers a page with a title and either a text or rows, the content of a folder.
-func writePage(w *response, page map[string]any) error {
+func writePage(w *response, r *http.Request, page map[string]any) error {
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
 	w.Header().Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'")
+	if r.Method == http.MethodHead {
+		w.WriteHeader(http.StatusOK)
+		return nil
+	}
 	return pageTemplate.Execute(w, page)
 }
 
@@ -1869,7 +1875,7 @@ func (sh *shard) prepare() error {
 
 // close closes the database; its batcher has ended. The writer closes last: it checkpoints.
 func (sh *shard) close() error {
-	sh.syncer.close()
+	errors.Join(sh.syncer.ended.Close(), sh.syncer.file.Close()) // tell nothing: nil, or synced
 	return errors.Join(sh.readers.Close(), sh.writer.Close())
 }
 
@@ -2194,15 +2200,13 @@ func (q *batcher) settle(key string) {
 
 // finish is called by commit for each operation of the batch.
 func (q *batcher) finish(o *op) {
-	if o.background {
-		q.mu.Lock()
-		for _, key := range []string{o.key, allKeys} {
-			if q.newest[key] == o {
-				delete(q.newest, key)
-			}
+	q.mu.Lock()
+	for _, key := range []string{o.key, allKeys} {
+		if q.newest[key] == o { // it was answered 202
+			delete(q.newest, key)
 		}
-		q.mu.Unlock()
 	}
+	q.mu.Unlock()
 	close(o.done)
 }
 
@@ -2358,14 +2362,24 @@ func recordOf(db *sql.DB) (*record, error) {
 }
 
 // commit is the batcher's: the batch is one transaction. If that fails, the whole is rolled back and
-// each operation is run again alone, so that a bad one fails alone; but not if it was nobody's fault.
+// each operation is run again alone, so that a bad one fails alone.
 func (sh *shard) commit(batch []*op) {
 	err := sh.transact(batch)
-	answered := func(o *op) bool { return o.background }
-	for errors.Is(err, errBusy) && slices.ContainsFunc(batch, answered) && sh.store.stopping.Err() == nil {
-		err = sh.transact(batch) // another process has the lock
+	for errors.Is(err, errBusy) {
+		// Another process has the lock. Clients that wait are told, what was answered 202 is tried again.
+		batch = slices.DeleteFunc(batch, func(o *op) bool {
+			told := !o.background || sh.store.stopping.Err() != nil
+			if told {
+				sh.finish(o, err)
+			}
+			return told
+		})
+		if len(batch) == 0 {
+			return
+		}
+		err = sh.transact(batch)
 	}
-	if err != nil && len(batch) > 1 && !errors.Is(err, errBusy) && !errors.Is(err, errNotSynced) {
+	if err != nil && len(batch) > 1 && !errors.Is(err, errNotSynced) {
 		for i := range batch {
 			sh.commit(batch[i : i+1])
 		}
@@ -2525,8 +2539,8 @@ type syncer struct {
 }
 
 // asyncIO has the numbers of the system calls for it.
-var asyncIO, hasAsyncIO = map[string]struct{ eventfd, setup, destroy, submit, getEvents uintptr }{
-	"linux/amd64": {290, 206, 207, 209, 208}, "linux/arm64": {19, 0, 1, 2, 4},
+var asyncIO, hasAsyncIO = map[string]struct{ eventfd, setup, submit, getEvents uintptr }{
+	"linux/amd64": {290, 206, 209, 208}, "linux/arm64": {19, 0, 2, 4},
 }[runtime.GOOS+"/"+runtime.GOARCH]
 
 func (s *syncer) open(path string) (err error) {
@@ -2537,9 +2551,7 @@ func (s *syncer) open(path string) (err error) {
 		event, _, _ := syscall.Syscall(asyncIO.eventfd, 0, syscall.O_NONBLOCK|syscall.O_CLOEXEC, 0)
 		s.ended = os.NewFile(event, "eventfd")                                           // nil if that failed
 		s.request = &[8]uint64{2: uint64(s.file.Fd())<<32 | 2, 7: uint64(event)<<32 | 1} // fsync file, then signal event
-	}
-	if s.ended != nil {
-		syscall.Syscall(asyncIO.setup, 1, uintptr(unsafe.Pointer(&s.context)), 0)
+		syscall.Syscall(asyncIO.setup, 1, uintptr(unsafe.Pointer(&s.context)), 0)        // not destroyed: that takes 30 ms
 	}
 	return nil
 }
@@ -2565,14 +2577,6 @@ func (s *syncer) sync(alone bool) (err error) {
 		s.err = fmt.Errorf("%w: %w", errNotSynced, err)
 	}
 	return s.err
-}
-
-func (s *syncer) close() {
-	if s.ended != nil {
-		syscall.Syscall(asyncIO.destroy, s.context, 0, 0)
-		s.ended.Close()
-	}
-	s.file.Close() // a nil file's error, and that of one which is synced, tell nothing
 }
 
 // ==== Codec =======================================================================================
@@ -2961,7 +2965,7 @@ func (sh *shard) upkeep() time.Duration {
 	}
 	err = cmp.Or(err, sh.writer.QueryRow(lookQuery, now).Scan(&due, &free, &pages))
 	switch {
-	case err != nil, full && sizeOf(sh.path+"-wal") > spareBytes: // a reader holds it: spare the reserve
+	case err != nil:
 	case due:
 		err = sh.transaction(func() error {
 			swept, err := sh.sweep() // first: a reader may still find what expires in this transaction

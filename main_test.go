@@ -687,7 +687,7 @@ func TestConfig(t *testing.T) {
 			[]string{`durability = "most"`, "full, normal, off", "fnv1a, crc32c, sha256", `log_level = "loud"`, `log_format = ""`, `addr = "here"`, "must be an origin", "tls_cert = 5: must be text in quotes"}},
 		{"environment", min, []string{"BLOBNOM_BATCH_SIZE=many", "BLOBNOM_ASYNC_WRITE=yes", "BLOBNOM_DATA_DIR=", "BLOBNOM_AUTH_TOKEN=sekret with spaces"},
 			[]string{`BLOBNOM_BATCH_SIZE = "many"`, `BLOBNOM_ASYNC_WRITE = "yes"`, `BLOBNOM_DATA_DIR = ""`, `BLOBNOM_AUTH_TOKEN = "(secret)": must be visible ASCII`}},
-		{"headers", min + "cors_origin = 'example.org'\n", nil, []string{"must be an origin"}},
+		{"headers", min + "cache_control = \"a\\nb\"\ncors_origin = 'example.org'\n", nil, []string{`cache_control = "a\nb": must be visible`, "must be an origin"}},
 		{"unquoted token", min + "auth_token = sekret\n", nil, []string{"line 3"}},
 		{"misspelt token", min + "auth_tokens = 'sekret'\nAUTH_TOKEN = 'sekret'\nauth_token = 123456\n[x]\nauth_token = 'sekret'\n", nil,
 			[]string{"auth_tokens: unknown key", "AUTH_TOKEN: unknown key", "x: unknown key", `auth_token = "(secret)": must be text in quotes`}},
@@ -2523,26 +2523,6 @@ func TestFullDiskAnswers(t *testing.T) {
 	s.put("k", []byte("w"))
 }
 
-// Upkeep leaves the reserve to deletes while a reader, a backup for example, holds the WAL.
-func TestFullDiskReader(t *testing.T) {
-	t.Parallel()
-	dir := mount(t, "32m")
-	s := newTestServer(t, oneShard, func(c *config) { c.DataDir = filepath.Join(dir, "data") })
-	for i := range 80 {
-		s.put(fmt.Sprint(i), noise(200_000, uint64(i)))
-	}
-	defer hold(t, openReadOnly(filepath.Join(s.store.dir, shardName(0))), "BEGIN; SELECT count(*) FROM blobs").Close()
-	fillDisk(t, dir, 0)
-	s.want(507, "PUT", "/blob/x", noise(8<<20, 1))
-	for i := range 70 {
-		s.want(204, "DELETE", "/blob/"+fmt.Sprint(i), nil)
-	}
-	wal := filepath.Join(s.store.dir, shardName(0)) + "-wal"
-	before := sizeOf(wal)
-	time.Sleep(2 * sweepInterval) // nothing tells that upkeep has looked
-	expect(t, sizeOf(wal) == before, "the WAL grew from %d to %d bytes", before, sizeOf(wal))
-}
-
 // The reserve is tried at most once a second.
 func TestReserve(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -2568,11 +2548,8 @@ func TestSyncer(t *testing.T) {
 		fatal(t, y.sync(false))
 		expect(t, (y.result[1] != 0) == hasAsyncIO, "in the background: %v", y.result) // the address of the request
 	}
-	context := y.context
 	y.context = 0 // as where the kernel refuses
-	fatal(t, y.sync(false))
-	y.context = context
-	y.close()
+	fatal(t, errors.Join(y.sync(false), y.file.Close()))
 	err := y.sync(false)
 	expect(t, errors.Is(err, errNotSynced), "of a closed file: %v", err)
 }
