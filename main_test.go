@@ -2399,9 +2399,10 @@ func TestFlood(t *testing.T) {
 // Another process that holds a shard's lock delays what was answered 202; a client that waits for an answer is told.
 func TestForeignLock(t *testing.T) {
 	t.Parallel() // it mostly waits
-	s, async := newTestServer(t, oneShard), newTestServer(t, oneShard, func(c *config) { c.AsyncWrite = true })
+	s, async := newTestServer(t, oneShard), newTestServer(t, oneShard, func(c *config) { c.AsyncWrite, c.BatchTimeoutMS = true, 100 })
 	unlock, unlockAsync := s.lockShard(), async.lockShard()
 	async.put("k", []byte("v"))
+	async.want(503, "PUT", "/blob/same-batch", []byte("x"), "If-None-Match", "*")
 	resp, _ := s.want(503, "PUT", "/blob/k", []byte("x"))
 	expect(t, resp.Header.Get("Retry-After") != "", "%v", resp.Header)
 	eventually(t, "SQLite gives up", func() bool { return async.store.batches.Load() > 0 })
