@@ -154,7 +154,7 @@ var (
 	errInternal     = &statusError{http.StatusInternalServerError, "internal error"} // any error without a status
 	errCorrupt      = &statusError{http.StatusInternalServerError, "shard is corrupt"}
 	errCannotOpen   = &statusError{http.StatusInternalServerError, "shard cannot be opened"}
-	errNotSynced    = &statusError{http.StatusInternalServerError, "the disk failed to sync, the write may be lost; restart the server"}
+	errNotSynced    = &statusError{http.StatusInternalServerError, "not synced, perhaps lost; restart the server"}
 	errBusy         = &statusError{http.StatusServiceUnavailable, "too busy, try again"}
 	errStopping     = &statusError{http.StatusServiceUnavailable, "server is stopping"}
 	errNoFiles      = &statusError{http.StatusServiceUnavailable, "out of file descriptors"}
@@ -1510,7 +1510,8 @@ func (r *record) String() string {
 func openStore(ctx context.Context, cfg *config, lock *sql.DB, log *slog.Logger, now func() time.Time) (*store, error) {
 	st := &store{
 		lock: lock, hash: hashes[cfg.Hash], async: cfg.AsyncWrite, deflate: cfg.StorageCompression, now: now, log: log,
-		maxBlob: min(cmp.Or(cfg.MaxBlobBytes, hardMaxBlob), hardMaxBlob), maxPending: cfg.MaxPendingBytes, patience: queueTimeout,
+		maxBlob: min(cmp.Or(cfg.MaxBlobBytes, hardMaxBlob), hardMaxBlob), maxPending: cfg.MaxPendingBytes,
+		patience: queueTimeout,
 	}
 	st.stopping, st.stop = context.WithCancel(ctx)
 	var err error
@@ -1875,7 +1876,8 @@ func (sh *shard) prepare() error {
 
 // close closes the database; its batcher has ended. The writer closes last: it checkpoints.
 func (sh *shard) close() error {
-	errors.Join(sh.syncer.ended.Close(), sh.syncer.file.Close()) // tell nothing: nil, or synced
+	sh.syncer.ended.Close() // nil, or it has nothing left to tell, as has the next
+	sh.syncer.file.Close()
 	return errors.Join(sh.readers.Close(), sh.writer.Close())
 }
 
@@ -2418,8 +2420,7 @@ func (sh *shard) transact(batch []*op) error {
 	})
 	publishes := func(o *op) bool { return o.key != "" && o.err == nil } // a chunk is synced with its last one
 	if err == nil && sh.syncer.file != nil && slices.ContainsFunc(batch, publishes) {
-		alone := sh.store.pending.Load() == batch[0].cost // no other write is queued, in any shard
-		err = sh.syncer.sync(alone)
+		err = sh.syncer.sync(sh.store.pending.Load() == batch[0].cost) // alone if no other write is queued
 	}
 	sh.store.batches.Add(1)
 	sh.store.operations.Add(int64(len(batch)))
@@ -2521,12 +2522,12 @@ func (sh *shard) vacate(key string, now int64, cond conditions, next *blob) erro
 // ==== Syncer ======================================================================================
 // With durability = "full" a batch is answered once the WAL with its COMMIT is synced. SQLite would
 // do that inside COMMIT, by fsync: a system call that keeps one of Go's processors from other work
-// until the runtime's monitor notices. So SQLite runs with synchronous = NORMAL, which syncs only for
-// checkpoints and a new WAL header, and the batcher syncs the WAL before it answers. An answered write
-// is as safe as with FULL, but a reader may see a write just before it is durable. On Linux the kernel
-// syncs in the background, and tells Go's network poller through an eventfd: with 32 clients 1.3 times
-// the writes on one core, 1.15 times on two. Tried, and not as good: more of Go's processors, and
-// whatever makes batches larger, such as one commit at a time over all shards.
+// until the runtime's monitor notices. So SQLite runs with synchronous = NORMAL, which syncs only
+// for checkpoints and a new WAL header, and the batcher syncs the WAL before it answers: as safe as
+// FULL, but a reader may see a write just before it is durable. On Linux the kernel syncs in the
+// background, and tells Go's network poller by an eventfd: 1.3 times the writes of 32 clients on
+// one core, 1.15 on two. Tried, and not as good: more of Go's processors; larger batches, by one
+// commit at a time over all shards or by a wait for as many writes as the last commit had.
 
 // syncer syncs a shard's WAL. While the shard is open, only the batcher's goroutine uses it.
 type syncer struct {
@@ -2550,14 +2551,13 @@ func (s *syncer) open(path string) (err error) {
 	if hasAsyncIO {
 		event, _, _ := syscall.Syscall(asyncIO.eventfd, 0, syscall.O_NONBLOCK|syscall.O_CLOEXEC, 0)
 		s.ended = os.NewFile(event, "eventfd")                                           // nil if that failed
-		s.request = &[8]uint64{2: uint64(s.file.Fd())<<32 | 2, 7: uint64(event)<<32 | 1} // fsync file, then signal event
-		syscall.Syscall(asyncIO.setup, 1, uintptr(unsafe.Pointer(&s.context)), 0)        // not destroyed: that takes 30 ms
+		s.request = &[8]uint64{2: uint64(s.file.Fd())<<32 | 2, 7: uint64(event)<<32 | 1} // fsync, then tell
+		syscall.Syscall(asyncIO.setup, 1, uintptr(unsafe.Pointer(&s.context)), 0)        // to destroy it takes 30 ms
 	}
 	return nil
 }
 
-// sync returns once all that was written to the WAL is on the disk. A lone writer takes fsync: nobody
-// else has work for the processor.
+// sync returns once the WAL is on the disk. A lone writer gains nothing from the background.
 func (s *syncer) sync(alone bool) (err error) {
 	failed := syscall.ENOSYS // not submitted
 	if s.ended != nil && !alone {
