@@ -2399,7 +2399,7 @@ func TestFlood(t *testing.T) {
 // Another process that holds a shard's lock delays what was answered 202; a client that waits for an answer is told.
 func TestForeignLock(t *testing.T) {
 	t.Parallel() // it mostly waits
-	s, async := newTestServer(t, oneShard), newTestServer(t, oneShard, func(c *config) { c.AsyncWrite, c.BatchTimeoutMS = true, 100 })
+	s, async := newTestServer(t, oneShard), newTestServer(t, oneShard, func(c *config) { c.AsyncWrite, c.BatchTimeoutMS = true, 2000 })
 	unlock, unlockAsync := s.lockShard(), async.lockShard()
 	async.put("k", []byte("v"))
 	async.want(503, "PUT", "/blob/same-batch", []byte("x"), "If-None-Match", "*")
