@@ -2569,6 +2569,17 @@ func TestNotSynced(t *testing.T) {
 	}
 	expect(t, chunk() == nil, "a chunk was synced")
 	s.want(412, "PUT", "/blob/before", nil, "If-None-Match", "*")
+	open, runs, batch := gate(sh), 0, []*op{}
+	for range 2 {
+		batch = append(batch, &op{key: "k", data: []byte("v"), do: func() error { runs++; return nil }})
+		fatal(t, sh.batcher.add(batch[len(batch)-1]))
+	}
+	open()
+	for _, o := range batch {
+		<-o.done
+		expect(t, errors.Is(o.err, errNotSynced), "in a batch: %v", o.err)
+	}
+	expect(t, runs == 2, "two operations that are not synced ran %d times", runs)
 	s.wantLine(500, "PUT", "/blob/k", []byte("v"))
 	sh.syncer.file = noErr(os.Open(sh.path + "-wal"))
 	s.wantLine(500, "DELETE", "/blob/before", nil)
