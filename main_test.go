@@ -486,7 +486,7 @@ func (s *testServer) lockShard() (unlock func()) {
 	s.t.Helper()
 	gate(s.store.shards[0])() // the first upkeep is over: it may set another timeout
 	noErr(s.store.shards[0].writer.Exec("PRAGMA busy_timeout = 200"))
-	db := hold(s.t, openDB(filepath.Join(s.store.dir, shardName(0)), busyPragma), "BEGIN IMMEDIATE")
+	db := hold(s.t, openDB(filepath.Join(s.store.dir, shardName(0)), busyPragma()), "BEGIN IMMEDIATE")
 	return func() {
 		_, err := db.Exec("ROLLBACK")
 		fatal(s.t, err)
@@ -1358,11 +1358,10 @@ func TestQueryPlans(t *testing.T) {
 	s := newTestServer(t, func(c *config) { c.NumShards = 1 })
 	const expiring = "SEARCH blobs USING COVERING INDEX expiring (expires_at<?)"
 	for query, want := range map[string]string{
-		pageQuery:     "SEARCH blobs USING INDEX sqlite_autoindex_blobs_1 (key>? AND key<?)",
-		lookQuery:     expiring,
-		orphanExpired: "SEARCH blobs USING INTEGER PRIMARY KEY (rowid=?); LIST SUBQUERY 1; " + expiring,
-		expireQuery:   "SEARCH blobs USING INTEGER PRIMARY KEY (rowid=?); LIST SUBQUERY 1; " + expiring,
-		sweepQuery:    "SEARCH chunks USING INTEGER PRIMARY KEY (rowid>? AND rowid<?)",
+		pageQuery:    "SEARCH blobs USING INDEX sqlite_autoindex_blobs_1 (key>? AND key<?)",
+		lookQuery:    expiring,
+		expiredQuery: "SEARCH blobs USING INDEX expiring (expires_at<?)",
+		sweepQuery:   "SEARCH chunks USING INTEGER PRIMARY KEY (rowid>? AND rowid<?)",
 	} {
 		rows := noErr(s.store.shards[0].readers.Query("EXPLAIN QUERY PLAN "+query, slices.Repeat([]any{1}, strings.Count(query, "?"))...))
 		got, id, detail, err := "", 0, "", error(nil)
@@ -2306,7 +2305,7 @@ func TestAbortedUpload(t *testing.T) {
 // gate keeps a shard's batcher busy until it is opened: what is added meanwhile forms one batch.
 func gate(sh *shard) (open func()) {
 	block, inside := make(chan struct{}), make(chan struct{})
-	sh.batcher.add(&op{do: func() error { close(inside); <-block; return nil }})
+	sh.batcher.add(&op{do: func(*tx) error { close(inside); <-block; return nil }})
 	<-inside
 	return func() { close(block) }
 }
@@ -2319,8 +2318,12 @@ func TestBadOperationFailsAlone(t *testing.T) {
 	for i := range 9 {
 		b := &blob{size: 1, stored: 1, data: []byte("x"), sum: sha256.Sum256([]byte("x"))}
 		o := &op{key: fmt.Sprint("k", i), data: b.data}
-		o.do = func() error { // one of them writes, then fails
-			return errors.Join(sh.putRow(o.key, b, &putOptions{}), map[bool]error{true: boom}[i == 4])
+		o.do = func(t *tx) error { // one of them writes, then fails
+			err := t.putBlob(o.key, b, &putOptions{})
+			if i == 4 {
+				return boom
+			}
+			return err
 		}
 		fatal(t, sh.batcher.add(o))
 		ops = append(ops, o)
@@ -2378,7 +2381,7 @@ func TestAsync(t *testing.T) {
 // A flood waits for room, then is told so; memory stays bounded.
 func TestFlood(t *testing.T) {
 	s := newTestServer(t, oneShard, func(c *config) { c.MaxPendingBytes = 3000 })
-	s.store.patience = 50 * time.Millisecond
+	s.store.queueTimeout = 50 * time.Millisecond
 	open := gate(s.store.shards[0])
 	answers := make(chan *http.Response)
 	for i := range 6 {
@@ -2527,66 +2530,32 @@ func TestFullDiskAnswers(t *testing.T) {
 // The reserve is tried at most once a second.
 func TestReserve(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		st := &store{dir: t.TempDir()}
-		file := filepath.Join(st.dir, reserveFile)
-		fatal(t, st.takeReserve())
-		expect(t, sizeOf(file) == reserveBytes, "a reserve of %d bytes", sizeOf(file))
-		st.diskFull()
-		expect(t, st.takeReserve() == errFull && st.full.Load() && !fileExists(file), "tried again within a second")
+		log := new(syncBuffer)
+		r := &reserve{path: filepath.Join(t.TempDir(), reserveFile), log: slog.New(slog.NewTextHandler(log, nil))}
+		want := func(when string, full bool, size int64) {
+			t.Helper()
+			if r.isFull() != full || sizeOf(r.path) != size {
+				t.Errorf("%s: full %v with a reserve of %d bytes, want %v, %d", when, r.isFull(), sizeOf(r.path), full, size)
+			}
+		}
+		r.begin()
+		want("at the first start", false, reserveBytes)
+		r.giveUp(errFull)
+		r.giveUp(errFull)
+		want("on a full disk", true, -1)
+		if err := r.take(); err != errFull {
+			t.Errorf("tried again within a second: %v", err)
+		}
+		want("within a second", true, -1)
 		time.Sleep(sweepInterval)
-		expect(t, st.takeReserve() == nil && !st.full.Load() && sizeOf(file) == reserveBytes, "not taken after a second")
+		fatal(t, r.take())
+		want("after a second", false, reserveBytes)
+		for _, line := range []string{`msg="disk full`, `msg="the disk has room again`} {
+			if n := strings.Count(log.String(), line); n != 1 {
+				t.Errorf("%q was logged %d times, want once:\n%s", line, n, log)
+			}
+		}
 	})
-}
-
-func TestSyncer(t *testing.T) {
-	name := filepath.Join(t.TempDir(), "f")
-	fatal(t, os.WriteFile(name, []byte("x"), 0o600))
-	y := &syncer{}
-	fatal(t, errors.Join(y.open(name), y.sync(true)))
-	expect(t, y.result == [4]int64{}, "a lone writer's sync ran in the background: %v", y.result)
-	for range 100 {
-		y.result = [4]int64{}
-		fatal(t, y.sync(false))
-		expect(t, (y.result[1] != 0) == hasAsyncIO, "in the background: %v", y.result) // the address of the request
-	}
-	y.context = 0 // as where the kernel refuses
-	fatal(t, errors.Join(y.sync(false), y.file.Close()))
-	err := y.sync(false)
-	expect(t, errors.Is(err, errNotSynced), "of a closed file: %v", err)
-}
-
-// A write that cannot be synced is not answered with success, nor is any later one. Chunks wait for the last one's sync.
-func TestNotSynced(t *testing.T) {
-	s := newTestServer(t, oneShard, func(c *config) { c.Durability = "full" })
-	sh := s.store.shards[0]
-	s.put("before", []byte("v"))
-	fatal(t, sh.syncer.file.Close())
-	chunk := func() error {
-		o := &op{data: []byte("a chunk"), do: func() error { return nil }}
-		fatal(t, sh.batcher.add(o))
-		<-o.done
-		return o.err
-	}
-	expect(t, chunk() == nil, "a chunk was synced")
-	s.want(412, "PUT", "/blob/before", nil, "If-None-Match", "*")
-	open, runs, batch := gate(sh), 0, []*op{}
-	for range 2 {
-		batch = append(batch, &op{key: "k", data: []byte("v"), do: func() error { runs++; return nil }})
-		fatal(t, sh.batcher.add(batch[len(batch)-1]))
-	}
-	open()
-	for _, o := range batch {
-		<-o.done
-		expect(t, errors.Is(o.err, errNotSynced), "in a batch: %v", o.err)
-	}
-	expect(t, runs == 2, "two operations that are not synced ran %d times", runs)
-	s.wantLine(500, "PUT", "/blob/k", []byte("v"))
-	sh.syncer.file = noErr(os.Open(sh.path + "-wal"))
-	s.wantLine(500, "DELETE", "/blob/before", nil)
-	expect(t, errors.Is(chunk(), errNotSynced), "a chunk was written after a failed sync")
-	s.want(503, "GET", "/readyz", nil)
-	s.wantBlob("before", []byte("v"))
-	expect(t, strings.Count(s.log.String(), "restart the server: ") == 2, "logged: %s", s.log)
 }
 
 // ============================================================================
@@ -2599,8 +2568,8 @@ func TestNotSynced(t *testing.T) {
 func fakeBatcher(size, window, takes int, stopping chan struct{}, upkeep func() time.Duration) (b *batcher, _ *[]string) {
 	start, batches := time.Now(), &[]string{}
 	b = &batcher{size: size, window: ms(window), stopping: stopping, upkeep: upkeep,
-		wake: make(chan struct{}, 1), ended: make(chan struct{}), newest: map[string]*op{}}
-	b.commit = func(batch []*op) {
+		wake: make(chan struct{}, 1), ended: make(chan struct{}), newest: map[string]*op{}, stuck: make(chan struct{})}
+	b.commit = func(batch []*op) []*op {
 		entry := fmt.Sprintf("%d:", time.Since(start).Milliseconds())
 		for _, o := range batch {
 			entry += o.key
@@ -2608,6 +2577,7 @@ func fakeBatcher(size, window, takes int, stopping chan struct{}, upkeep func() 
 		}
 		*batches = append(*batches, entry)
 		time.Sleep(ms(takes))
+		return nil
 	}
 	go b.run()
 	return b, batches
@@ -2684,7 +2654,7 @@ func TestUpkeepBetweenBatches(t *testing.T) {
 func TestBudget(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, stop := context.WithCancel(t.Context())
-		st := &store{maxPending: 10, patience: time.Second, stopping: ctx}
+		st := &store{maxPending: 10, queueTimeout: time.Second, stopping: ctx}
 		for _, c := range []struct {
 			n    int64
 			then func() // 298 ms later
