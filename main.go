@@ -1950,7 +1950,7 @@ func openShard(st *store, i int, cfg *config) (*shard, *record, error) {
 	if err != nil {
 		sh.readers.Close()
 		sh.writer.Close()
-		return sh, nil, fmt.Errorf("cannot open %s: %w", sh.path, translate(err))
+		return sh, nil, fmt.Errorf("cannot open %s: %w", sh.path, sh.explain(err))
 	}
 	return sh, r, nil
 }
@@ -2157,7 +2157,9 @@ func scanBlob(row interface{ Scan(...any) error }) (*blob, string, error) {
 // list appends to page what l asks for with keys of [from, to), up to one more than its limit. A
 // folder costs a query, whatever the number of keys in it.
 func (sh *shard) list(page []listed, l listing, from, to string) ([]listed, error) {
-	sh.batcher.settle(allKeys)
+	if err := sh.batcher.settle(allKeys); err != nil {
+		return nil, err
+	}
 	end := len(page) + l.limit + 1
 	for from != "" && len(page) < end {
 		rows, err := sh.pageStmt.Query(from, to, sh.store.now().UnixMilli(), end-len(page), l.nameAt)
@@ -2636,12 +2638,7 @@ func (sh *shard) inTransaction(f func(*tx) error) error {
 // wrote takes the outcome of a transaction or a checkpoint, and returns it translated. It keeps the
 // shard's state, and gives up the reserve if the disk is full.
 func (sh *shard) wrote(err error) error {
-	err = translate(err)
-	if code, extended := sqliteCode(err); code != 0 && extended == sqlite3.SQLITE_IOERR_WRITE {
-		if reason := sh.probeSpace(); isNoSpace(reason) {
-			err = fmt.Errorf("%w: %w: %w", errFull, reason, err)
-		}
-	}
+	err = sh.explain(err)
 	switch {
 	case errors.Is(err, errDamaged): // says nothing of the shard
 	case errors.Is(err, errFull):
@@ -2653,9 +2650,19 @@ func (sh *shard) wrote(err error) error {
 	return err
 }
 
-// probeSpace writes a file as long as the shard's, and returns what the system says to that. SQLite
-// keeps the reason of a failed write to itself. A quota and a maximum size of files (ulimit -f) mean
-// the same to a client as a full disk.
+// explain translates an error of a write. SQLite keeps the reason of a failed write to itself: a
+// quota and a maximum size of files (ulimit -f) mean the same to a client as a full disk.
+func (sh *shard) explain(err error) error {
+	err = translate(err)
+	if _, extended := sqliteCode(err); extended == sqlite3.SQLITE_IOERR_WRITE {
+		if reason := sh.probeSpace(); isNoSpace(reason) {
+			return fmt.Errorf("%w: %w: %w", errFull, reason, err)
+		}
+	}
+	return err
+}
+
+// probeSpace writes a file as long as the shard's, and returns what the system says to that.
 func (sh *shard) probeSpace() error {
 	probe, err := os.CreateTemp(sh.store.dir, "blobnom.probe")
 	if err != nil {
@@ -3349,6 +3356,9 @@ const (
 // upkeep does one piece of the work and returns when to run again. It runs on the batcher's
 // goroutine.
 func (sh *shard) upkeep() time.Duration {
+	if sh.syncFailed {
+		return sweepInterval
+	}
 	if sh.batcher.depth() > 0 && errors.Is(sh.currentState(), errBusy) {
 		return sweepInterval // writes are waiting for a foreign lock: they try it themselves
 	}

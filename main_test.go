@@ -44,6 +44,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"unsafe"
 )
 
 // ============================================================================
@@ -2310,6 +2311,60 @@ func gate(sh *shard) (open func()) {
 	return func() { close(block) }
 }
 
+// systemCalls has the numbers of the calls that the fault tests make fail.
+var systemCalls = map[string]map[string]uintptr{
+	"linux/amd64": {"pread64": 17, "pwrite64": 18, "fsync": 74, "fdatasync": 75, "setfsuid": 122, "prctl": 157},
+	"linux/arm64": {"pread64": 67, "pwrite64": 68, "fsync": 82, "fdatasync": 83, "setfsuid": 151, "prctl": 167},
+}[runtime.GOOS+"/"+runtime.GOARCH]
+
+// breakSystemCalls makes system calls fail with errno on the calling goroutine's thread. The seccomp
+// filter cannot be taken off again, so the goroutine keeps its thread, which ends with it.
+func breakSystemCalls(errno syscall.Errno, names ...string) error {
+	if systemCalls == nil {
+		return errors.New("not known for " + runtime.GOOS + "/" + runtime.GOARCH)
+	}
+	type instruction struct {
+		code   uint16
+		jt, jf uint8
+		k      uint32
+	}
+	const load, jumpIfEqual, answer, allow, fail = 0x20, 0x15, 0x06, 0x7fff0000, 0x00050000
+	program := []instruction{{code: load}}
+	for i, name := range names {
+		skip := uint8(len(names) - i)
+		program = append(program, instruction{jumpIfEqual, skip, 0, uint32(systemCalls[name])})
+	}
+	program = append(program,
+		instruction{code: answer, k: allow},
+		instruction{code: answer, k: fail | uint32(errno)})
+	filter := struct {
+		n     uint16
+		first *instruction
+	}{uint16(len(program)), &program[0]}
+	runtime.LockOSThread()
+	prctl := systemCalls["prctl"]
+	const noNewPrivileges, setSeccomp, withFilter = 38, 22, 2
+	syscall.RawSyscall6(prctl, noNewPrivileges, 1, 0, 0, 0, 0)
+	_, _, failed := syscall.RawSyscall(prctl, setSeccomp, withFilter, uintptr(unsafe.Pointer(&filter)))
+	if failed != 0 {
+		return failed
+	}
+	return nil
+}
+
+// breakDisk makes system calls of the shard's writer fail until the server stops.
+func breakDisk(t testing.TB, sh *shard, errno syscall.Errno, names ...string) {
+	t.Helper()
+	broken := make(chan error, 1)
+	fatal(t, sh.batcher.add(&op{urgent: true, do: func(*tx) error {
+		broken <- breakSystemCalls(errno, names...)
+		return errCondition
+	}}))
+	if err := <-broken; err != nil {
+		t.Skipf("cannot make system calls fail here: %v", err)
+	}
+}
+
 // One operation that fails does so alone.
 func TestBadOperationFailsAlone(t *testing.T) {
 	s := newTestServer(t, oneShard)
@@ -2399,20 +2454,55 @@ func TestFlood(t *testing.T) {
 	s.put("large", noise(2*chunkSize, 1)) // one operation always fits
 }
 
-// Another process that holds a shard's lock delays what was answered 202; a client that waits for an answer is told.
+// Another process that holds a shard's lock delays what was answered 202. Whoever waits is told, also
+// behind those writes, and the shard is ready again by itself.
 func TestForeignLock(t *testing.T) {
 	t.Parallel() // it mostly waits
-	s, async := newTestServer(t, oneShard), newTestServer(t, oneShard, func(c *config) { c.AsyncWrite, c.BatchTimeoutMS = true, 2000 })
-	unlock, unlockAsync := s.lockShard(), async.lockShard()
-	async.put("k", []byte("v"))
-	async.want(503, "PUT", "/blob/same-batch", []byte("x"), "If-None-Match", "*")
-	resp, _ := s.want(503, "PUT", "/blob/k", []byte("x"))
-	expect(t, resp.Header.Get("Retry-After") != "", "%v", resp.Header)
-	eventually(t, "SQLite gives up", func() bool { return async.store.batches.Load() > 0 })
+	s := newTestServer(t, oneShard, func(c *config) { c.AsyncWrite = true })
+	unlock := s.lockShard()
+	s.want(202, "PUT", "/blob/k", []byte("v"))
+	for _, c := range []struct {
+		name, method, path string
+		headers            []string
+	}{
+		{"a reader of the key", "GET", "/blob/k", nil},
+		{"HEAD", "HEAD", "/blob/k", nil},
+		{"the listing", "GET", "/blob/", nil},
+		{"an upload of many chunks", "PUT", "/blob/large", nil},
+		{"a write with a condition", "PUT", "/blob/other", []string{"If-None-Match", "*"}},
+	} {
+		start := time.Now()
+		resp, _, err := s.do(c.method, c.path, bytes.NewReader(noise(3*chunkSize, 1)), c.headers...)
+		fatal(t, err)
+		if resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "" {
+			t.Errorf("%s: %s, want 503 with Retry-After", c.name, resp.Status)
+		}
+		if took := time.Since(start); took > 2*busyTimeout {
+			t.Errorf("%s: told after %v", c.name, took)
+		}
+	}
+	s.want(503, "GET", "/readyz", nil)
+	s.want(202, "PUT", "/blob/k", []byte("w"))
 	unlock()
-	unlockAsync()
-	async.wantBlob("k", []byte("v"))
-	s.put("k", []byte("w"))
+	s.wantBlob("k", []byte("w"), "Blob-Version", "1")
+	eventually(t, "ready", s.ready)
+}
+
+// A shard that another process has locked is not ready, also if nobody writes. It is ready again when
+// the lock is gone.
+func TestReadyAgain(t *testing.T) {
+	t.Parallel() // it mostly waits
+	s := newTestServer(t, oneShard)
+	unlock := s.lockShard()
+	eventually(t, "not ready", func() bool { return !s.ready() })
+	s.wantLine(503, "PUT", "/blob/k", []byte("x"))
+	unlock()
+	eventually(t, "ready without a write", s.ready)
+	for _, line := range []string{`msg="shard is not ready"`, `msg="shard is ready again"`} {
+		if n := strings.Count(s.log.String(), line); n != 1 {
+			t.Errorf("%s was logged %d times:\n%s", line, n, s.log)
+		}
+	}
 }
 
 func TestDiskFull(t *testing.T) {
@@ -2556,6 +2646,303 @@ func TestReserve(t *testing.T) {
 			}
 		}
 	})
+}
+
+// A write whose sync fails is answered 500 and not seen. After it nothing is written or checkpointed
+// any more, so that what was answered before is there after a restart.
+func TestFailedSync(t *testing.T) {
+	for _, durability := range []string{"full", "normal"} {
+		t.Run(durability, func(t *testing.T) {
+			cfg := testConfig(t, oneShard, func(c *config) { c.Durability = durability })
+			clock := newClock()
+			s := serveAt(t, cfg, stallTimeout, clock.now)
+			sh := s.store.shards[0]
+			for i := range 20 {
+				s.put(fmt.Sprint("before", i), noise(3000, uint64(i)))
+			}
+			s.want(201, "PUT", "/blob/expires?ttl=1s", noise(3000, 1))
+			breakDisk(t, sh, syscall.EIO, "fsync", "fdatasync")
+			answered := map[string]int{}
+			eventually(t, "a write fails", func() bool { // full: the first; normal: that after a checkpoint
+				key := fmt.Sprint("key", len(answered))
+				answered[key] = s.status("PUT", blobPath(key), bytes.NewReader(noise(100_000, 1)))
+				return answered[key] == 500
+			})
+			database := snapshot(t, cfg.DataDir)[shardName(0)]
+			clock.advance(time.Minute) // upkeep would delete what has expired
+			s.wantLine(500, "DELETE", "/blob/before1", nil)
+			s.wantLine(500, "PUT", "/blob/before2", []byte("x"))
+			s.wantLine(500, "PUT", "/blob/large", noise(3*chunkSize, 1))
+			for key, status := range answered {
+				want := 200
+				if status == 500 {
+					want = 404
+				}
+				s.want(want, "GET", blobPath(key), nil)
+			}
+			_, body := s.want(503, "GET", "/readyz", nil)
+			if !strings.Contains(string(body), "a sync of the disk failed; restart the server") {
+				t.Errorf("readyz does not tell: %s", body)
+			}
+			if n := sh.upkeep(); n != sweepInterval { // the batcher has nothing to do
+				t.Errorf("upkeep asks to run again after %v", n)
+			}
+			fatal(t, s.stop())
+			if snapshot(t, cfg.DataDir)[shardName(0)] != database {
+				t.Error("the database was written after the failed sync")
+			}
+			s = serveConfig(t, cfg, stallTimeout)
+			for i := range 20 {
+				s.wantBlob(fmt.Sprint("before", i), noise(3000, uint64(i)))
+			}
+			for key, status := range answered {
+				if status == 201 {
+					s.wantBlob(key, noise(100_000, 1))
+				}
+			}
+			s.put("after", []byte("x"))
+			s.want(200, "GET", "/readyz", nil)
+		})
+	}
+}
+
+// What the disk does not let be read at a start is not called corrupt: a restore would lose data.
+func TestUnreadableAtStart(t *testing.T) {
+	for _, c := range []struct {
+		name, call string
+		errno      syscall.Errno
+		want       string
+	}{
+		{"read error", "pread64", syscall.EIO, "disk I/O error"},
+		{"out of memory", "pread64", syscall.ENOMEM, "disk I/O error"},
+		{"write error", "pwrite64", syscall.EIO, "disk I/O error"},
+		{"quota", "pwrite64", syscall.EDQUOT, "disk full"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			cfg := testConfig(t, oneShard)
+			s := serveConfig(t, cfg, stallTimeout)
+			s.put("k", []byte("v"))
+			fatal(t, s.stop())
+			log := new(syncBuffer)
+			lock, err := lockDir(cfg.DataDir)
+			fatal(t, err)
+			result := make(chan error, 1)
+			go func() {
+				if err := breakSystemCalls(c.errno, c.call); err != nil {
+					result <- nil
+					return
+				}
+				_, err := openStore(t.Context(), cfg, lock, slog.New(slog.NewTextHandler(log, nil)), time.Now)
+				result <- err
+			}()
+			err = <-result
+			if err == nil {
+				t.Skip("system calls cannot be made to fail here")
+			}
+			text := err.Error() + log.String()
+			if !strings.Contains(text, shardName(0)) || !strings.Contains(text, c.want) {
+				t.Errorf("%q does not name the file and the cause, %q", text, c.want)
+			}
+			if strings.Contains(text, "corrupt") || strings.Contains(text, "restore") {
+				t.Errorf("%q calls it damaged", text)
+			}
+			serveConfig(t, cfg, stallTimeout).wantBlob("k", []byte("v"))
+		})
+	}
+}
+
+// A backup brings an empty WAL along. If another user restored it, the server may not open it.
+func TestRestoredByAnotherUser(t *testing.T) {
+	cfg := testConfig(t, oneShard)
+	s := serveConfig(t, cfg, stallTimeout)
+	s.put("k", []byte("v"))
+	fatal(t, s.stop())
+	wal := filepath.Join(cfg.DataDir, shardName(0)+"-wal")
+	fatal(t, os.WriteFile(wal, nil, 0))
+	const nobody = 65534
+	if os.Getuid() == 0 {
+		temporary := filepath.Dir(cfg.DataDir)
+		fatal(t, os.Chmod(filepath.Dir(temporary), 0o755))
+		os.Chown(cfg.DataDir, nobody, nobody)
+		for name := range snapshot(t, cfg.DataDir) {
+			if name != filepath.Base(wal) {
+				os.Chown(filepath.Join(cfg.DataDir, name), nobody, nobody)
+			}
+		}
+	}
+	opened := make(chan error)
+	go func() {
+		runtime.LockOSThread() // for the user, who is that of this thread alone
+		if os.Getuid() == 0 {
+			syscall.RawSyscall(systemCalls["setfsuid"], nobody, 0, 0)
+		}
+		err := dropUnreadableWAL(wal)
+		opened <- err
+	}()
+	fatal(t, <-opened)
+	if fileExists(wal) {
+		t.Error("the empty WAL is still there")
+	}
+	serveConfig(t, cfg, stallTimeout).wantBlob("k", []byte("v"))
+	// One that has something in it is needed, and named.
+	full := filepath.Join(t.TempDir(), "shard_0.db-wal")
+	fatal(t, os.WriteFile(full, []byte("x"), 0o600))
+	fatal(t, dropUnreadableWAL(full))
+	if !fileExists(full) {
+		t.Error("a WAL with content was removed")
+	}
+}
+
+// What the writer's connection is told, for each durability: what an answered write survives depends
+// on it.
+func TestPragmas(t *testing.T) {
+	for _, c := range []struct{ durability, want string }{
+		{"full", "2 1 1"},
+		{"normal", "1 0 0"},
+		{"off", "0 0 0"},
+	} {
+		s := newTestServer(t, oneShard, func(cfg *config) { cfg.Durability = c.durability })
+		sh := s.store.shards[0]
+		row := func(query string) (text string) {
+			fatal(t, sh.writer.QueryRow(query).Scan(&text))
+			return text
+		}
+		got := row(`SELECT synchronous || ' ' || fullfsync || ' ' || checkpoint_fullfsync
+			FROM pragma_synchronous, pragma_fullfsync, pragma_checkpoint_fullfsync`)
+		if got != c.want {
+			t.Errorf("%s: synchronous, fullfsync, checkpoint_fullfsync are %s, want %s", c.durability, got, c.want)
+		}
+		for pragma, want := range map[string]string{
+			"journal_mode":       "wal",
+			"journal_size_limit": fmt.Sprint(reserveBytes),
+			"wal_autocheckpoint": "0",
+			"busy_timeout":       fmt.Sprint(busyTimeout.Milliseconds()),
+		} {
+			if got := row("PRAGMA " + pragma); got != want {
+				t.Errorf("%s: %s is %s, want %s", c.durability, pragma, got, want)
+			}
+		}
+	}
+}
+
+// The WAL is copied into the database before it outgrows the reserve, and the next write begins it
+// anew.
+func TestCheckpoint(t *testing.T) {
+	s := newTestServer(t, oneShard)
+	wal := s.store.shards[0].path + "-wal"
+	for _, size := range []int{10, 4 << 10, 200 << 10, 3 << 20} {
+		for i := range 20 << 20 / (size + walOverhead) {
+			s.put(fmt.Sprint(size, "-", i%1000), noise(size, uint64(i)))
+			if n := sizeOf(wal); n > reserveBytes-spareBytes {
+				t.Fatalf("blobs of %d bytes: the WAL has %d bytes", size, n)
+			}
+		}
+	}
+}
+
+// A directory that is refused is left alone: what has expired in it, too.
+func TestRefusedIsUntouched(t *testing.T) {
+	cfg := testConfig(t)
+	clock := newClock()
+	s := serveAt(t, cfg, stallTimeout, clock.now)
+	s.want(201, "PUT", "/blob/k?ttl=1s", []byte("v"))
+	fatal(t, s.stop())
+	clock.advance(time.Hour)
+	other := *cfg
+	other.NumShards = 8
+	for range 20 { // upkeep would need a moment
+		_, err := openStore(t.Context(), &other, nil, slog.New(slog.DiscardHandler), clock.now)
+		if err == nil {
+			t.Fatal("opened with another num_shards")
+		}
+	}
+	if n := countRows(t, cfg.DataDir, "SELECT count(*) FROM blobs"); n != 1 {
+		t.Errorf("%d blobs after a refused start, want 1", n)
+	}
+}
+
+// What has expired leaves the cache with its row, so that a clock that goes back does not bring it back.
+func TestExpiredLeavesCache(t *testing.T) {
+	t.Parallel() // it waits for upkeep
+	clock := newClock()
+	s := serveAt(t, testConfig(t, oneShard), stallTimeout, clock.now)
+	cached := func() int {
+		c := s.store.shards[0].cache
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return len(c.entries)
+	}
+	for i := range 50 {
+		s.want(201, "PUT", fmt.Sprintf("/blob/k%d?ttl=1m", i), []byte("v"))
+		s.wantBlob(fmt.Sprint("k", i), []byte("v"))
+	}
+	if n := cached(); n != 50 {
+		t.Fatalf("%d blobs in the cache, want 50", n)
+	}
+	clock.advance(time.Minute)
+	s.want(404, "GET", "/blob/k7", nil)
+	if n := cached(); n > 49 {
+		t.Errorf("%d blobs in the cache after one was refused as expired", n)
+	}
+	eventually(t, "all are swept", func() bool {
+		return countRows(t, s.store.dir, "SELECT count(*) FROM blobs") == 0
+	})
+	if n := cached(); n != 0 {
+		t.Errorf("%d swept blobs in the cache", n)
+	}
+	clock.advance(-time.Minute)
+	s.want(404, "GET", "/blob/k8", nil)
+}
+
+// A shard that is written to now and then returns its free pages, too.
+func TestSpaceReturnsUnderWrites(t *testing.T) {
+	t.Parallel() // it waits for upkeep
+	s := newTestServer(t, oneShard)
+	s.put("large", noise(20<<20, 1))
+	s.want(204, "DELETE", "/blob/large", nil)
+	eventually(t, "the file shrinks", func() bool {
+		s.put("small", []byte("x"))
+		return sizeOf(s.store.shards[0].path) < 4<<20
+	})
+}
+
+// Content ids begin above those of an earlier run, orphans' ids too.
+func TestContentIDs(t *testing.T) {
+	cfg := testConfig(t, oneShard)
+	fatal(t, serveConfig(t, cfg, stallTimeout).stop())
+	path := filepath.Join(cfg.DataDir, shardName(0))
+	exec1(t, path, "INSERT INTO orphans VALUES (1); INSERT INTO chunks VALUES (1 << 20, x'00')")
+	s := serveConfig(t, cfg, stallTimeout)
+	s.put("k", noise(2*chunkSize, 1)) // with id 1 it would meet the orphan's chunk
+	s.wantBlob("k", noise(2*chunkSize, 1))
+}
+
+// A quota and a maximum size of files are a full disk to a client, other write errors are not.
+func TestQuota(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		errno  syscall.Errno
+		status int
+		logged int // lines that say that the disk is full
+	}{
+		{"quota", syscall.EDQUOT, 507, 1},
+		{"maximum size of a file", syscall.EFBIG, 507, 1},
+		{"write error", syscall.EIO, 500, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := newTestServer(t, oneShard)
+			s.put("k", []byte("v"))
+			breakDisk(t, s.store.shards[0], c.errno, "pwrite64")
+			for i := range 5 {
+				s.wantLine(c.status, "PUT", fmt.Sprint("/blob/new", i), []byte("x"))
+			}
+			s.want(503, "GET", "/readyz", nil)
+			s.wantBlob("k", []byte("v"))
+			if n := strings.Count(s.log.String(), "disk full: only reads"); n != c.logged {
+				t.Errorf("logged %d times that the disk is full, want %d:\n%s", n, c.logged, s.log)
+			}
+		})
+	}
 }
 
 // ============================================================================
