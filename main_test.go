@@ -2617,6 +2617,37 @@ func TestFullDiskAnswers(t *testing.T) {
 	s.put("k", []byte("w"))
 }
 
+// A clean stop leaves the reserve, so that the server starts, and deletes, on a disk that others have
+// filled meanwhile.
+func TestStartOnFullDisk(t *testing.T) {
+	t.Parallel() // it waits for upkeep
+	dir := mount(t, "32m")
+	cfg := testConfig(t, func(c *config) { c.DataDir = filepath.Join(dir, "data") })
+	s := serveConfig(t, cfg, stallTimeout)
+	for i := range 40 {
+		s.put(fmt.Sprint("k", i), noise(100_000, uint64(i)))
+	}
+	fatal(t, s.stop())
+	if n := sizeOf(filepath.Join(cfg.DataDir, reserveFile)); n != reserveBytes {
+		t.Fatalf("a clean stop left a reserve of %d bytes", n)
+	}
+	free := fillDisk(t, dir, 0)
+	s = serveConfig(t, cfg, stallTimeout)
+	s.wantBlob("k1", noise(100_000, 1))
+	for i := 2; i < 40; i++ {
+		s.want(204, "DELETE", fmt.Sprint("/blob/k", i), nil)
+	}
+	s.want(507, "PUT", "/blob/new", noise(5<<20, 1))
+	s.want(503, "GET", "/readyz", nil)
+	fatal(t, s.stop())
+	s = serveConfig(t, cfg, stallTimeout)
+	s.wantBlob("k1", noise(100_000, 1))
+	s.want(204, "DELETE", "/blob/k0", nil)
+	free()
+	eventually(t, "ready", s.ready)
+	s.put("new", noise(5<<20, 1))
+}
+
 // The reserve is tried at most once a second.
 func TestReserve(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
