@@ -2688,16 +2688,12 @@ func (sh *shard) checkpoint() {
 	if sh.syncFailed {
 		return
 	}
-	var err error
 	if sh.store.reserve.isFull() {
-		err = sh.truncateWAL()
-	} else {
-		_, err = sh.writer.Exec("PRAGMA wal_checkpoint(PASSIVE)")
-		err = sh.wrote(err)
+		sh.truncateWAL()
+		return
 	}
-	if err != nil {
-		sh.store.log.Warn("checkpoint failed, will try again", "shard", sh.index, "error", err)
-	}
+	_, err := sh.writer.Exec("PRAGMA wal_checkpoint(PASSIVE)")
+	sh.wrote(err)
 }
 
 // truncateWAL copies the WAL into the database and empties it, unless a reader is in the way. The
@@ -3383,9 +3379,9 @@ func (sh *shard) upkeep() time.Duration {
 // again.
 func (sh *shard) reclaim(full bool) (more bool, err error) {
 	if full {
-		if err := sh.truncateWAL(); err != nil {
-			return false, err
-		}
+		// It makes room. Where a maximum size keeps the database from growing it fails, until the
+		// vacuum below has made the database smaller.
+		sh.truncateWAL()
 	}
 	now := sh.store.now().UnixMilli()
 	var hasWork bool

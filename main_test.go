@@ -2648,6 +2648,31 @@ func TestStartOnFullDisk(t *testing.T) {
 	s.put("new", noise(5<<20, 1))
 }
 
+// A database that may not grow any more (ulimit -f) is a full disk. Deletes make room.
+func TestMaximumFileSize(t *testing.T) {
+	t.Parallel() // it waits for upkeep
+	limited := exec.Command("sh", "-c", `ulimit -f 20000 && exec "$0"`, os.Args[0]) // 10 or 20 MB
+	p := startBy(t, limited, t.TempDir(), "BLOBNOM_NUM_SHARDS=1")
+	stored := 0
+	put := func() int {
+		return p.status("PUT", fmt.Sprint("/blob/k", stored), bytes.NewReader(noise(1<<20, uint64(stored))))
+	}
+	for status := 201; status != 507; stored++ {
+		status = put()
+		if stored == 30 || status != 201 && status != 507 {
+			t.Fatalf("upload %d: %d", stored, status)
+		}
+	}
+	for i := range stored / 2 {
+		p.want(204, "DELETE", fmt.Sprint("/blob/k", i), nil)
+	}
+	eventually(t, "ready", p.ready)
+	if status := put(); status != 201 {
+		t.Errorf("an upload into the room that was made: %d", status)
+	}
+	fatal(t, p.signal(os.Interrupt))
+}
+
 // The reserve is tried at most once a second.
 func TestReserve(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -3051,6 +3076,37 @@ func TestBatcher(t *testing.T) {
 			expect(t, len(b.newest) == 0 && b.add(&op{}) == errStopping, "%s: not empty, or open, after close", c.name)
 		})
 	}
+}
+
+// Operations that have to be tried again come first, in their order, and a reader that waits for one
+// of them is told.
+func TestTriedAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b, batches := fakeBatcher(2, 0, 5, nil, func() time.Duration { return time.Hour })
+		commit, failures := b.commit, 2
+		b.commit = func(batch []*op) []*op {
+			if failures == 0 {
+				return commit(batch)
+			}
+			failures--
+			time.Sleep(ms(5))
+			return slices.Clone(batch)
+		}
+		for _, key := range []string{"a", "b", "c"} {
+			fatal(t, b.add(&op{key: key, background: true}))
+		}
+		start := time.Now()
+		if err := b.settle("b"); err != errBusy || time.Since(start) != ms(5) {
+			t.Errorf("a reader is told %v after %v, want %v after the first attempt", err, time.Since(start), errBusy)
+		}
+		b.close()
+		if got := strings.Join(*batches, " "); got != "10:ab 15:c" {
+			t.Errorf("committed %s", got)
+		}
+		if err := b.settle("b"); err != nil {
+			t.Errorf("after the commit a reader is told %v", err)
+		}
+	})
 }
 
 // Upkeep runs between batches, each time as long after the last as that asked for.
