@@ -1523,7 +1523,8 @@ func openStore(
 	if err != nil {
 		return nil, err
 	}
-	if lock == nil {
+	isCopy := lock != nil
+	if !isCopy {
 		if err := refuseDir(dir); err != nil {
 			return nil, err
 		}
@@ -1552,6 +1553,9 @@ func openStore(
 	if err := st.open(cfg); err != nil {
 		return nil, errors.Join(err, st.close())
 	}
+	if !isCopy { // nothing is deleted in a copy
+		st.reserve.begin()
+	}
 	for _, sh := range st.shards {
 		if sh.broken == nil {
 			sh.startBatcher(cfg)
@@ -1571,10 +1575,7 @@ func (st *store) open(cfg *config) error {
 		if err := st.closeShards(); err != nil {
 			return err
 		}
-		err = st.openShards(cfg)
-	}
-	if err == nil {
-		st.reserve.begin()
+		return st.openShards(cfg)
 	}
 	return err
 }
@@ -1618,12 +1619,19 @@ func refusePartial(dir string) error {
 // refuseForeign returns an error if shard i in dir is another program's database. Nothing in this
 // process may have it open: SQLite's locks would be lost with the file that is closed here.
 func refuseForeign(dir string, i int) error {
-	const query = "SELECT application_id FROM pragma_application_id, (SELECT count(*) FROM sqlite_schema)"
-	path, id := filepath.Join(dir, shardName(i)), 0
+	path := filepath.Join(dir, shardName(i))
+	if sizeOf(path) <= 0 {
+		return nil
+	}
 	db := openDB(path, "mode=ro&immutable=1") // immutable: no file is made
 	defer db.Close()
-	if sizeOf(path) <= 0 || db.QueryRow(query).Scan(&id) != nil || id == applicationID {
-		return nil // if it is damaged, opening it will say so
+	// The count makes SQLite read the schema: a file that is damaged there is no other program's.
+	const query = `SELECT application_id
+		FROM pragma_application_id, (SELECT count(*) FROM sqlite_schema)`
+	var id int
+	err := db.QueryRow(query).Scan(&id)
+	if err != nil || id == applicationID {
+		return nil // opening it will say what is wrong
 	}
 	return fmt.Errorf("%s was written by the Rust Blobnom or by another program, and stays as it is; "+
 		"set data_dir to a new directory, and to copy the blobs into it run: blobnom migrate %s", path, dir)
@@ -1643,19 +1651,21 @@ func shardName(i int) string { return fmt.Sprintf("shard_%d.db", i) }
 // shardFiles returns the indexes of the shards in dir, in order; it is an error if there are none.
 func shardFiles(dir string) (indexes []int, err error) {
 	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("cannot read %s: %w", dir, err)
+	}
 	for _, e := range entries {
-		var i int
-		if fmt.Sscanf(e.Name(), "shard_%d.db", &i); e.Name() == shardName(i) && i >= 0 && !e.IsDir() {
+		i := -1
+		fmt.Sscanf(e.Name(), "shard_%d.db", &i)
+		if i >= 0 && e.Name() == shardName(i) && !e.IsDir() {
 			indexes = append(indexes, i)
 		}
 	}
-	switch slices.Sort(indexes); {
-	case err != nil:
-		err = fmt.Errorf("cannot read %s: %w", dir, err)
-	case len(indexes) == 0:
-		err = fmt.Errorf("%s holds no shards", dir)
+	if len(indexes) == 0 {
+		return nil, fmt.Errorf("%s holds no shards", dir)
 	}
-	return indexes, err
+	slices.Sort(indexes)
+	return indexes, nil
 }
 
 // createShards makes the shards of a new directory, each in its place. The marker, creatingFile, is
@@ -1960,8 +1970,10 @@ func (sh *shard) open() (*record, error) {
 	if sizeOf(sh.path) == 0 { // opening it would delete a WAL that may hold everything
 		return nil, fmt.Errorf("%w: the file is empty", errCorrupt)
 	}
-	if err := dropUnreadableWAL(sh.path + "-wal"); err != nil {
-		return nil, err
+	for _, path := range []string{sh.path, sh.path + "-wal", sh.path + "-shm"} {
+		if err := tryOpen(path); err != nil {
+			return nil, err
+		}
 	}
 	r, err := recordOf(sh.writer)
 	if err != nil {
@@ -1978,34 +1990,41 @@ func (sh *shard) open() (*record, error) {
 	return r, schemaError(sh.prepare())
 }
 
-// dropUnreadableWAL removes an empty WAL that this user may not open: a backup brings one along, and
-// whoever restored it may have been another user. An empty WAL is not needed.
-func dropUnreadableWAL(path string) error {
+// tryOpen returns what the system says to opening a file of a shard, which SQLite keeps to itself.
+// An empty file that this user may not open it removes: a backup brings an empty WAL along, which is
+// not needed, and whoever restored it may have been another user.
+func tryOpen(path string) error {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
+	if errors.Is(err, os.ErrPermission) && sizeOf(path) == 0 {
+		return os.Remove(path)
+	}
 	if err != nil {
-		if sizeOf(path) == 0 && errors.Is(err, os.ErrPermission) {
-			return os.Remove(path)
-		}
 		return err
 	}
 	return f.Close()
 }
 
-func (sh *shard) prepare() (err error) {
-	if sh.rowStmt, err = sh.readers.Prepare(rowQuery); err != nil {
-		return err
+func (sh *shard) prepare() error {
+	for _, s := range []struct {
+		statement **sql.Stmt
+		db        *sql.DB
+		query     string
+	}{
+		{&sh.rowStmt, sh.readers, rowQuery},
+		{&sh.pageStmt, sh.readers, pageQuery},
+		{&sh.dataStmt, sh.readers, "SELECT data FROM chunks WHERE id = ?"},
+		{&sh.findStmt, sh.writer, rowQuery},
+	} {
+		var err error
+		*s.statement, err = s.db.Prepare(s.query)
+		if err != nil {
+			return err
+		}
 	}
-	if sh.pageStmt, err = sh.readers.Prepare(pageQuery); err != nil {
-		return err
-	}
-	if sh.dataStmt, err = sh.readers.Prepare("SELECT data FROM chunks WHERE id = ?"); err != nil {
-		return err
-	}
-	sh.findStmt, err = sh.writer.Prepare(rowQuery)
-	return err
+	return nil
 }
 
 // startBatcher lets the shard write. Upkeep begins, too.
@@ -2048,6 +2067,9 @@ func (sh *shard) close() error {
 // setState makes err the shard's state; nil: it is well. Damage and a failed sync stay until a
 // restart. Any other state ends with the next write that succeeds; upkeep tries one every second.
 func (sh *shard) setState(err error) {
+	if sh.store == nil {
+		return // a source of check, backup or migrate
+	}
 	sh.stateMu.Lock()
 	defer sh.stateMu.Unlock()
 	old := sh.state
@@ -2133,22 +2155,29 @@ func (sh *shard) precheck(key string, cond conditions) error {
 	br, err := sh.read(key, true)
 	if errors.Is(err, errNoBlob) {
 		return cond.refuse(nil)
-	} else if err != nil {
+	}
+	if err != nil {
 		return err
 	}
 	defer br.close()
 	return cond.refuse(br.blob)
 }
 
-// scanBlob scans a row of blobColumns, data and key; it returns errNoBlob if there is none.
+// scanBlob scans a row of blobColumns, data and key. It returns errNoBlob if there is none. With
+// errDamaged it returns what the row says, too.
 func scanBlob(row interface{ Scan(...any) error }) (*blob, string, error) {
-	b, key, sum := &blob{}, "", []byte(nil)
-	err := row.Scan(&b.id, &b.size, &b.stored, &b.deflated, &b.crc, &sum, &b.contentType, &b.created, &b.updated,
-		&b.expires, &b.version, &b.data, &key)
-	switch {
-	case errors.Is(err, sql.ErrNoRows):
-		err = errNoBlob
-	case err == nil && (copy(b.sum[:], sum) != len(b.sum) || b.size < 0):
+	b := &blob{}
+	var key string
+	var sum []byte
+	err := row.Scan(&b.id, &b.size, &b.stored, &b.deflated, &b.crc, &sum, &b.contentType,
+		&b.created, &b.updated, &b.expires, &b.version, &b.data, &key)
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, "", errNoBlob
+	}
+	if err != nil {
+		return nil, "", err
+	}
+	if copy(b.sum[:], sum) != len(b.sum) || b.size < 0 {
 		err = fmt.Errorf("%w: a SHA-256 of %d bytes, a size of %d bytes", errDamaged, len(sum), b.size)
 	}
 	return b, key, err
@@ -2199,7 +2228,7 @@ func translate(err error) error {
 	case extended == sqlite3.SQLITE_IOERR_FSYNC, extended == sqlite3.SQLITE_IOERR_DIR_FSYNC:
 		meaning = errNotSynced
 	case isOutOfFiles(err), code == sqlite3.SQLITE_CANTOPEN && outOfFiles():
-		meaning = errNoFiles
+		return fmt.Errorf("%w: raise the limit with ulimit -n or LimitNOFILE: %w", errNoFiles, err)
 	case code == sqlite3.SQLITE_CANTOPEN, code == sqlite3.SQLITE_READONLY, code == sqlite3.SQLITE_PERM:
 		meaning = errCannotOpen
 	default:
@@ -2533,17 +2562,23 @@ func (q *batcher) run() {
 func (q *batcher) take() (batch []*op, wait time.Duration, ended bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	n, size, urgent := 0, 0, q.closed
-	for ; n < len(q.queue) && n < q.size && size < batchBytes; n++ {
+	n := 0
+	size := 0
+	urgent := q.closed
+	for n < len(q.queue) && n < q.size && size < batchBytes {
 		size += len(q.queue[n].data) + opOverhead
 		urgent = urgent || q.queue[n].urgent
+		n++
 	}
-	if 0 < n && n < q.size && size < batchBytes && !urgent {
-		if wait = time.Until(q.queue[0].queued.Add(q.window)); wait > 0 {
+	isFull := n == q.size || size >= batchBytes
+	if n > 0 && !isFull && !urgent {
+		wait = time.Until(q.queue[0].queued.Add(q.window))
+		if wait > 0 {
 			return nil, wait, false
 		}
 	}
-	batch, q.queue = q.queue[:n:n], q.queue[n:]
+	batch = q.queue[:n:n]
+	q.queue = q.queue[n:]
 	return batch, 0, n == 0 && q.closed
 }
 
@@ -2650,14 +2685,21 @@ func (sh *shard) wrote(err error) error {
 	return err
 }
 
-// explain translates an error of a write. SQLite keeps the reason of a failed write to itself: a
-// quota and a maximum size of files (ulimit -f) mean the same to a client as a full disk.
+// explain translates an error of a write or of opening a file, and asks the system for the reason that
+// SQLite keeps to itself. A quota and a maximum size of files (ulimit -f) mean the same to a client as
+// a full disk.
 func (sh *shard) explain(err error) error {
 	err = translate(err)
-	if _, extended := sqliteCode(err); extended == sqlite3.SQLITE_IOERR_WRITE {
-		if reason := sh.probeSpace(); isNoSpace(reason) {
-			return fmt.Errorf("%w: %w: %w", errFull, reason, err)
-		}
+	_, extended := sqliteCode(err)
+	if extended != sqlite3.SQLITE_IOERR_WRITE && !errors.Is(err, errCannotOpen) {
+		return err
+	}
+	reason := sh.probeSpace()
+	if isNoSpace(reason) {
+		return fmt.Errorf("%w: %w: %w", errFull, reason, err)
+	}
+	if reason != nil {
+		return fmt.Errorf("%w: %w", err, reason)
 	}
 	return err
 }
@@ -2918,7 +2960,7 @@ func (t *tx) vacate(key string, now int64, cond conditions) (*blob, error) {
 	if errors.Is(err, errNoBlob) {
 		return nil, cond.refuse(nil)
 	}
-	if err != nil {
+	if err != nil && !errors.Is(err, errDamaged) { // a damaged row can be replaced and deleted
 		return nil, err
 	}
 	live := old
@@ -2993,33 +3035,47 @@ func deflate(chunk []byte) []byte {
 	return out.Bytes()
 }
 
-// inflate returns the size bytes that were deflated to data.
+// inflate returns the size bytes that were deflated to data, or an errDamaged.
 func inflate(data []byte, size int64) ([]byte, error) {
-	out := make([]byte, size+1) // room for a byte too many; so ReadFull always ends with an error
-	n, _ := io.ReadFull(flate.NewReader(bytes.NewReader(data)), out)
+	out := make([]byte, size+1)                                      // one byte more than there must be
+	n, _ := io.ReadFull(flate.NewReader(bytes.NewReader(data)), out) // fails: data has no final block
 	if int64(n) != size {
-		return nil, fmt.Errorf("%w: inflated to %d bytes instead of %d", errCorrupt, n, size)
+		return nil, fmt.Errorf("%w: inflated to %d bytes instead of %d", errDamaged, n, size)
 	}
 	return out[:size], nil
 }
 
-// pays reports whether deflating chunk to data saved enough: an eighth.
-func pays(chunk, data []byte) bool { return len(data) <= len(chunk)-len(chunk)/8 }
+// isWorthwhile reports whether deflating chunk to data saved enough: an eighth.
+func isWorthwhile(chunk, data []byte) bool { return len(data) <= len(chunk)-len(chunk)/8 }
 
-// pack returns the next chunk of b as it will be stored, and counts it. The first decides for
-// all whether the blob is deflated; 4 KiB from its middle tell in 50 µs whether to try.
-func (b *blob) pack(chunk []byte) []byte {
-	data, first := chunk, b.size == 0
-	if b.deflated && first {
-		sample := chunk[len(chunk)/2:][:min(4<<10, len(chunk)/2)]
-		b.deflated = len(chunk) >= minDeflate && (len(chunk) <= 8<<10 || pays(sample, deflate(sample)))
+// isPromising reports whether to try and deflate a chunk. 4 KiB from its middle tell that in 50 µs.
+func isPromising(chunk []byte) bool {
+	if len(chunk) < minDeflate {
+		return false
 	}
+	if len(chunk) <= 8<<10 {
+		return true
+	}
+	sample := chunk[len(chunk)/2:][:4<<10]
+	return isWorthwhile(sample, deflate(sample))
+}
+
+// pack returns the next chunk of b as it will be stored, and counts it. The first chunk decides for
+// all whether the blob is deflated.
+func (b *blob) pack(chunk []byte) []byte {
+	isFirst := b.size == 0
+	if isFirst && b.deflated {
+		b.deflated = isPromising(chunk)
+	}
+	data := chunk
 	if b.deflated {
 		data = deflate(chunk)
 		b.crc = crc32.Update(b.crc, crc32.IEEETable, chunk)
-		if first && !pays(chunk, data) {
-			b.deflated, b.crc, data = false, 0, chunk
-		}
+	}
+	if b.deflated && isFirst && !isWorthwhile(chunk, data) {
+		b.deflated = false
+		b.crc = 0
+		data = chunk
 	}
 	b.size += int64(len(chunk))
 	b.stored += int64(len(data))
@@ -3184,7 +3240,7 @@ func (br *blobReader) load() (err error) {
 	switch {
 	case err != nil && !errors.Is(err, sql.ErrNoRows):
 	case err != nil, !b.chunked() && int64(len(data)) != b.stored, !b.deflated && int64(len(data)) != want:
-		err = fmt.Errorf("%w: chunk %d of content %d is missing or has %d bytes", errCorrupt, br.next, b.id, len(data))
+		err = fmt.Errorf("%w: chunk %d of content %d is missing or has %d bytes", errDamaged, br.next, b.id, len(data))
 	case br.zipped:
 		data = br.gzipPiece(data)
 	case b.deflated:
@@ -3691,7 +3747,7 @@ func (k *checker) checkShard(ctx context.Context, dir string, i int) error {
 	}
 	return s.walk(ctx, func(id int64, key string) error {
 		size, err := s.verify(id)
-		if errors.Is(err, errCorrupt) { // if the blob was replaced or deleted meanwhile, its row is gone now
+		if errors.Is(err, errDamaged) { // if the blob was replaced or deleted meanwhile, its row is gone now
 			size, err = s.verify(id)
 		}
 		err = cmp.Or(err, checkKey(key))
@@ -3783,7 +3839,7 @@ func (s *source) verify(id int64) (int64, error) {
 	sum, check := hash.Sum(nil), map[bool]uint32{true: crc.Sum32()}[b.deflated] // 0 if not deflated
 	if err == nil && (!bytes.Equal(sum, b.sum[:]) || check != b.crc || br.stored != b.stored) {
 		err = fmt.Errorf("%w: SHA-256 %x, CRC-32 %08x, %d stored bytes, but the row says %x, %08x, %d",
-			errCorrupt, sum, check, br.stored, b.sum, b.crc, b.stored)
+			errDamaged, sum, check, br.stored, b.sum, b.crc, b.stored)
 	}
 	return b.size, err
 }
