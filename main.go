@@ -119,7 +119,7 @@ const (
 	// cost 3 % of the writes; twice as many a third of the 99th percentile. walOverhead is what a
 	// small write adds to the WAL besides its content: pages of the table and of the key index.
 	checkpointBytes = 2 << 20
-	walOverhead     = 12 << 10
+	walOverhead     = 8 << 10
 
 	// cacheBytes bounds the committed contents kept for readers, over all shards: 20,000 of 4 KiB.
 	// A hit takes 25 µs, a read from SQLite 60 µs. cacheItem is the largest that is cached.
