@@ -1439,9 +1439,9 @@ func (b *blob) zips() bool {
 }
 
 // ==== Store =======================================================================================
-// The data directory: who may use it, what it says of itself, and which shard has a key. This is
-// the only place where keys meet the hash. A directory whose record differs from the configuration
-// is refused: keys would be looked for in the wrong shard, and seem to be gone.
+// The data directory: who may use it, what it says of itself, and which shard has a key. A directory
+// whose record differs from the configuration is refused: keys would be looked for in the wrong
+// shard, and seem to be gone.
 
 const (
 	lockFile     = "blobnom.lock"    // a SQLite file, exclusively locked while a server runs
@@ -1880,7 +1880,7 @@ func openReadOnly(path string) *sql.DB {
 
 // ==== Shard =======================================================================================
 // One database: a pool of readers, one writer behind a batcher, and the ids of contents in use.
-// Request goroutines run this. A write returns once committed and synced, in async mode once queued.
+// Request goroutines run this. A write returns once it is committed, in async mode once it is queued.
 
 type shard struct {
 	store   *store
@@ -2403,11 +2403,25 @@ func readChunk(r io.Reader, buf []byte, length int64) ([]byte, error) {
 // queued, up to size operations: writers share a commit and its sync, and do not wait for one
 // another. A window adds a wait for more, counted from the group's first operation.
 //
-// Invariants: operations are committed in the order of add; done is closed exactly once for each,
-// after its commit and sync; newest is the last of the background operations on a key. So whoever
-// waits for newest has waited for all of them. That is how a read after a 202 sees the write: it
-// needs no second copy of the data, no merged view and no version arithmetic. Tried and rejected: a
-// map of pending contents for readers, which has to know the row beneath.
+// The way of a write, and what a crash after each step leaves:
+//
+//	receive  the body is read, hashed and packed. A large one is stored chunk by chunk, all but
+//	         the last: chunks that only an orphan knows, for the sweep
+//	queue    the operation waits for its batch. In async mode the client has its 202 now, and a
+//	         crash loses the write
+//	block    the cache forgets the key: readers see the database
+//	BEGIN    the batch runs, each operation with its own result. A crash leaves the old content
+//	COMMIT   with durability "full" SQLite syncs the WAL, and only then readers see the new content.
+//	         A crash leaves the new content; with "normal", power loss may take it
+//	drop     the cache may have the key again
+//	release  a chunked content is not in use any more by its upload
+//	done     the client gets its 201
+//
+// Invariants: Operations are committed in the order of add. done is closed exactly once for each,
+// after the COMMIT or an error. newest is the last background operation on a key, so whoever waits
+// for it has waited for all of them. That is how a read after a 202 sees the write: it needs no
+// second copy of the data, no merged view and no version arithmetic. Tried and rejected: a map of
+// pending contents for readers, which has to know the row beneath.
 
 // op is one write and its outcome.
 type op struct {
@@ -3096,7 +3110,7 @@ const (
 // blocks the keys of a batch before its transaction, and drops them after the COMMIT and before
 // anybody is told. A reader notes the generation before it reads a row, and puts the row only if
 // the generation is the same, and the key not blocked. So nothing gets in that a commit may have
-// replaced, and while a transaction may change a key, its readers see the database. Random entries
+// replaced, and while a transaction may change a key, its readers see the database. Arbitrary entries
 // are evicted: there is nothing to maintain on a hit, and a long scan does not empty it.
 type cache struct {
 	limit      int
