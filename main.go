@@ -26,7 +26,8 @@ This file is meant to be read from top to bottom. It follows one PUT from the so
 	HTTP server     routes, errors as status codes, deadlines, shutdown
 	Handlers        one function per request
 	Pages           what a browser shows
-	Fields          what headers and queries ask for, and by what right
+	Fields          what headers and queries ask for
+	Access          who may do what: tokens, signed URLs
 	Store           the data directory: which shard has a key; listings
 	Shard           one database as a request sees it: read, put, remove
 	Batcher         one goroutine per shard groups writes into transactions
@@ -154,7 +155,8 @@ func (e *statusError) Error() string { return e.text }
 
 var (
 	errBadRequest   = &statusError{http.StatusBadRequest, "bad request"}
-	errUnauthorized = &statusError{http.StatusUnauthorized, "unauthorized"} // no reason, but for an expired signature
+	errUnauthorized = &statusError{http.StatusUnauthorized, "unauthorized"} // gives a reason only for a signature
+	errReadOnly     = &statusError{http.StatusForbidden, "the read token opens GET and HEAD only"}
 	errForeign      = &statusError{http.StatusForbidden, "a page of another origin may not write, see cors_origin"}
 	errNotFound     = &statusError{http.StatusNotFound, "not found"}
 	errCondition    = &statusError{http.StatusPreconditionFailed, "precondition failed"}
@@ -346,7 +348,7 @@ func (c *call) config() (*config, string) {
 	for _, e := range c.environ {
 		name, _, _ := strings.Cut(e, "=")
 		key, ours := strings.CutPrefix(name, "BLOBNOM_")
-		if ours && (cfg.keys.Lookup(strings.ToLower(key)) == nil || strings.ToUpper(key) != key) {
+		if ours && (!isConfigKey(strings.ToLower(key)) || strings.ToUpper(key) != key) {
 			newLogger(cfg, c.stderr).Warn("environment variable names no configuration key, and is ignored",
 				"variable", name)
 		}
@@ -414,153 +416,371 @@ func newLogger(cfg *config, w io.Writer) *slog.Logger {
 }
 
 // ==== Configuration ===============================================================================
-// A flag set is the table of keys. A value comes from the environment, else the file, else the
-// default. All problems are reported together, before anything is opened or created.
+// One table lists the keys, with the check for each value. A value comes from the environment, else
+// from the file, else from the defaults. All problems are reported together, before anything is
+// opened or created.
 
 //go:embed config.toml.example
 var exampleConfig string
 
-// config is the effective configuration; immutable after loadConfig.
+// config is the effective configuration. It is immutable after loadConfig. config.toml.example
+// explains each key.
 type config struct {
-	DataDir, Addr, Durability, Hash, AuthToken, TLSCert, TLSKey, CORSOrigin, CacheControl, LogFormat, LogLevel string
-	NumShards, BatchSize, BatchTimeoutMS, MaxBlobBytes, MaxPendingBytes                                        int64
-	StorageCompression, OutputCompression, AsyncWrite, PublicRead                                              bool
-
-	keys *flag.FlagSet // the table of keys; its values are the fields above
+	DataDir            string // directory of the shard databases
+	NumShards          int64
+	StorageCompression bool
+	OutputCompression  bool
+	AsyncWrite         bool   // answer 202 once a write is queued
+	BatchSize          int64  // most operations in one transaction
+	BatchTimeoutMS     int64  // longest wait for more operations, in milliseconds
+	Addr               string // listen address
+	Durability         string // full, normal or off
+	Hash               string // a key of hashes
+	MaxBlobBytes       int64  // 0: no limit
+	MaxPendingBytes    int64  // queued writes in memory, over all shards
+	AuthToken          string // empty: everybody may do everything
+	AuthTokenFile      string // AuthToken has its content
+	ReadToken          string // opens reads only; empty: there is none
+	ReadTokenFile      string // ReadToken has its content
+	PublicRead         bool   // blobs can be read without a token
+	TLSCert            string // PEM file
+	TLSKey             string // PEM file
+	CORSOrigin         string // whose pages may use the server from a browser
+	CacheControl       string // header of answers that carry a blob
+	LogFormat          string // text or json
+	LogLevel           string // debug, info, warn or error
 }
 
-// newConfig returns the defaults. A key's usage text is its least and largest number, or its words.
 func newConfig() *config {
-	keys := flag.NewFlagSet("", flag.ContinueOnError)
-	cfg := &config{keys: keys}
-	keys.StringVar(&cfg.DataDir, "data_dir", "", "")
-	keys.Int64Var(&cfg.NumShards, "num_shards", 0, fmt.Sprint("1 ", maxShards))
-	keys.BoolVar(&cfg.StorageCompression, "storage_compression", false, "")
-	keys.BoolVar(&cfg.OutputCompression, "output_compression", false, "")
-	keys.BoolVar(&cfg.AsyncWrite, "async_write", false, "")
-	keys.Int64Var(&cfg.BatchSize, "batch_size", 1, "1")
-	keys.Int64Var(&cfg.BatchTimeoutMS, "batch_timeout_ms", 0, "0")
-	keys.StringVar(&cfg.Addr, "addr", "0.0.0.0:3000", "")
-	keys.StringVar(&cfg.Durability, "durability", "full", "full normal off")
-	keys.StringVar(&cfg.Hash, "hash", "fnv1a", "fnv1a crc32c sha256")
-	keys.Int64Var(&cfg.MaxBlobBytes, "max_blob_bytes", 1<<30, "0")
-	keys.Int64Var(&cfg.MaxPendingBytes, "max_pending_bytes", 64<<20, "1")
-	keys.StringVar(&cfg.AuthToken, "auth_token", "", "")
-	keys.BoolVar(&cfg.PublicRead, "public_read", false, "")
-	keys.StringVar(&cfg.TLSCert, "tls_cert", "", "")
-	keys.StringVar(&cfg.TLSKey, "tls_key", "", "")
-	keys.StringVar(&cfg.CORSOrigin, "cors_origin", "", "")
-	keys.StringVar(&cfg.CacheControl, "cache_control", "", "")
-	keys.StringVar(&cfg.LogFormat, "log_format", "text", "text json")
-	keys.StringVar(&cfg.LogLevel, "log_level", "info", "debug info warn error")
-	return cfg
+	return &config{
+		BatchSize:       1,
+		Addr:            "0.0.0.0:3000",
+		Durability:      "full",
+		Hash:            "fnv1a",
+		MaxBlobBytes:    1 << 30,
+		MaxPendingBytes: 64 << 20,
+		LogFormat:       "text",
+		LogLevel:        "info",
+	}
 }
 
-// problem returns what the value of key f has to be, or "" if the value is right.
-func (cfg *config) problem(f *flag.Flag) string {
-	text, words := f.Value.String(), strings.Fields(f.Usage)
-	n, isNumber := f.Value.(flag.Getter).Get().(int64)
-	least, most := int64(0), int64(math.MaxInt64)
-	fmt.Sscan(f.Usage, &least, &most) // what it does not name stays
-	_, port, addrErr := net.SplitHostPort(text)
-	_, portErr := strconv.ParseUint(port, 10, 16)
-	originErr := new(http.CrossOriginProtection).AddTrustedOrigin(text)
-	switch {
-	case f.Name == "data_dir" && (text == "" || strings.ContainsRune(text, 0)):
-		return "the name of a directory"
-	case f.Name == "addr" && (addrErr != nil || portErr != nil):
-		return `HOST:PORT, such as "127.0.0.1:3000"`
-	case f.Name == "auth_token" && strings.ContainsFunc(text, func(r rune) bool { return r <= ' ' || r > '~' }):
-		return "visible ASCII without spaces"
-	case f.Name == "cache_control" && strings.ContainsFunc(text, func(r rune) bool { return r < ' ' || r > '~' }):
-		return "visible ASCII"
-	case f.Name == "cors_origin" && text != "" && text != "*" && originErr != nil:
-		return `an origin such as "https://example.org", or "*"`
-	case f.Name == "tls_key" && text+cfg.TLSCert != "": // tls_cert was set before: in alphabetical order
-		if _, err := tls.LoadX509KeyPair(cfg.TLSCert, text); err != nil {
-			return "set together with tls_cert, and be its key: " + err.Error()
+// setting is one key of the configuration.
+type setting struct {
+	key   string
+	field any                    // *string, *int64 or *bool: where the value goes
+	check func(value any) string // what the value has to be, "" if it is right; nil: all are right
+}
+
+// settings is the table of all keys, for the fields of cfg. data_dir and num_shards are required.
+func (cfg *config) settings() []setting {
+	return []setting{
+		{"data_dir", &cfg.DataDir, directoryName},
+		{"num_shards", &cfg.NumShards, between(1, maxShards)},
+		{"storage_compression", &cfg.StorageCompression, nil},
+		{"output_compression", &cfg.OutputCompression, nil},
+		{"async_write", &cfg.AsyncWrite, nil},
+		{"batch_size", &cfg.BatchSize, atLeast(1)},
+		{"batch_timeout_ms", &cfg.BatchTimeoutMS, atLeast(0)},
+		{"addr", &cfg.Addr, hostPort},
+		{"durability", &cfg.Durability, oneOf("full", "normal", "off")},
+		{"hash", &cfg.Hash, oneOf("fnv1a", "crc32c", "sha256")},
+		{"max_blob_bytes", &cfg.MaxBlobBytes, atLeast(0)},
+		{"max_pending_bytes", &cfg.MaxPendingBytes, atLeast(1)},
+		{"auth_token", &cfg.AuthToken, visibleWord},
+		{"auth_token_file", &cfg.AuthTokenFile, nil},
+		{"read_token", &cfg.ReadToken, visibleWord},
+		{"read_token_file", &cfg.ReadTokenFile, nil},
+		{"public_read", &cfg.PublicRead, nil},
+		{"tls_cert", &cfg.TLSCert, nil},
+		{"tls_key", &cfg.TLSKey, nil},
+		{"cors_origin", &cfg.CORSOrigin, webOrigin},
+		{"cache_control", &cfg.CacheControl, visibleText},
+		{"log_format", &cfg.LogFormat, oneOf("text", "json")},
+		{"log_level", &cfg.LogLevel, oneOf("debug", "info", "warn", "error")},
+	}
+}
+
+func isConfigKey(name string) bool {
+	isNamed := func(s setting) bool { return s.key == name }
+	return slices.ContainsFunc(newConfig().settings(), isNamed)
+}
+
+// The checks of the table. A value has the type of its field.
+
+func between(least, most int64) func(any) string {
+	return func(value any) string {
+		if n := value.(int64); n < least || n > most {
+			return fmt.Sprintf("a number from %d to %d", least, most)
 		}
-	case isNumber && (n < least || n > most):
-		return "a number from " + strings.Join(words, " to ")
-	case !isNumber && f.Usage != "" && !slices.Contains(words, text):
-		return "one of " + strings.Join(words, ", ")
+		return ""
+	}
+}
+
+func atLeast(least int64) func(any) string {
+	return func(value any) string {
+		if value.(int64) < least {
+			return fmt.Sprintf("a number, %d or more", least)
+		}
+		return ""
+	}
+}
+
+func oneOf(words ...string) func(any) string {
+	return func(value any) string {
+		if !slices.Contains(words, value.(string)) {
+			return "one of " + strings.Join(words, ", ")
+		}
+		return ""
+	}
+}
+
+func directoryName(value any) string {
+	if name := value.(string); name == "" || strings.ContainsRune(name, 0) {
+		return "the name of a directory"
 	}
 	return ""
+}
+
+func hostPort(value any) string {
+	const form = `HOST:PORT, such as "127.0.0.1:3000"`
+	_, port, err := net.SplitHostPort(value.(string))
+	if err != nil {
+		return form
+	}
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		return form
+	}
+	return ""
+}
+
+func webOrigin(value any) string {
+	origin := value.(string)
+	if origin == "" || origin == "*" {
+		return ""
+	}
+	if http.NewCrossOriginProtection().AddTrustedOrigin(origin) != nil {
+		return `an origin such as "https://example.org", or "*"`
+	}
+	return ""
+}
+
+// visibleText accepts what can be the value of a header.
+func visibleText(value any) string {
+	isInvisible := func(r rune) bool { return r < ' ' || r > '~' }
+	if strings.ContainsFunc(value.(string), isInvisible) {
+		return "visible ASCII"
+	}
+	return ""
+}
+
+// visibleWord accepts what can be a token in a header.
+func visibleWord(value any) string {
+	hasSpace := strings.Contains(value.(string), " ")
+	if hasSpace || visibleText(value) != "" {
+		return "visible ASCII without spaces"
+	}
+	return ""
+}
+
+// parse gives a text of the environment the type of the field, or leaves it a text if it cannot.
+func (s setting) parse(text string) any {
+	switch s.field.(type) {
+	case *int64:
+		const likeTOML = 0 // the base: 1_000_000 and 0x10 are numbers, too
+		if n, err := strconv.ParseInt(text, likeTOML, 64); err == nil {
+			return n
+		}
+	case *bool:
+		if b, err := strconv.ParseBool(text); err == nil {
+			return b
+		}
+	}
+	return text
+}
+
+// set checks a value and stores it in the field. It returns what the value has to be, "" if it is
+// right.
+func (s setting) set(value any) string {
+	ok := false
+	want := ""
+	switch field := s.field.(type) {
+	case *string:
+		*field, ok = value.(string)
+		want = "text in quotes"
+	case *int64:
+		*field, ok = value.(int64)
+		want = "a whole number"
+	case *bool:
+		*field, ok = value.(bool)
+		want = "true or false"
+	}
+	if !ok {
+		return want
+	}
+	if s.check == nil {
+		return ""
+	}
+	return s.check(value)
+}
+
+// problems collects what is wrong with a configuration.
+type problems []string
+
+func (p *problems) add(format string, args ...any) {
+	*p = append(*p, fmt.Sprintf(format, args...))
+}
+
+// lookUp returns the value of s in the environment or else among the values of the file, and the
+// name of the variable or key that has it. The value is nil if there is none.
+func (s setting) lookUp(environ []string, values map[string]any) (any, string) {
+	variable := "BLOBNOM_" + strings.ToUpper(s.key)
+	for _, e := range slices.Backward(environ) { // of two, the last counts
+		if text, ok := strings.CutPrefix(e, variable+"="); ok {
+			return s.parse(text), variable
+		}
+	}
+	return values[s.key], s.key
 }
 
 // loadConfig reads the configuration and says where it came from. file may be empty: config.toml
 // if there is one, else the embedded example. Every error is a usageError with all problems.
 func loadConfig(file string, environ []string) (*config, string, error) {
-	cfg, values, text, source := newConfig(), map[string]any{}, exampleConfig, "built-in config.toml.example"
-	var problems []string
-	fail := func(format string, args ...any) { problems = append(problems, fmt.Sprintf(format, args...)) }
-	if name := cmp.Or(file, "config.toml"); file != "" || fileExists(name) {
-		data, err := os.ReadFile(name)
-		if err != nil {
-			fail("cannot read it: %v", err)
-		}
-		text, source = string(data), name
-	}
-	if _, err := toml.Decode(text, &values); err != nil {
-		var syntax toml.ParseError
-		errors.As(err, &syntax) // its text is not shown: it quotes the file, perhaps a token
-		fail("not valid TOML: line %d cannot be parsed; text values need quotes", syntax.Position.Line)
-	}
-	unread := problems != nil
-	cfg.keys.VisitAll(func(f *flag.Flag) {
-		name, kind := f.Name, fmt.Sprintf("%T", f.Value.(flag.Getter).Get())
-		value, given := values[f.Name]
-		fits := fmt.Sprintf("%T", value) == kind
-		for _, e := range environ {
-			if v, ok := strings.CutPrefix(e, "BLOBNOM_"+strings.ToUpper(f.Name)+"="); ok {
-				value, given, fits, name = v, true, true, "BLOBNOM_"+strings.ToUpper(f.Name)
+	var found problems
+	values, source := readConfigFile(file, &found)
+	isRead := len(found) == 0
+	cfg := newConfig()
+	names := map[string]string{} // per key: the key or the variable that gave the value
+	for _, s := range cfg.settings() {
+		value, name := s.lookUp(environ, values)
+		names[s.key] = name
+		if value == nil {
+			isRequired := s.key == "data_dir" || s.key == "num_shards"
+			if isRequired && isRead {
+				found.add("%s: is required and missing", name)
 			}
+			continue
 		}
-		want := map[string]string{"int64": "a whole number", "bool": "true or false", "string": "text in quotes"}[kind]
-		if !given || fits && f.Value.Set(fmt.Sprint(value)) == nil {
-			want, value = cfg.problem(f), f.Value.(flag.Getter).Get()
+		if strings.Contains(s.key, "_token") && name != s.key && value == "" {
+			// An unset variable of a compose file arrives like this. It must not open the server.
+			found.add("%s: is set but empty; give it a value or unset it", name)
+			continue
 		}
-		if f.Name == "auth_token" {
+		want := s.set(value)
+		if want == "" {
+			continue
+		}
+		if s.key == "auth_token" || s.key == "read_token" {
 			value = "(secret)"
 		}
-		switch missing := !given && (f.Name == "data_dir" || f.Name == "num_shards"); {
-		case missing && !unread:
-			fail("%s: is required and missing", name)
-		case !missing && want != "":
-			fail("%s = %#v: must be %s", name, value, want)
-		}
-	})
+		found.add("%s = %#v: must be %s", name, value, want)
+	}
 	for _, key := range slices.Sorted(maps.Keys(values)) {
-		if cfg.keys.Lookup(key) == nil { // its value is not shown: it may be a misspelt auth_token
-			fail("%s: unknown key", key)
+		if !isConfigKey(key) { // its value is not shown: the key may be a misspelt auth_token
+			found.add("%s: unknown key", key)
 		}
 	}
-	if problems != nil {
-		return nil, source, usageError("wrong configuration (" + source + "): " + strings.Join(problems, "; "))
+	cfg.readTokenFiles(names, &found)
+	cfg.checkTokens(&found)
+	cfg.checkTLS(names, &found)
+	if len(found) > 0 {
+		text := strings.Join(found, "; ")
+		return nil, source, usageError("wrong configuration (" + source + "): " + text)
 	}
 	return cfg, source, nil
 }
 
-// sizeOf returns the size of a file, negative if there is none.
-func sizeOf(name string) int64 {
-	if info, err := os.Stat(name); err == nil {
-		return info.Size()
+// readConfigFile returns the values in the file of loadConfig, and where they came from.
+func readConfigFile(file string, found *problems) (map[string]any, string) {
+	if file == "" && fileExists("config.toml") {
+		file = "config.toml"
 	}
-	return -1
+	source := "built-in config.toml.example"
+	text := exampleConfig
+	if file != "" {
+		source = file
+		data, err := os.ReadFile(file)
+		if err != nil {
+			found.add("cannot read it: %v", err)
+		}
+		text = string(data)
+	}
+	values := map[string]any{}
+	_, err := toml.Decode(text, &values)
+	var syntax toml.ParseError
+	switch {
+	case errors.As(err, &syntax):
+		// The text of the error is not shown: it quotes the file, perhaps a token.
+		const problem = "not valid TOML: line %d cannot be parsed; text values need quotes"
+		found.add(problem, syntax.Position.Line)
+	case err != nil:
+		found.add("not valid TOML")
+	}
+	return values, source
 }
 
-func fileExists(name string) bool { return sizeOf(name) >= 0 }
-
-// createFile makes a file unless it is there. SQLite itself would let everybody read it.
-func createFile(path string) error {
-	f, err := os.OpenFile(path, os.O_CREATE, 0o600)
-	return cmp.Or(err, f.Close()) // of a nil file that is an error too
+// readTokenFiles reads the files of the tokens, here and never again: a new token needs a restart.
+func (cfg *config) readTokenFiles(names map[string]string, found *problems) {
+	for _, t := range []struct {
+		key, fileKey string
+		token        *string
+		file         string
+	}{
+		{"auth_token", "auth_token_file", &cfg.AuthToken, cfg.AuthTokenFile},
+		{"read_token", "read_token_file", &cfg.ReadToken, cfg.ReadTokenFile},
+	} {
+		if t.file == "" {
+			continue
+		}
+		if *t.token != "" {
+			found.add("%s and %s are both given; keep one", names[t.key], names[t.fileKey])
+			continue
+		}
+		token, err := readTokenFile(t.file)
+		if err != nil {
+			const problem = "%s = %q: must be a file with a token: %v"
+			found.add(problem, names[t.fileKey], t.file, err)
+		}
+		*t.token = token
+	}
 }
 
-// syncPath makes a file durable, or the names in a directory.
-func syncPath(path string) error {
-	f, err := os.Open(path)
-	return cmp.Or(err, f.Sync(), f.Close())
+// readTokenFile returns the token in a file. White space around it does not count.
+func readTokenFile(file string) (string, error) {
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return "", err
+	}
+	token := strings.TrimSpace(string(data))
+	if token == "" {
+		return "", errors.New("it is empty")
+	}
+	if want := visibleWord(token); want != "" {
+		return "", errors.New("the token must be " + want)
+	}
+	return token, nil
+}
+
+func (cfg *config) checkTokens(found *problems) {
+	if cfg.ReadToken == "" {
+		return
+	}
+	if cfg.AuthToken == "" && cfg.AuthTokenFile == "" {
+		found.add("read_token: needs auth_token; without that everybody may read and write")
+	}
+	if cfg.ReadToken == cfg.AuthToken {
+		found.add("read_token: must differ from auth_token")
+	}
+}
+
+func (cfg *config) checkTLS(names map[string]string, found *problems) {
+	if cfg.TLSCert == "" && cfg.TLSKey == "" {
+		return
+	}
+	_, err := tls.LoadX509KeyPair(cfg.TLSCert, cfg.TLSKey)
+	if err != nil {
+		const problem = "%s = %q: must be set together with tls_cert, and be its key: %v"
+		found.add(problem, names["tls_key"], cfg.TLSKey, err)
+	}
 }
 
 // ==== HTTP server =================================================================================
@@ -1175,8 +1395,8 @@ A KEY may have slashes. For operators: /healthz, /readyz, /metrics.
 // showFolder answers a page of what is below folder, which is empty or ends with a slash. It is
 // written while the shards are read: a folder of any size costs a small page in memory.
 func (s *server) showFolder(w *response, r *http.Request, folder string) error {
-	if s.cfg.AuthToken != "" && len(r.Header["Authorization"]) == 0 {
-		return errUnauthorized // public_read is for blobs
+	if err := s.authorizeFolder(r); err != nil {
+		return err
 	}
 	some, _, err := s.store.list(listing{prefix: folder, limit: 1})
 	if err == nil && len(some) == 0 && folder != "" {
@@ -1254,7 +1474,7 @@ func humanSize(bytes int64) string {
 }
 
 // ==== Fields ======================================================================================
-// What headers and queries ask for, and by what right. Each parser refuses what it does not
+// What headers and queries ask for. Each parser refuses what it does not
 // understand: a write that ignored its precondition would not be the one the client wanted.
 
 // queryOf parses the query of r. It may have each of the known parameters once, and no other.
@@ -1302,53 +1522,6 @@ func contentTypeOf(r *http.Request) (string, error) {
 		return cmp.Or(mime.TypeByExtension(path.Ext(r.PathValue("key"))), octetStream), nil
 	}
 	return sent, nil
-}
-
-// authorize returns an error unless r may do what it asks for. A token or signature that is shown
-// has to be right, even where none is needed, but for the health routes.
-func (s *server) authorize(r *http.Request) error {
-	if s.foreign != nil && s.foreign.Check(r) != nil {
-		return errForeign
-	}
-	if s.cfg.AuthToken == "" || strings.HasSuffix(r.Pattern, "/healthz") || strings.HasSuffix(r.Pattern, "/readyz") {
-		return nil
-	}
-	credentials, q := r.Header["Authorization"], r.URL.Query()
-	scheme, token, _ := strings.Cut(strings.Join(credentials, ","), " ")
-	_, password, _ := r.BasicAuth()
-	token = cmp.Or(password, strings.TrimSpace(token))
-	right := (password != "" || strings.EqualFold(scheme, "Bearer")) && hmac.Equal([]byte(token), []byte(s.cfg.AuthToken))
-	public := s.cfg.PublicRead && (r.Method == http.MethodGet || r.Method == http.MethodHead) && r.PathValue("key") != ""
-	switch {
-	case len(credentials) > 0 && !right, len(credentials) == 0 && !public && !q.Has("sig"):
-		return errUnauthorized
-	case q.Has("sig"):
-		return s.checkSignature(r, q)
-	}
-	return nil
-}
-
-// checkSignature returns an error unless r's signature is right and has not expired. One for GET
-// also serves HEAD. No other query parameter is allowed.
-func (s *server) checkSignature(r *http.Request, q url.Values) error {
-	key, expires, sig := r.PathValue("key"), q.Get("expires"), []byte(q.Get("sig"))
-	until, err := strconv.ParseInt(expires, 10, 64)
-	fits := func(method string) bool { return hmac.Equal(sig, []byte(sign(s.cfg.AuthToken, method, key, expires))) }
-	switch {
-	case err != nil, key == "", strings.Count(r.URL.RawQuery, "&") != 1,
-		!fits(r.Method) && !(r.Method == http.MethodHead && fits(http.MethodGet)):
-		return errUnauthorized
-	case s.store.now().Unix() >= until:
-		return fmt.Errorf("%w: the signed URL has expired", errUnauthorized)
-	}
-	return nil
-}
-
-// sign returns the signature that lets method be used on key until expires, in Unix seconds.
-func sign(token, method, key, expires string) string {
-	h := hmac.New(sha256.New, []byte(token))
-	io.WriteString(h, method+"\n"+key+"\n"+expires)
-	return hex.EncodeToString(h.Sum(nil))
 }
 
 type conditions struct{ match, noneMatch string } // of a write, as sent: "*" or a list of tags; "" for none
@@ -1436,6 +1609,122 @@ var textual = regexp.MustCompile(`(?i)^ *(text/[^;]*|application/(json|x-ndjson|
 // zips reports whether clients that accept gzip get b so: it is stored deflated, or worth deflating.
 func (b *blob) zips() bool {
 	return b.deflated || b.size >= minEncode && textual.MatchString(b.contentType)
+}
+
+// ==== Access ======================================================================================
+// Who may do what. Without auth_token everybody may do everything. auth_token opens all routes, and
+// read_token those that only read. A signed URL opens one method of one key until it expires. The
+// answer 401 gives no reason that helps to guess a token.
+
+// authorize returns an error unless r may do what it asks for. Credentials that are sent must be
+// right, even where none are needed. Only the health routes never look at them.
+func (s *server) authorize(r *http.Request) error {
+	if s.foreign != nil && s.foreign.Check(r) != nil {
+		return errForeign
+	}
+	if s.cfg.AuthToken == "" || isHealthRoute(r) {
+		return nil
+	}
+	token, isSent := sentToken(r)
+	mayWrite := isSent && isSame(token, s.cfg.AuthToken)
+	mayRead := mayWrite || isSent && s.cfg.ReadToken != "" && isSame(token, s.cfg.ReadToken)
+	if isSent && !mayRead {
+		return errUnauthorized
+	}
+	if r.Method == http.MethodOptions { // says only which methods there are
+		return nil
+	}
+	query := r.URL.Query()
+	if query.Has("sig") {
+		return s.checkSignature(r, query)
+	}
+	if mayWrite {
+		return nil
+	}
+	isRead := r.Method == http.MethodGet || r.Method == http.MethodHead
+	if mayRead && !isRead {
+		return errReadOnly
+	}
+	isOfBlob := r.PathValue("key") != ""
+	isPublic := s.cfg.PublicRead && isRead && isOfBlob
+	if mayRead || isPublic {
+		return nil
+	}
+	return errUnauthorized
+}
+
+// authorizeFolder returns an error if r was let through only because blobs are public: public_read
+// does not open folder pages. Whether "a/" names a blob or a folder shows only after a look for the
+// blob, so that the handler asks, not authorize.
+func (s *server) authorizeFolder(r *http.Request) error {
+	_, isSent := sentToken(r)
+	if s.cfg.AuthToken != "" && !isSent {
+		return errUnauthorized
+	}
+	return nil
+}
+
+func isHealthRoute(r *http.Request) bool {
+	return strings.HasSuffix(r.Pattern, "/healthz") || strings.HasSuffix(r.Pattern, "/readyz")
+}
+
+// sentToken returns the token in the Authorization header: that of the scheme Bearer, or the
+// password of Basic with any user name. The token is empty if the header has no such thing.
+func sentToken(r *http.Request) (token string, isSent bool) {
+	values := r.Header["Authorization"]
+	if len(values) == 0 {
+		return "", false
+	}
+	if len(values) > 1 {
+		return "", true
+	}
+	if _, password, ok := r.BasicAuth(); ok {
+		return password, true
+	}
+	scheme, token, _ := strings.Cut(values[0], " ")
+	if !strings.EqualFold(scheme, "Bearer") {
+		return "", true
+	}
+	return strings.TrimSpace(token), true
+}
+
+// isSame compares secrets in a time that does not tell how much of them is equal.
+func isSame(a, b string) bool {
+	return hmac.Equal([]byte(a), []byte(b))
+}
+
+// checkSignature returns an error unless r has a signature for its method and key that has not
+// expired, and no query parameter beside it. A signature for GET also serves HEAD.
+func (s *server) checkSignature(r *http.Request, query url.Values) error {
+	key := r.PathValue("key")
+	expires := query.Get("expires")
+	signature := query.Get("sig")
+	isFor := func(method string) bool {
+		return isSame(signature, sign(s.cfg.AuthToken, method, key, expires))
+	}
+	end, err := strconv.ParseInt(expires, 10, 64)
+	if err != nil || key == "" || strings.Count(r.URL.RawQuery, "&") != 1 {
+		return errUnauthorized
+	}
+	isHead := r.Method == http.MethodHead
+	isValid := isFor(r.Method) || isHead && isFor(http.MethodGet)
+	if !isValid && slices.ContainsFunc(strings.Split(blobMethods, ", "), isFor) {
+		return fmt.Errorf("%w: the signature is for another method", errUnauthorized)
+	}
+	if !isValid {
+		return errUnauthorized
+	}
+	if s.store.now().Unix() >= end {
+		return fmt.Errorf("%w: the signed URL has expired", errUnauthorized)
+	}
+	return nil
+}
+
+// sign returns the signature that opens method for key until expires, in Unix seconds.
+func sign(token, method, key, expires string) string {
+	h := hmac.New(sha256.New, []byte(token))
+	io.WriteString(h, method+"\n"+key+"\n"+expires)
+	return hex.EncodeToString(h.Sum(nil))
 }
 
 // ==== Store =======================================================================================
@@ -1876,6 +2165,36 @@ func busyPragma() string { return fmt.Sprintf("_pragma=busy_timeout(%d)", busyTi
 
 func openReadOnly(path string) *sql.DB {
 	return openDB(path, "mode=ro&_pragma=cache_size(-512)&"+busyPragma())
+}
+
+// sizeOf returns the size of a file, negative if there is none.
+func sizeOf(name string) int64 {
+	info, err := os.Stat(name)
+	if err != nil {
+		return -1
+	}
+	return info.Size()
+}
+
+func fileExists(name string) bool { return sizeOf(name) >= 0 }
+
+// createFile makes an empty file if there is none. SQLite itself would let everybody read it.
+func createFile(path string) error {
+	f, err := os.OpenFile(path, os.O_CREATE, 0o600)
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+// syncPath makes a file durable, or the names in a directory.
+func syncPath(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close() // of a file that was only read: it has no error to tell
+	return f.Sync()
 }
 
 // ==== Shard =======================================================================================

@@ -33,6 +33,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"runtime"
 	"slices"
@@ -667,48 +668,309 @@ func TestServeEndsCleanly(t *testing.T) {
 // Configuration
 // ============================================================================
 
-func TestConfig(t *testing.T) {
-	t.Chdir(t.TempDir())
-	const min = "data_dir = 'd'\nnum_shards = 3\n"
-	for _, c := range []struct {
-		name, file string
-		env        []string
-		problems   []string // none: it loads
-	}{
-		{"minimal", min, nil, nil},
-		{"all from env", "", []string{"BLOBNOM_DATA_DIR=e", "BLOBNOM_NUM_SHARDS=9", "BLOBNOM_ASYNC_WRITE=true"}, nil},
-		{"env wins", min, []string{"BLOBNOM_NUM_SHARDS=5", "BLOBNOM_NO_SUCH_KEY=1"}, nil},
-		{"empty", "", nil, []string{"data_dir: is required", "num_shards: is required"}},
-		{"syntax", "data_dir = \n", []string{"BLOBNOM_HASH=md5"}, []string{"not valid TOML: line 1", `BLOBNOM_HASH = "md5"`}},
-		{"several", "num_shards = 0\nbatch_size = 'x'\nasync_write = 1\nfoo = 2\n[bar]\n", nil, []string{"data_dir: is required", "num_shards = 0: must be a number from 1 to 1000",
-			`batch_size = "x": must be a whole number`, "async_write = 1: must be true or false", "foo: unknown key", "bar: unknown key"}},
-		{"numbers", "data_dir = 'd'\nnum_shards = 1001\nbatch_size = 1.5\nbatch_timeout_ms = -1\nmax_blob_bytes = -1\nmax_pending_bytes = 0\n", nil,
-			[]string{"num_shards = 1001: must be a number from 1 to 1000", "batch_size = 1.5", "batch_timeout_ms = -1", "max_blob_bytes = -1", "max_pending_bytes = 0"}},
-		{"words", min + "durability = 'most'\nhash = 'md5'\nlog_level = 'loud'\nlog_format = ''\naddr = 'here'\ncors_origin = 'https://example.org/'\ntls_cert = 5\n", nil,
-			[]string{`durability = "most"`, "full, normal, off", "fnv1a, crc32c, sha256", `log_level = "loud"`, `log_format = ""`, `addr = "here"`, "must be an origin", "tls_cert = 5: must be text in quotes"}},
-		{"environment", min, []string{"BLOBNOM_BATCH_SIZE=many", "BLOBNOM_ASYNC_WRITE=yes", "BLOBNOM_DATA_DIR=", "BLOBNOM_AUTH_TOKEN=sekret with spaces"},
-			[]string{`BLOBNOM_BATCH_SIZE = "many"`, `BLOBNOM_ASYNC_WRITE = "yes"`, `BLOBNOM_DATA_DIR = ""`, `BLOBNOM_AUTH_TOKEN = "(secret)": must be visible ASCII`}},
-		{"headers", min + "cache_control = \"a\\nb\"\ncors_origin = 'example.org'\n", nil, []string{`cache_control = "a\nb": must be visible`, "must be an origin"}},
-		{"unquoted token", min + "auth_token = sekret\n", nil, []string{"line 3"}},
-		{"misspelt token", min + "auth_tokens = 'sekret'\nAUTH_TOKEN = 'sekret'\nauth_token = 123456\n[x]\nauth_token = 'sekret'\n", nil,
-			[]string{"auth_tokens: unknown key", "AUTH_TOKEN: unknown key", "x: unknown key", `auth_token = "(secret)": must be text in quotes`}},
-		{"half a pair", min + "auth_token = 'sekret\u00e9'\ntls_cert = 'cert.pem'\n", nil, []string{`auth_token = "(secret)": must be visible ASCII`, `tls_key = "": must be set together with tls_cert`}},
-		{"no pair", min + "tls_cert = '/run/tls.crt'\ntls_key = '/run/tls.key'\n", nil, []string{`tls_key = "/run/tls.key"`, "/run/tls.crt: no such file"}},
+// minimalConfig has the required keys, except the one that a row gives itself.
+func minimalConfig(except string) (text string) {
+	if except != "data_dir" {
+		text += "data_dir = 'd'\n"
+	}
+	if except != "num_shards" {
+		text += "num_shards = 3\n"
+	}
+	return text
+}
+
+// loadText loads a configuration file with this text.
+func loadText(t *testing.T, text string, environ ...string) (*config, string) {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "c.toml")
+	fatal(t, os.WriteFile(file, []byte(text), 0o600))
+	cfg, source, err := loadConfig(file, environ)
+	if source != file {
+		t.Errorf("the configuration comes from %q, want %q", source, file)
+	}
+	if err != nil {
+		return nil, err.Error()
+	}
+	return cfg, ""
+}
+
+// valueOf returns the value of a key as text.
+func valueOf(cfg *config, key string) string {
+	for _, s := range cfg.settings() {
+		if s.key == key {
+			return fmt.Sprint(reflect.ValueOf(s.field).Elem())
+		}
+	}
+	return "no such key"
+}
+
+// A key has a default, takes its value from the file, and before that from the environment.
+func TestConfigKeys(t *testing.T) {
+	for _, c := range []struct{ key, initial, inFile, fromFile, fromEnviron string }{
+		{"data_dir", "d", "'a b'", "a b", "c"},
+		{"num_shards", "3", "1000", "1000", "1"},
+		{"storage_compression", "false", "true", "true", "false"},
+		{"output_compression", "false", "true", "true", "false"},
+		{"async_write", "false", "true", "true", "false"},
+		{"batch_size", "1", "2", "2", "3"},
+		{"batch_timeout_ms", "0", "5", "5", "0"},
+		{"addr", "0.0.0.0:3000", "':80'", ":80", "[::1]:65535"},
+		{"durability", "full", "'off'", "off", "normal"},
+		{"hash", "fnv1a", "'crc32c'", "crc32c", "sha256"},
+		{"max_blob_bytes", "1073741824", "0", "0", "9223372036854775807"},
+		{"max_pending_bytes", "67108864", "1", "1", "2"},
+		{"auth_token", "", "'secret'", "secret", "other"},
+		{"public_read", "false", "true", "true", "false"},
+		{"cors_origin", "", "'*'", "*", "https://example.org:8443"},
+		{"cache_control", "", "'no-cache'", "no-cache", "public, max-age=60"},
+		{"log_format", "text", "'json'", "json", "text"},
+		{"log_level", "info", "'debug'", "debug", "error"},
 	} {
-		file := filepath.Join(t.TempDir(), "c.toml")
-		fatal(t, os.WriteFile(file, []byte(c.file), 0o600))
-		cfg, source, err := loadConfig(file, c.env)
-		expect(t, (err == nil) == (c.problems == nil) && source == file && (err != nil || cfg.NumShards >= 3), "%s: %v", c.name, err)
-		if err == nil {
+		line := c.key + " = " + c.inFile + "\n"
+		variable := "BLOBNOM_" + strings.ToUpper(c.key) + "=" + c.fromEnviron
+		for _, row := range []struct{ name, text, environ, want string }{
+			{"default", minimalConfig(""), "OTHER=1", c.initial},
+			{"file", minimalConfig(c.key) + line, "BLOBNOM_" + c.key + "=x", c.fromFile},
+			{"environment alone", minimalConfig(c.key), variable, c.fromEnviron},
+			{"environment wins", minimalConfig(c.key) + line, variable, c.fromEnviron},
+		} {
+			cfg, problem := loadText(t, row.text, row.environ)
+			if problem != "" {
+				t.Errorf("%s, %s: %s", c.key, row.name, problem)
+				continue
+			}
+			if got := valueOf(cfg, c.key); got != row.want {
+				t.Errorf("%s, %s: %q, want %q", c.key, row.name, got, row.want)
+			}
+		}
+	}
+}
+
+// A wrong value is refused with the key, the value and what it has to be.
+func TestConfigProblems(t *testing.T) {
+	for _, c := range []struct{ line, problem string }{
+		{"data_dir = ''", `data_dir = "": must be the name of a directory`},
+		{`data_dir = "a\u0000"`, `data_dir = "a\x00": must be the name of a directory`},
+		{"data_dir = 1", "data_dir = 1: must be text in quotes"},
+		{"num_shards = 0", "num_shards = 0: must be a number from 1 to 1000"},
+		{"num_shards = 1001", "num_shards = 1001: must be a number from 1 to 1000"},
+		{"num_shards = '4'", `num_shards = "4": must be a whole number`},
+		{"num_shards = 4.0", "num_shards = 4: must be a whole number"},
+		{"storage_compression = 1", "storage_compression = 1: must be true or false"},
+		{"output_compression = 'true'", `output_compression = "true": must be true or false`},
+		{"async_write = 'yes'", `async_write = "yes": must be true or false`},
+		{"batch_size = 0", "batch_size = 0: must be a number, 1 or more"},
+		{"batch_size = 1.5", "batch_size = 1.5: must be a whole number"},
+		{"batch_timeout_ms = -1", "batch_timeout_ms = -1: must be a number, 0 or more"},
+		{"batch_timeout_ms = '5ms'", `batch_timeout_ms = "5ms": must be a whole number`},
+		{"addr = 'here'", `addr = "here": must be HOST:PORT, such as "127.0.0.1:3000"`},
+		{"addr = ':http'", `addr = ":http": must be HOST:PORT`},
+		{"addr = ':65536'", `addr = ":65536": must be HOST:PORT`},
+		{"addr = 3000", "addr = 3000: must be text in quotes"},
+		{"durability = 'most'", `durability = "most": must be one of full, normal, off`},
+		{"durability = true", "durability = true: must be text in quotes"},
+		{"hash = 'md5'", `hash = "md5": must be one of fnv1a, crc32c, sha256`},
+		{"hash = 1", "hash = 1: must be text in quotes"},
+		{"max_blob_bytes = -1", "max_blob_bytes = -1: must be a number, 0 or more"},
+		{"max_blob_bytes = '1G'", `max_blob_bytes = "1G": must be a whole number`},
+		{"max_pending_bytes = 0", "max_pending_bytes = 0: must be a number, 1 or more"},
+		{"max_pending_bytes = true", "max_pending_bytes = true: must be a whole number"},
+		{"auth_token = 'a sekret'", `auth_token = "(secret)": must be visible ASCII without spaces`},
+		{"auth_token = 'sekret\u00e9'", `auth_token = "(secret)": must be visible ASCII without spaces`},
+		{"auth_token = 123456", `auth_token = "(secret)": must be text in quotes`},
+		{"auth_token_file = 1", "auth_token_file = 1: must be text in quotes"},
+		{"read_token = 'a sekret'", `read_token = "(secret)": must be visible ASCII without spaces`},
+		{"read_token = 123456", `read_token = "(secret)": must be text in quotes`},
+		{"read_token_file = 1", "read_token_file = 1: must be text in quotes"},
+		{"public_read = 'GET'", `public_read = "GET": must be true or false`},
+		{"tls_cert = 5", "tls_cert = 5: must be text in quotes"},
+		{"tls_key = 5", "tls_key = 5: must be text in quotes"},
+		{"tls_cert = 'cert.pem'", `tls_key = "": must be set together with tls_cert`},
+		{"tls_key = 'key.pem'", `tls_key = "key.pem": must be set together with tls_cert`},
+		{"tls_cert = '/no/tls.crt'\ntls_key = '/no/tls.key'", "/no/tls.crt: no such file"},
+		{"cors_origin = 'example.org'", `cors_origin = "example.org": must be an origin`},
+		{"cors_origin = 'https://example.org/'", `cors_origin = "https://example.org/": must be an origin`},
+		{"cors_origin = true", "cors_origin = true: must be text in quotes"},
+		{`cache_control = "a\nb"`, `cache_control = "a\nb": must be visible ASCII`},
+		{"cache_control = 60", "cache_control = 60: must be text in quotes"},
+		{"log_format = ''", `log_format = "": must be one of text, json`},
+		{"log_format = 1", "log_format = 1: must be text in quotes"},
+		{"log_level = 'loud'", `log_level = "loud": must be one of debug, info, warn, error`},
+		{"log_level = 0", "log_level = 0: must be text in quotes"},
+		{"auth_tokens = 'sekret'", "auth_tokens: unknown key"},
+		{"AUTH_TOKEN = 'sekret'", "AUTH_TOKEN: unknown key"},
+		{"[table]\nauth_token = 'sekret'", "table: unknown key"},
+		{"auth_token = sekret", "not valid TOML: line 3 cannot be parsed; text values need quotes"},
+	} {
+		key, _, _ := strings.Cut(c.line, " ")
+		_, problem := loadText(t, minimalConfig(key)+c.line+"\n")
+		if !strings.Contains(problem, c.problem) {
+			t.Errorf("%s: %q, want %q", c.line, problem, c.problem)
+		}
+		if strings.Contains(problem, "sekret") || strings.Contains(problem, "123456") {
+			t.Errorf("%s: a token is shown: %s", c.line, problem)
+		}
+	}
+}
+
+// So is a wrong value of the environment. An empty variable must not open the server.
+func TestConfigVariables(t *testing.T) {
+	for _, c := range []struct{ variable, problem string }{
+		{"BLOBNOM_DATA_DIR=", `BLOBNOM_DATA_DIR = "": must be the name of a directory`},
+		{"BLOBNOM_NUM_SHARDS=1001", "BLOBNOM_NUM_SHARDS = 1001: must be a number from 1 to 1000"},
+		{"BLOBNOM_BATCH_SIZE=many", `BLOBNOM_BATCH_SIZE = "many": must be a whole number`},
+		{"BLOBNOM_ASYNC_WRITE=yes", `BLOBNOM_ASYNC_WRITE = "yes": must be true or false`},
+		{"BLOBNOM_HASH=md5", `BLOBNOM_HASH = "md5": must be one of fnv1a`},
+		{"BLOBNOM_AUTH_TOKEN=a sekret", `BLOBNOM_AUTH_TOKEN = "(secret)": must be visible ASCII`},
+		{"BLOBNOM_AUTH_TOKEN=", "BLOBNOM_AUTH_TOKEN: is set but empty; give it a value or unset it"},
+		{"BLOBNOM_AUTH_TOKEN_FILE=", "BLOBNOM_AUTH_TOKEN_FILE: is set but empty; give it a value or unset it"},
+		{"BLOBNOM_READ_TOKEN=", "BLOBNOM_READ_TOKEN: is set but empty; give it a value or unset it"},
+		{"BLOBNOM_READ_TOKEN_FILE=", "BLOBNOM_READ_TOKEN_FILE: is set but empty; give it a value or unset it"},
+	} {
+		_, problem := loadText(t, minimalConfig("")+"auth_token = 'from the file'\n", c.variable)
+		if !strings.Contains(problem, c.problem) || strings.Contains(problem, "sekret") {
+			t.Errorf("%s: %q, want %q", c.variable, problem, c.problem)
+		}
+	}
+}
+
+// All problems are reported at once, on one line, before anything is created.
+func TestConfigReport(t *testing.T) {
+	t.Chdir(t.TempDir())
+	for _, c := range []struct {
+		name, file, variable string
+		problems             []string
+	}{
+		{"nothing is given", "", "X=", []string{
+			"data_dir: is required and missing",
+			"num_shards: is required and missing",
+		}},
+		{"several", "num_shards = 0\nbatch_size = 'x'\nread_token = 'r'\nfoo = 2\n[bar]\n", "BLOBNOM_HASH=md5", []string{
+			"data_dir: is required and missing",
+			"num_shards = 0: must be a number from 1 to 1000",
+			`batch_size = "x": must be a whole number`,
+			`BLOBNOM_HASH = "md5": must be one of fnv1a, crc32c, sha256`,
+			"bar: unknown key",
+			"foo: unknown key",
+			"read_token: needs auth_token; without that everybody may read and write",
+		}},
+		{"not TOML", "data_dir =\n", "BLOBNOM_HASH=md5", []string{
+			"not valid TOML: line 1 cannot be parsed; text values need quotes",
+			`BLOBNOM_HASH = "md5": must be one of fnv1a, crc32c, sha256`,
+		}},
+	} {
+		fatal(t, os.WriteFile("c.toml", []byte(c.file), 0o600))
+		code, stdout, stderr := runCommand(t, []string{c.variable}, "-config", "c.toml")
+		want := "blobnom: wrong configuration (c.toml): " + strings.Join(c.problems, "; ") + "; see: blobnom help\n"
+		if code != 2 || stdout != "" {
+			t.Errorf("%s: code %d and output %q, want code 2 and no output", c.name, code, stdout)
+		}
+		if stderr != want {
+			t.Errorf("%s:\n%swant\n%s", c.name, stderr, want)
+		}
+		if fileExists("d") {
+			t.Errorf("%s: the directory was created", c.name)
+		}
+	}
+}
+
+// A token is given directly or in a file. The environment takes precedence for each key alone.
+func TestConfigTokens(t *testing.T) {
+	dir := t.TempDir()
+	fatal(t, os.WriteFile(filepath.Join(dir, "token"), []byte(" \tfrom-file\r\n"), 0o600))
+	fatal(t, os.WriteFile(filepath.Join(dir, "other"), []byte("other"), 0o600))
+	fatal(t, os.WriteFile(filepath.Join(dir, "empty"), []byte(" \n"), 0o600))
+	fatal(t, os.WriteFile(filepath.Join(dir, "words"), []byte("two words"), 0o600))
+	for _, c := range []struct{ name, lines, variable, auth, read, problem string }{
+		{"none", "", "", "", "", ""},
+		{"token", "auth_token = 'a'", "", "a", "", ""},
+		{"empty token in the file", "auth_token = ''", "", "", "", ""},
+		{"token file", "auth_token_file = 'DIR/token'", "", "from-file", "", ""},
+		{"token file by variable", "", "BLOBNOM_AUTH_TOKEN_FILE=DIR/token", "from-file", "", ""},
+		{"both tokens", "auth_token = 'a'\nread_token = 'r'", "", "a", "r", ""},
+		{"both token files", "auth_token_file = 'DIR/token'\nread_token_file = 'DIR/other'", "", "from-file", "other", ""},
+		{"read token by variable", "auth_token = 'a'\nread_token = 'r'", "BLOBNOM_READ_TOKEN=e", "a", "e", ""},
+		{"token and its file", "auth_token = 'a'\nauth_token_file = 'DIR/token'", "", "", "", "auth_token and auth_token_file are both given; keep one"},
+		{"token and its file by variable", "auth_token = 'a'", "BLOBNOM_AUTH_TOKEN_FILE=DIR/token", "", "", "auth_token and BLOBNOM_AUTH_TOKEN_FILE are both given; keep one"},
+		{"token by variable and its file", "auth_token_file = 'DIR/token'", "BLOBNOM_AUTH_TOKEN=a", "", "", "BLOBNOM_AUTH_TOKEN and auth_token_file are both given; keep one"},
+		{"read token and its file", "auth_token = 'a'\nread_token = 'r'\nread_token_file = 'DIR/other'", "", "", "", "read_token and read_token_file are both given; keep one"},
+		{"missing file", "auth_token_file = 'DIR/none'", "", "", "", `auth_token_file = "DIR/none": must be a file with a token: open DIR/none: no such file`},
+		{"missing file, read token", "auth_token_file = 'DIR/none'\nread_token = 'r'", "", "", "", "no such file or directory; see: blobnom help"},
+		{"directory as a file", "auth_token_file = 'DIR'", "", "", "", `auth_token_file = "DIR": must be a file with a token: read DIR: is a directory`},
+		{"empty file", "auth_token_file = 'DIR/empty'", "", "", "", `auth_token_file = "DIR/empty": must be a file with a token: it is empty`},
+		{"empty read file", "auth_token = 'a'\nread_token_file = 'DIR/empty'", "", "", "", `read_token_file = "DIR/empty": must be a file with a token: it is empty`},
+		{"words in a file", "auth_token_file = 'DIR/words'", "", "", "", "the token must be visible ASCII without spaces"},
+		{"read token alone", "read_token = 'r'", "", "", "", "read_token: needs auth_token"},
+		{"read token file alone", "read_token_file = 'DIR/other'", "", "", "", "read_token: needs auth_token"},
+		{"the same token", "auth_token = 'a'\nread_token = 'a'", "", "", "", "read_token: must differ from auth_token"},
+		{"the same token in a file", "auth_token = 'other'\nread_token_file = 'DIR/other'", "", "", "", "read_token: must differ from auth_token"},
+	} {
+		lines := strings.ReplaceAll(c.lines, "DIR", dir)
+		cfg, problem := loadText(t, minimalConfig("")+lines+"\n", strings.ReplaceAll(c.variable, "DIR", dir))
+		if c.problem != "" || problem != "" {
+			want := strings.ReplaceAll(c.problem, "DIR", dir)
+			if !strings.Contains(problem, want) || want == "" {
+				t.Errorf("%s: %q, want %q", c.name, problem, want)
+			}
 			continue
 		}
-		code, stdout, stderr := runCommand(t, c.env, "-config", file)
-		for _, want := range c.problems {
-			expect(t, code == 2 && stdout == "" && strings.Contains(stderr, want), "%s: code %d, %q %q, want %q", c.name, code, stdout, stderr, want)
+		if cfg.AuthToken != c.auth || cfg.ReadToken != c.read {
+			t.Errorf("%s: tokens %q and %q, want %q and %q", c.name, cfg.AuthToken, cfg.ReadToken, c.auth, c.read)
 		}
-		expect(t, !strings.Contains(stderr, "sekret") && !strings.Contains(stderr, "123456"), "a token is shown: %v", stderr)
-		expect(t, (c.name != "several" || strings.Count(stderr, ";") == 6) && strings.Count(stderr, "\n") == 1 && !fileExists("d"),
-			"%s: not six problems, several lines, or a directory was created: %s", c.name, stderr)
+	}
+}
+
+// A variable that names no key is warned about. The log has the configured format.
+func TestConfigWarning(t *testing.T) {
+	t.Chdir(t.TempDir())
+	for _, c := range []struct {
+		name, variable string
+		isWarned       bool
+	}{
+		{"key", "BLOBNOM_LOG_LEVEL=warn", false},
+		{"no key", "BLOBNOM_NO_SUCH_KEY=sekret", true},
+		{"lower case", "BLOBNOM_log_level=info", true},
+		{"no variable of ours", "XBLOBNOM_X=1", false},
+	} {
+		env := []string{"BLOBNOM_AUTH_TOKEN=a", "BLOBNOM_LOG_FORMAT=json", c.variable}
+		code, _, stderr := runCommand(t, env, "sign", "k")
+		name, _, _ := strings.Cut(c.variable, "=")
+		if code != 0 {
+			t.Errorf("%s: code %d: %s", c.name, code, stderr)
+		}
+		if !c.isWarned {
+			if stderr != "" {
+				t.Errorf("%s: the log has %s", c.name, stderr)
+			}
+			continue
+		}
+		var line map[string]string
+		err := json.Unmarshal([]byte(stderr), &line)
+		if err != nil || line["level"] != "WARN" || line["variable"] != name {
+			t.Errorf("%s: %v, the log has %s", c.name, err, stderr)
+		}
+		if strings.Contains(stderr, "sekret") {
+			t.Errorf("%s: the value is in the log: %s", c.name, stderr)
+		}
+	}
+}
+
+// Only a server that others can reach and that has no token warns at its start.
+func TestOpenServerWarning(t *testing.T) {
+	for _, c := range []struct {
+		addr, variable string
+		isWarned       bool
+	}{
+		{"0.0.0.0:0", "X=", true},
+		{"0.0.0.0:0", "BLOBNOM_AUTH_TOKEN=a", false},
+		{"127.0.0.1:0", "X=", false},
+	} {
+		p := startProgram(t, filepath.Join(t.TempDir(), "data"), "BLOBNOM_ADDR="+c.addr, c.variable)
+		fatal(t, p.signal(os.Interrupt))
+		isWarned := strings.Contains(p.log.String(), "anyone who can reach this address")
+		if isWarned != c.isWarned {
+			t.Errorf("%s %s: warned %v, want %v\n%s", c.addr, c.variable, isWarned, c.isWarned, p.log)
+		}
 	}
 }
 
@@ -716,22 +978,27 @@ func TestExampleConfigLoads(t *testing.T) {
 	t.Chdir(t.TempDir())
 	cfg, source, err := loadConfig("", nil)
 	fatal(t, err)
-	expect(t, strings.Contains(source, "built-in"), "%s", source)
-	// What is commented out shows the defaults.
-	values := func(cfg *config) (all []string) {
-		cfg.keys.VisitAll(func(f *flag.Flag) { all = append(all, f.Name+f.Value.String()) })
-		return all
+	if !strings.Contains(source, "built-in") {
+		t.Errorf("source %q", source)
 	}
+	// Lines that are commented out show the defaults, in the order of the table.
 	var lines []string
 	for line := range strings.Lines(strings.ReplaceAll(exampleConfig, "\n# ", "\n")) {
-		if key, _, ok := strings.Cut(line, " = "); ok && strings.Trim(key, "abcdefghijklmnopqrstuvwxyz_") == "" {
-			lines = append(lines, line)
+		key, _, isLine := strings.Cut(line, " = ")
+		if !isLine || strings.Trim(key, "abcdefghijklmnopqrstuvwxyz_") != "" {
+			continue
 		}
+		if n := len(lines); n >= len(cfg.settings()) || cfg.settings()[n].key != key {
+			t.Fatalf("key %d of the example is %s", n, key)
+		}
+		lines = append(lines, line)
 	}
 	fatal(t, os.WriteFile("config.toml", []byte(strings.Join(lines, "")), 0o600))
 	shown, source, err := loadConfig("", nil)
-	expect(t, err == nil && source == "config.toml" && len(lines) == len(values(cfg)) && fmt.Sprint(values(shown)) == fmt.Sprint(values(cfg)),
-		"%d keys are shown: %+v from %s, %v, want %+v", len(lines), shown, source, err, cfg)
+	fatal(t, err)
+	if source != "config.toml" || len(lines) != len(cfg.settings()) || *shown != *cfg {
+		t.Errorf("%d keys from %s: %+v, want %+v", len(lines), source, shown, cfg)
+	}
 }
 
 func FuzzConfig(f *testing.F) {
@@ -1694,58 +1961,223 @@ func TestStopDespiteForeignLock(t *testing.T) {
 	expect(t, err == nil && took <= drainTimeout && strings.Contains(s.log.String(), "answered 202 failed"), "stopped after %v: %v\n%s", took, err, s.log)
 }
 
-// Who may do what: each row is a request to a server with a token.
-func TestAuth(t *testing.T) {
-	const token = "correct-horse"
+// access is a request and its answer. Without authorization the header is not sent.
+type access struct {
+	name, method, path, authorization string
+	status                            int
+	text                              string // of an error
+}
+
+const (
+	authToken   = "correct-horse"
+	readToken   = "battery-staple"
+	refused     = "unauthorized\n"
+	expired     = "unauthorized: the signed URL has expired\n"
+	otherMethod = "unauthorized: the signature is for another method\n"
+	readOnly    = "the read token opens GET and HEAD only\n"
+	noRoute     = "not found: blobs are at /blob/KEY\n"
+)
+
+func basic(user, password string) string {
+	return "Basic " + base64.StdEncoding.EncodeToString([]byte(user+":"+password))
+}
+
+// wantAccess makes each request to a server with both tokens and three blobs. No secret may get
+// into its log.
+func wantAccess(t *testing.T, public bool, now func() time.Time, rows []access) {
+	t.Helper()
+	s := serveAt(t, testConfig(t, func(c *config) {
+		c.AuthToken = authToken
+		c.ReadToken = readToken
+		c.PublicRead = public
+		c.LogLevel = "debug"
+	}), stallTimeout, now)
+	for _, key := range []string{"k", "a/b", "slash/"} {
+		s.put(key, []byte("v"), "Authorization", "Bearer "+authToken)
+	}
+	for _, c := range rows {
+		var headers []string
+		if c.authorization != "" {
+			headers = []string{"Authorization", c.authorization}
+		}
+		resp, body, err := s.do(c.method, c.path, strings.NewReader("v"), headers...)
+		fatal(t, err)
+		if resp.StatusCode != c.status || c.text != "" && string(body) != c.text {
+			t.Errorf("%s: %d %q, want %d %q", c.name, resp.StatusCode, body, c.status, c.text)
+		}
+		offer := strings.Join(resp.Header["Www-Authenticate"], "; ")
+		if strings.HasPrefix(offer, "Bearer; Basic realm=") != (c.status == 401) {
+			t.Errorf("%s: %d with WWW-Authenticate %q", c.name, c.status, offer)
+		}
+	}
+	s.stop()
+	for _, secret := range []string{authToken, readToken, "sig=", "expires"} {
+		if log := s.log.String(); strings.Contains(log, secret) {
+			t.Errorf("%q is in the log: %s", secret, log)
+		}
+	}
+}
+
+// Without a token nothing but the health routes is open.
+func TestNoToken(t *testing.T) {
+	wantAccess(t, false, time.Now, []access{
+		{"no token, GET", "GET", "/blob/k", "", 401, refused},
+		{"no token, HEAD", "HEAD", "/blob/k", "", 401, ""},
+		{"no token, key with a slash at its end", "GET", "/blob/slash/", "", 401, refused},
+		{"no token, PUT", "PUT", "/blob/k", "", 401, refused},
+		{"no token, POST", "POST", "/blob/k", "", 401, refused},
+		{"no token, DELETE", "DELETE", "/blob/k", "", 401, refused},
+		{"no token, other method", "PATCH", "/blob/k", "", 401, refused},
+		{"no token, listing", "GET", "/blob/", "", 401, refused},
+		{"no token, listing, HEAD", "HEAD", "/blob/", "", 401, ""},
+		{"no token, about", "GET", "/", "", 401, refused},
+		{"no token, metrics", "GET", "/metrics", "", 401, refused},
+		{"no token, no route", "GET", "/nothing", "", 401, refused},
+		{"no token, bad path", "GET", "/blob/../x", "", 401, refused},
+		{"no token, healthz", "GET", "/healthz", "", 200, ""},
+		{"no token, healthz, HEAD", "HEAD", "/healthz", "", 200, ""},
+		{"no token, readyz", "GET", "/readyz", "", 200, ""},
+	})
+}
+
+// public_read opens GET and HEAD of blobs, and nothing else.
+func TestPublicRead(t *testing.T) {
+	wantAccess(t, true, time.Now, []access{
+		{"no token, GET", "GET", "/blob/k", "", 200, ""},
+		{"no token, HEAD", "HEAD", "/blob/k", "", 200, ""},
+		{"no token, key with a slash at its end", "GET", "/blob/slash/", "", 200, ""},
+		{"no token, PUT", "PUT", "/blob/k", "", 401, refused},
+		{"no token, POST", "POST", "/blob/k", "", 401, refused},
+		{"no token, DELETE", "DELETE", "/blob/k", "", 401, refused},
+		{"no token, other method", "PATCH", "/blob/k", "", 401, refused},
+		{"no token, listing", "GET", "/blob/", "", 401, refused},
+		{"no token, listing, HEAD", "HEAD", "/blob/", "", 401, ""},
+		{"no token, about", "GET", "/", "", 401, refused},
+		{"no token, metrics", "GET", "/metrics", "", 401, refused},
+		{"no token, no route", "GET", "/nothing", "", 401, refused},
+		{"no token, bad path", "GET", "/blob/../x", "", 401, refused},
+		{"no token, healthz", "GET", "/healthz", "", 200, ""},
+		{"no token, healthz, HEAD", "HEAD", "/healthz", "", 200, ""},
+		{"no token, readyz", "GET", "/readyz", "", 200, ""},
+		{"no token, no blob", "GET", "/blob/none", "", 404, "not found: no blob under this key\n"},
+		{"wrong token, GET", "GET", "/blob/k", "Bearer wrong", 401, refused},
+		{"read token, GET", "GET", "/blob/k", "Bearer " + readToken, 200, ""},
+		{"read token, PUT", "PUT", "/blob/k", "Bearer " + readToken, 403, readOnly},
+		{"wrong signature", "GET", "/blob/k?expires=1&sig=00", "", 401, refused},
+	})
+}
+
+// A folder page needs a token also where blobs are public.
+func TestPublicFolders(t *testing.T) {
+	s := newTestServer(t, func(c *config) {
+		c.AuthToken = authToken
+		c.ReadToken = readToken
+		c.PublicRead = true
+	})
+	s.put("a/b", []byte("v"), "Authorization", "Bearer "+authToken)
+	for _, path := range []string{"/blob/", "/blob/a/"} {
+		s.want(401, "GET", path, nil, "Accept", "text/html")
+		s.want(401, "HEAD", path, nil, "Accept", "text/html")
+		s.want(200, "GET", path, nil, "Accept", "text/html", "Authorization", "Bearer "+readToken)
+		s.want(200, "GET", path, nil, "Accept", "text/html", "Authorization", "Bearer "+authToken)
+	}
+}
+
+// The token opens every route. The read token opens what only reads. Any other is refused.
+func TestTokens(t *testing.T) {
+	wantAccess(t, false, time.Now, []access{
+		{"token, GET", "GET", "/blob/k", "Bearer " + authToken, 200, ""},
+		{"token, PUT", "PUT", "/blob/k", "Bearer " + authToken, 201, ""},
+		{"token, POST", "POST", "/blob/k", "Bearer " + authToken, 201, ""},
+		{"token, DELETE", "DELETE", "/blob/none", "Bearer " + authToken, 204, ""},
+		{"token, listing", "GET", "/blob/", "BEARER " + authToken, 200, ""},
+		{"token, about", "GET", "/", "Bearer " + authToken, 200, ""},
+		{"token, metrics", "GET", "/metrics", "Bearer " + authToken, 200, ""},
+		{"token, no route", "GET", "/nothing", "Bearer " + authToken, 404, noRoute},
+		{"token as password, listing", "GET", "/blob/", basic("x", authToken), 200, ""},
+		{"token as password, metrics", "GET", "/metrics", basic("", authToken), 200, ""},
+		{"token as password, PUT", "PUT", "/blob/k", basic("a b", authToken), 201, ""},
+		{"wrong token, GET", "GET", "/blob/k", "Bearer wrong", 401, refused},
+		{"wrong token, OPTIONS", "OPTIONS", "/blob/k", "Bearer wrong", 401, refused},
+		{"wrong token, healthz", "GET", "/healthz", "Bearer wrong", 200, ""},
+		{"wrong token, readyz", "GET", "/readyz", "Bearer wrong", 200, ""},
+		{"token too long", "GET", "/blob/k", "Bearer " + authToken + "x", 401, refused},
+		{"token too short", "GET", "/blob/k", "Bearer " + authToken[:5], 401, refused},
+		{"empty token", "GET", "/blob/k", "Bearer", 401, refused},
+		{"empty token with a space", "GET", "/blob/k", "Bearer ", 401, refused},
+		{"token without a scheme", "GET", "/blob/k", authToken, 401, refused},
+		{"token with another scheme", "GET", "/blob/k", "Digest " + authToken, 401, refused},
+		{"token as Basic", "GET", "/blob/k", "Basic " + authToken, 401, refused},
+		{"token as user", "GET", "/blob/k", basic(authToken, ""), 401, refused},
+		{"wrong password", "GET", "/blob/k", basic("x", "wrong"), 401, refused},
+		{"no password", "GET", "/blob/k", "Basic !", 401, refused},
+		{"read token, GET", "GET", "/blob/k", "Bearer " + readToken, 200, ""},
+		{"read token, HEAD", "HEAD", "/blob/k", "Bearer " + readToken, 200, ""},
+		{"read token, listing", "GET", "/blob/?prefix=a", "Bearer " + readToken, 200, ""},
+		{"read token, about", "GET", "/", "Bearer " + readToken, 200, ""},
+		{"read token, metrics", "GET", "/metrics", "Bearer " + readToken, 200, ""},
+		{"read token, no route", "GET", "/nothing", "Bearer " + readToken, 404, noRoute},
+		{"read token as password", "GET", "/blob/k", basic("x", readToken), 200, ""},
+		{"read token, PUT", "PUT", "/blob/k", "Bearer " + readToken, 403, readOnly},
+		{"read token, POST", "POST", "/blob/k", "Bearer " + readToken, 403, readOnly},
+		{"read token, DELETE", "DELETE", "/blob/k", basic("x", readToken), 403, readOnly},
+		{"read token, other method", "PATCH", "/blob/k", "Bearer " + readToken, 403, readOnly},
+		{"read token, PUT of a listing", "PUT", "/blob/", "Bearer " + readToken, 403, readOnly},
+		{"read token, healthz", "GET", "/healthz", "Bearer " + readToken, 200, ""},
+	})
+	s := newTestServer(t, func(c *config) { c.AuthToken = authToken })
+	bearer := "Bearer " + authToken
+	s.want(401, "GET", "/blob/k", nil, "Authorization", bearer, "Authorization", bearer)
+	// Without a token OPTIONS is answered as with one.
+	want := s.status("OPTIONS", "/blob/k", nil, "Authorization", bearer)
+	if got := s.status("OPTIONS", "/blob/k", nil); got != want || got == 401 {
+		t.Errorf("OPTIONS without a token: %d, want %d", got, want)
+	}
+}
+
+// A signature opens one method of one key until it expires.
+func TestSignatures(t *testing.T) {
 	clock := newClock()
 	at := func(d int64) string { return strconv.FormatInt(clock.now().Unix()+d, 10) }
-	basic := func(user, password string) string {
-		return "Basic " + base64.StdEncoding.EncodeToString([]byte(user+":"+password))
-	}
 	signed := func(method, key, expires string) string {
-		return "/blob/" + key + "?expires=" + expires + "&sig=" + sign(token, method, key, expires)
+		return "/blob/" + key + "?expires=" + expires + "&sig=" + sign(authToken, method, key, expires)
 	}
-	for _, public := range []bool{false, true} {
-		s := serveAt(t, testConfig(t, func(c *config) { c.AuthToken, c.PublicRead, c.LogLevel = token, public, "debug" }), stallTimeout, clock.now)
-		s.want(201, "PUT", "/blob/k", []byte("v"), "Authorization", "Bearer "+token)
-		s.want(201, "PUT", "/blob/a/b", []byte("v"), "Authorization", "bearer  "+token)
-		readable := map[bool]int{false: 401, true: 200}[public]
-		for _, c := range []struct {
-			code                int
-			method, path, token string // the header, "" for none
-		}{
-			{readable, "GET", "/blob/k", ""}, {readable, "HEAD", "/blob/k", ""}, {401, "PUT", "/blob/k", ""}, {401, "POST", "/blob/k", ""}, {401, "DELETE", "/blob/k", ""},
-			{401, "GET", "/blob/", ""}, {401, "GET", "/", ""}, {401, "GET", "/metrics", ""}, {401, "GET", "/nothing", ""}, {401, "PATCH", "/blob/k", ""}, {401, "GET", "/blob/../x", ""},
-			{401, "OPTIONS", "/blob/k", ""}, {200, "GET", "/healthz", ""}, {200, "GET", "/readyz", ""}, {200, "HEAD", "/healthz", ""},
-			{200, "GET", "/blob/k", "Bearer " + token}, {200, "GET", "/blob/", "BEARER " + token}, {200, "GET", "/metrics", "Bearer " + token}, {404, "GET", "/nothing", "Bearer " + token},
-			{401, "GET", "/blob/k", "Bearer wrong"}, {401, "GET", "/blob/k", "Bearer"}, {401, "GET", "/blob/k", "Basic " + token}, {401, "GET", "/blob/k", token},
-			{200, "GET", "/blob/", basic("x", token)}, {200, "GET", "/metrics", basic("", token)}, {201, "PUT", "/blob/k", basic("a b", token)}, {401, "GET", "/blob/k", basic(token, "")},
-			{401, "GET", "/blob/k", basic("x", "wrong")}, {401, "GET", "/blob/k", "Basic !"},
-			{401, "GET", "/blob/k", "Bearer " + token + "x"}, {401, "GET", "/blob/k", "Bearer " + token[:5]}, {200, "GET", "/healthz", "Bearer wrong"}, {200, "GET", "/readyz", "Bearer wrong"},
-			{200, "GET", signed("GET", "k", at(10)), ""}, {200, "HEAD", signed("GET", "k", at(10)), ""}, {200, "HEAD", signed("HEAD", "k", at(10)), ""}, {200, "GET", signed("GET", "a/b", at(10)), ""},
-			{401, "GET", signed("HEAD", "k", at(10)), ""}, {401, "GET", signed("PUT", "k", at(10)), ""}, {401, "PUT", signed("GET", "k", at(10)), ""}, {401, "POST", signed("PUT", "k", at(10)), ""},
-			{201, "PUT", signed("PUT", "k", at(10)), ""}, {201, "POST", signed("POST", "k", at(10)), ""}, {204, "DELETE", signed("DELETE", "none", at(10)), ""},
-			{401, "GET", signed("GET", "k", at(0)), ""}, {401, "GET", signed("GET", "k", at(-1)), ""}, {200, "GET", signed("GET", "k", at(1)), ""}, {401, "GET", signed("GET", "k", "soon"), ""},
-			{401, "GET", strings.Replace(signed("GET", "a/b", at(10)), "a/b", "k", 1), ""}, {401, "GET", strings.Replace(signed("GET", "k", at(10)), "expires=", "expires=1", 1), ""},
-			{401, "GET", signed("GET", "k", at(10)) + "0", ""}, {401, "GET", signed("GET", "k", at(10)) + "&ttl=1", ""}, {401, "PUT", signed("PUT", "k", at(10)) + "&ttl=1h", ""},
-			{401, "GET", "/blob/k?sig=", ""}, {401, "GET", "/blob/k?sig=00&sig=11", ""}, {401, "GET", signed("GET", "", at(10)), ""},
-			{200, "GET", signed("GET", "k", at(10)), "Bearer " + token}, {401, "GET", signed("GET", "k", at(10)), "Bearer wrong"},
-			{401, "GET", signed("GET", "k", at(0)), "Bearer " + token}, {401, "GET", "/blob/?sig=00", "Bearer " + token},
-		} {
-			headers := map[bool][]string{true: {"Authorization", c.token}}[c.token != ""]
-			resp, body := s.want(c.code, c.method, c.path, []byte("v"), headers...)
-			offer, text := strings.Join(resp.Header["Www-Authenticate"], "; "), "unauthorized\n"
-			if c.path == signed("GET", "k", at(0)) || c.path == signed("GET", "k", at(-1)) { // a right one
-				text = "unauthorized: the signed URL has expired\n"
-			}
-			expect(t, c.code != 401 || strings.HasPrefix(offer, "Bearer; Basic realm=") && (c.method == "HEAD" || string(body) == text),
-				"%s %s: %v %q", c.method, c.path, resp.Header, body)
-		}
-		s.want(401, "GET", "/blob/k", nil, "Authorization", "Bearer "+token, "Authorization", "Bearer "+token)
-		s.stop()
-		log := s.log.String()
-		expect(t, !strings.Contains(log, token) && !strings.Contains(log, "sig=") && !strings.Contains(log, "expires"), "a secret in the log: %s", log)
-	}
+	moved := strings.Replace(signed("GET", "a/b", at(10)), "a/b", "k", 1)
+	extended := strings.Replace(signed("GET", "k", at(10)), "expires=", "expires=1", 1)
+	byReader := "/blob/k?expires=" + at(10) + "&sig=" + sign(readToken, "GET", "k", at(10))
+	wantAccess(t, false, clock.now, []access{
+		{"signed, GET", "GET", signed("GET", "k", at(10)), "", 200, ""},
+		{"signed, GET of a path", "GET", signed("GET", "a/b", at(10)), "", 200, ""},
+		{"signed for GET, HEAD", "HEAD", signed("GET", "k", at(10)), "", 200, ""},
+		{"signed for HEAD, HEAD", "HEAD", signed("HEAD", "k", at(10)), "", 200, ""},
+		{"signed, PUT", "PUT", signed("PUT", "k", at(10)), "", 201, ""},
+		{"signed, POST", "POST", signed("POST", "k", at(10)), "", 201, ""},
+		{"signed, DELETE", "DELETE", signed("DELETE", "none", at(10)), "", 204, ""},
+		{"signed for HEAD, GET", "GET", signed("HEAD", "k", at(10)), "", 401, otherMethod},
+		{"signed for PUT, GET", "GET", signed("PUT", "k", at(10)), "", 401, otherMethod},
+		{"signed for GET, PUT", "PUT", signed("GET", "k", at(10)), "", 401, otherMethod},
+		{"signed for PUT, POST", "POST", signed("PUT", "k", at(10)), "", 401, otherMethod},
+		{"signed for GET, DELETE", "DELETE", signed("GET", "k", at(10)), "", 401, otherMethod},
+		{"signed for GET, other method", "PATCH", signed("GET", "k", at(10)), "", 401, otherMethod},
+		{"signed, about to expire", "GET", signed("GET", "k", at(1)), "", 200, ""},
+		{"signed, expired now", "GET", signed("GET", "k", at(0)), "", 401, expired},
+		{"signed, expired", "GET", signed("GET", "k", at(-1)), "", 401, expired},
+		{"signed until a word", "GET", signed("GET", "k", "soon"), "", 401, refused},
+		{"signed for another key", "GET", moved, "", 401, refused},
+		{"signed, a later end", "GET", extended, "", 401, refused},
+		{"signed, a longer signature", "GET", signed("GET", "k", at(10)) + "0", "", 401, refused},
+		{"signed, another parameter", "GET", signed("GET", "k", at(10)) + "&ttl=1", "", 401, refused},
+		{"signed, a ttl", "PUT", signed("PUT", "k", at(10)) + "&ttl=1h", "", 401, refused},
+		{"signed by the read token", "GET", byReader, "", 401, refused},
+		{"signed, listing", "GET", signed("GET", "", at(10)), "", 401, refused},
+		{"empty signature", "GET", "/blob/k?sig=", "", 401, refused},
+		{"two signatures", "GET", "/blob/k?sig=00&sig=11", "", 401, refused},
+		{"signed and a token", "GET", signed("GET", "k", at(10)), "Bearer " + authToken, 200, ""},
+		{"signed and a wrong token", "GET", signed("GET", "k", at(10)), "Bearer wrong", 401, refused},
+		{"expired and a token", "GET", signed("GET", "k", at(0)), "Bearer " + authToken, 401, expired},
+		{"wrong signature and a token", "GET", "/blob/?sig=00", "Bearer " + authToken, 401, refused},
+		{"read token and a signature for PUT", "PUT", signed("PUT", "k", at(10)), "Bearer " + readToken, 201, ""},
+	})
 }
 
 // What sign prints works, for every key.
@@ -1777,7 +2209,6 @@ func TestCORS(t *testing.T) {
 		}
 		s.want(204, "OPTIONS", path, nil, "Access-Control-Request-Method", "GET", "Authorization", "Bearer wrong")
 	}
-	s.want(401, "OPTIONS", "/blob/k", nil)
 	s.want(201, "PUT", "/blob/k", []byte("v"), "Authorization", "Bearer sekret")
 	for code, path := range map[int]string{200: "/blob/k", 404: "/blob/none", 401: "/metrics"} {
 		resp, _ := s.want(code, "GET", path, nil)
