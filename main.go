@@ -803,7 +803,6 @@ type server struct {
 func newServer(cfg *config, st *store, log *slog.Logger) *server {
 	s := &server{store: st, log: log, cfg: cfg, stall: stallTimeout, mux: http.NewServeMux(),
 		metrics: &metrics{requests: map[string]int64{}, durations: map[string]histogram{}}}
-	mime.AddExtensionType(".webm", "video/webm") // its own table says audio
 	if cfg.CORSOrigin != "*" {
 		s.foreign = http.NewCrossOriginProtection()
 		s.foreign.AddTrustedOrigin(cfg.CORSOrigin) // fails if there is none
@@ -1509,19 +1508,65 @@ func parseTTL(text string) (time.Duration, error) {
 // contentTypeOf returns the type to store for an upload: the one it names, else that of the key's
 // file extension. It refuses what could not be given back as it came.
 func contentTypeOf(r *http.Request) (string, error) {
-	sent, encoding := r.Header.Get("Content-Type"), strings.Join(r.Header["Content-Encoding"], ",")
+	sent := r.Header.Get("Content-Type")
 	media, _, _ := strings.Cut(sent, ";")
-	switch media = strings.ToLower(strings.TrimSpace(media)); {
+	media = strings.ToLower(strings.TrimSpace(media))
+	encoding := strings.Join(r.Header["Content-Encoding"], ",")
+	isEncoded := encoding != "" && !strings.EqualFold(encoding, "identity")
+	switch {
 	case media == "multipart/form-data":
-		return "", badRequest("a multipart/form-data body is a form; send the file alone, as curl -T FILE does")
-	case encoding != "" && !strings.EqualFold(encoding, "identity"), r.Header.Get("Content-Range") != "":
-		return "", badRequest("Content-Encoding and Content-Range are not supported; send the whole content as it is")
+		return "", badRequest("multipart/form-data is a form; send the file alone, as curl -T FILE does")
+	case isEncoded, r.Header.Get("Content-Range") != "":
+		return "", badRequest("no Content-Encoding or Content-Range; send the whole content as it is")
 	case len(sent) > 255, !utf8.ValidString(sent):
 		return "", badRequest("the Content-Type is longer than 255 bytes or not UTF-8")
-	case media == "", media == "application/x-www-form-urlencoded": // what curl --data-binary says of anything
-		return cmp.Or(mime.TypeByExtension(path.Ext(r.PathValue("key"))), octetStream), nil
 	}
-	return sent, nil
+	const anything = "application/x-www-form-urlencoded" // what curl --data-binary says of any file
+	if media != "" && media != anything {
+		return sent, nil
+	}
+	return typeByExtension(r.PathValue("key")), nil
+}
+
+// typeTable has content types, each with its extensions. It is the same on every machine, unlike
+// the table of package mime, which reads the files of the system.
+const typeTable = `
+text/plain txt text log conf ini; text/html html htm; text/css css; text/javascript js mjs;
+text/markdown md markdown; text/csv csv; text/xml xml; text/vtt vtt; text/calendar ics;
+application/json json map geojson; application/x-ndjson ndjson jsonl;
+application/yaml yaml yml; application/toml toml; application/sql sql;
+application/wasm wasm; application/pdf pdf; application/epub+zip epub;
+application/vnd.sqlite3 sqlite sqlite3; application/zip zip; application/gzip gz tgz;
+application/zstd zst; application/x-tar tar; application/x-xz xz; application/x-bzip2 bz2;
+application/x-7z-compressed 7z; application/java-archive jar;
+application/vnd.debian.binary-package deb; application/x-rpm rpm;
+image/jpeg jpg jpeg; image/png png; image/gif gif; image/webp webp; image/avif avif;
+image/svg+xml svg; image/heic heic; image/bmp bmp; image/tiff tif tiff;
+image/vnd.microsoft.icon ico;
+audio/mpeg mp3; audio/mp4 m4a; audio/ogg ogg oga opus; audio/wav wav; audio/flac flac;
+video/mp4 mp4 m4v; video/webm webm; video/mpeg mpeg mpg; video/quicktime mov;
+video/x-matroska mkv;
+font/woff woff; font/woff2 woff2; font/ttf ttf; font/otf otf
+`
+
+// typesByExtension is typeTable by extension. It does not change.
+var typesByExtension = func() map[string]string {
+	types := map[string]string{}
+	for row := range strings.SplitSeq(typeTable, ";") {
+		mediaType, extensions, _ := strings.Cut(strings.TrimSpace(row), " ")
+		if strings.HasPrefix(mediaType, "text/") {
+			mediaType += "; charset=utf-8" // else a browser guesses
+		}
+		for extension := range strings.FieldsSeq(extensions) {
+			types[extension] = mediaType
+		}
+	}
+	return types
+}()
+
+func typeByExtension(key string) string {
+	extension := strings.TrimPrefix(path.Ext(key), ".")
+	return cmp.Or(typesByExtension[strings.ToLower(extension)], octetStream)
 }
 
 type conditions struct{ match, noneMatch string } // of a write, as sent: "*" or a list of tags; "" for none

@@ -2260,6 +2260,55 @@ func TestQueries(t *testing.T) {
 	s.want(201, "PUT", "/blob/k?ttl=5s&expires=1&sig=00", nil) // of a server that had a token
 }
 
+// The type of an extension is the same on every machine.
+func TestTypeByExtension(t *testing.T) {
+	for _, c := range []struct{ key, want string }{
+		{"a.txt", "text/plain; charset=utf-8"},
+		{"a.log", "text/plain; charset=utf-8"},
+		{"a.html", "text/html; charset=utf-8"},
+		{"a.css", "text/css; charset=utf-8"},
+		{"a.js", "text/javascript; charset=utf-8"},
+		{"a.md", "text/markdown; charset=utf-8"},
+		{"a.csv", "text/csv; charset=utf-8"},
+		{"a.json", "application/json"},
+		{"a.yaml", "application/yaml"},
+		{"a.yml", "application/yaml"},
+		{"a.toml", "application/toml"},
+		{"a.tar", "application/x-tar"},
+		{"a.tar.gz", "application/gzip"},
+		{"a.zst", "application/zstd"},
+		{"a.zip", "application/zip"},
+		{"a.deb", "application/vnd.debian.binary-package"},
+		{"a.pdf", "application/pdf"},
+		{"a.wasm", "application/wasm"},
+		{"a.jpg", "image/jpeg"},
+		{"x.gz/a.PNG", "image/png"},
+		{"a.svg", "image/svg+xml"},
+		{"a.mp3", "audio/mpeg"},
+		{"a.mp4", "video/mp4"},
+		{"a.webm", "video/webm"},
+		{"a.woff2", "font/woff2"},
+		{".png", "image/png"},
+		{"jpg", octetStream},
+		{"a.", octetStream},
+		{"a.png.", octetStream},
+		{"a.jpg/b", octetStream},
+		{"a.jpg text", octetStream},
+		{"a.nosuchextension", octetStream},
+	} {
+		if got := typeByExtension(c.key); got != c.want {
+			t.Errorf("%s: %s, want %s", c.key, got, c.want)
+		}
+	}
+	extensions := 0
+	for row := range strings.SplitSeq(typeTable, ";") {
+		extensions += len(strings.Fields(row)) - 1
+	}
+	if extensions != len(typesByExtension) {
+		t.Errorf("an extension is in two rows: %d extensions, %d of them different", extensions, len(typesByExtension))
+	}
+}
+
 // The type is that of the upload, else of the key's file extension.
 func TestContentType(t *testing.T) {
 	s := newTestServer(t, func(c *config) { c.CacheControl = "public, max-age=60" })
