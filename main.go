@@ -802,7 +802,7 @@ type server struct {
 
 func newServer(cfg *config, st *store, log *slog.Logger) *server {
 	s := &server{store: st, log: log, cfg: cfg, stall: stallTimeout, mux: http.NewServeMux(),
-		metrics: &metrics{requests: map[string]int64{}, durations: map[string]histogram{}}}
+		metrics: newMetrics()}
 	if cfg.CORSOrigin != "*" {
 		s.foreign = http.NewCrossOriginProtection()
 		s.foreign.AddTrustedOrigin(cfg.CORSOrigin) // fails if there is none
@@ -903,7 +903,8 @@ type handler func(w *response, r *http.Request) error // answers one request, or
 type response struct {
 	http.ResponseWriter
 	status         int
-	received, sent int64 // bytes of bodies
+	route          string // for the metrics, where the pattern does not tell
+	received, sent int64  // bytes of bodies
 	stall          time.Duration
 	moved          time.Time // when the deadlines were
 
@@ -1312,6 +1313,7 @@ func (u *upload) Read(p []byte) (n int, err error) {
 
 // listBlobs serves /blob/: to a browser its folder page, else a page of the listing, no snapshot.
 func (s *server) listBlobs(w *response, r *http.Request) error {
+	w.route = "/blob/"
 	if wantsPage(w, r) {
 		return s.showFolder(w, r, "")
 	}
@@ -1394,6 +1396,7 @@ A KEY may have slashes. For operators: /healthz, /readyz, /metrics.
 // showFolder answers a page of what is below folder, which is empty or ends with a slash. It is
 // written while the shards are read: a folder of any size costs a small page in memory.
 func (s *server) showFolder(w *response, r *http.Request, folder string) error {
+	w.route = "/blob/"
 	if err := s.authorizeFolder(r); err != nil {
 		return err
 	}
@@ -3649,111 +3652,250 @@ func (br *blobReader) gzipPiece(data []byte) (piece []byte) {
 }
 
 // ==== Metrics =====================================================================================
-// What the server does, in the text format of Prometheus. Labels are bounded: route patterns, known
+// What the server does, in the text format of Prometheus. Labels are bounded: routes, known
 // methods, status codes, shards. A scrape counts a shard's blobs at most once a minute.
 
-// seconds are the upper bounds of the histogram, from a cached GET to the drain.
-var seconds = [...]float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 15}
+// durationBounds are the upper bounds of the histogram in seconds, from a cached GET to the drain.
+var durationBounds = [...]float64{
+	.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 15,
+}
 
-// histogram counts durations up to each bound and above the one before; the last count: above all.
+// histogram counts durations: each count is of those up to its bound and above the bound before it.
+// The last count is of those above all bounds.
 type histogram struct {
-	counts [len(seconds) + 1]int64
-	sum    float64
+	counts [len(durationBounds) + 1]int64
+	sum    float64 // seconds
+}
+
+// routeMethod and requestKind are the labels of a request. They become text only at a scrape.
+type routeMethod struct{ route, method string }
+
+type requestKind struct {
+	routeMethod
+	status int // 0: the request was cut off
 }
 
 // metrics are the counts of requests. Any goroutine may use them.
 type metrics struct {
-	mu             sync.Mutex           // guards the rest
-	requests       map[string]int64     // by labels
-	durations      map[string]histogram // by route
-	received, sent int64
+	mu        sync.Mutex // guards the other fields
+	requests  map[requestKind]int64
+	durations map[routeMethod]*histogram
+	received  int64 // bytes of uploaded bodies
+	sent      int64 // bytes of answered bodies
 }
 
-// observe counts one request. The status code of one that was cut off is 0.
+func newMetrics() *metrics {
+	return &metrics{requests: map[requestKind]int64{}, durations: map[routeMethod]*histogram{}}
+}
+
+// observe counts one request. Its w.status is 0 if it was cut off.
 func (m *metrics) observe(w *response, r *http.Request, took time.Duration) {
-	_, route, _ := strings.Cut(r.Pattern, " ")
-	route, method := cmp.Or(route, r.Pattern, "none"), r.Method
-	if !slices.Contains([]string{"GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS"}, method) {
-		method = "other"
+	labels := routeMethod{routeOf(w, r), "other"}
+	switch r.Method {
+	case http.MethodGet, http.MethodHead, http.MethodPut, http.MethodPost, http.MethodDelete:
+		labels.method = r.Method
 	}
-	bound, _ := slices.BinarySearch(seconds[:], took.Seconds())
+	bucket, _ := slices.BinarySearch(durationBounds[:], took.Seconds())
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.requests[`{route="`+route+`",method="`+method+`",code="`+strconv.Itoa(w.status)+`"}`]++
-	h := m.durations[route]
-	h.counts[bound]++
+	m.requests[requestKind{labels, w.status}]++
+	h := m.durations[labels]
+	if h == nil {
+		h = &histogram{}
+		m.durations[labels] = h
+	}
+	h.counts[bucket]++
 	h.sum += took.Seconds()
-	m.durations[route] = h
-	m.received, m.sent = m.received+w.received, m.sent+w.sent
+	m.received += w.received
+	m.sent += w.sent
 }
 
-// metric writes a metric and its samples: labels and value in turn. Its name tells its kind.
-func metric(w io.Writer, name, help string, samples ...any) {
-	kind := map[bool]string{false: "gauge", true: "counter"}[strings.HasSuffix(name, "_total")]
-	fmt.Fprintf(w, "# HELP %s %s\n# TYPE %[1]s %[3]s\n", name, help, kind)
-	for i := 0; i < len(samples); i += 2 {
-		fmt.Fprintf(w, "%s%v %v\n", name, samples[i], samples[i+1])
+// routeOf returns the route of a request for its labels: the one that the handler has set, or the
+// path of the pattern, which may follow a method. A path that is refused has no pattern.
+func routeOf(w *response, r *http.Request) string {
+	if w.route != "" {
+		return w.route
+	}
+	if r.Pattern == "" {
+		return "none"
+	}
+	return r.Pattern[strings.Index(r.Pattern, "/"):]
+}
+
+// sample is one line of a metric.
+type sample struct {
+	labels string // such as {shard="0"}, or empty
+	value  float64
+}
+
+// number is a sample without labels.
+func number[N int | int64 | uint64 | float64](value N) sample {
+	return sample{"", float64(value)}
+}
+
+// writeMetric writes a metric and its samples. A name that ends in _total is a counter.
+func writeMetric(text io.Writer, name, help string, samples ...sample) {
+	kind := "gauge"
+	if strings.HasSuffix(name, "_total") {
+		kind = "counter"
+	}
+	fmt.Fprintf(text, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
+	for _, s := range samples {
+		value := strconv.FormatFloat(s.value, 'f', -1, 64)
+		fmt.Fprintf(text, "%s%s %s\n", name, s.labels, value)
 	}
 }
 
 func (s *server) exposeMetrics(w *response, _ *http.Request) error {
-	text, m, st := new(bytes.Buffer), s.metrics, s.store
-	m.mu.Lock()
-	var samples []any
-	for labels, n := range m.requests {
-		samples = append(samples, labels, n)
-	}
-	metric(text, "blobnom_http_requests_total", "Requests by route, method and status code; 0 was cut off.", samples...)
-	metric(text, "blobnom_http_received_bytes_total", "Bytes of uploaded bodies.", "", m.received)
-	metric(text, "blobnom_http_sent_bytes_total", "Bytes of answered bodies.", "", m.sent)
-	const name = "blobnom_http_request_duration_seconds"
-	fmt.Fprintf(text, "# HELP %s Time from the request's header to the end of its answer.\n# TYPE %[1]s histogram\n", name)
-	for route, h := range m.durations {
-		var n int64
-		for i, bound := range append(seconds[:], math.Inf(1)) {
-			n += h.counts[i]
-			fmt.Fprintf(text, "%s_bucket{route=%q,le=\"%v\"} %d\n", name, route, bound, n)
-		}
-		fmt.Fprintf(text, "%s_sum{route=%q} %g\n%[1]s_count{route=%[2]q} %[4]d\n", name, route, h.sum, n)
-	}
-	m.mu.Unlock()
-	metric(text, "blobnom_batches_total", "Transactions of writes.", "", st.batches.Load())
-	metric(text, "blobnom_batch_operations_total", "Writes in these transactions.", "", st.operations.Load())
-	metric(text, "blobnom_commit_seconds_total", "Time that they took.", "", float64(st.commitNanos.Load())/1e9)
-	metric(text, "blobnom_queue_bytes", "Bytes of writes queued or being committed.", "", st.pending.Load())
-	perShard := func(name, help string, value func(*shard) any) {
-		var samples []any
-		for _, sh := range st.shards {
-			if sh.broken == nil {
-				samples = append(samples, fmt.Sprintf(`{shard="%d"}`, sh.index), value(sh))
-			}
-		}
-		metric(text, name, help, samples...)
-	}
-	perShard("blobnom_queue_operations", "Queued writes.", func(sh *shard) any { return sh.batcher.depth() })
-	failed := func(sh *shard) any { return sh.failedWrites.Load() }
-	perShard("blobnom_failed_background_writes_total", "Writes that failed after they were answered 202.", failed)
-	perShard("blobnom_shard_blobs", "Blobs, with expired ones.", func(sh *shard) any { return sh.blobs() })
-	perShard("blobnom_shard_file_bytes", "Size of the database.", func(sh *shard) any { return sizeOf(sh.path) })
-	perShard("blobnom_shard_wal_bytes", "WAL size.", func(sh *shard) any { return max(0, sizeOf(sh.path+"-wal")) })
-	var mem runtime.MemStats
-	runtime.ReadMemStats(&mem)
-	metric(text, "go_goroutines", "Goroutines that exist.", "", runtime.NumGoroutine())
-	metric(text, "go_memstats_heap_alloc_bytes", "Bytes of heap objects.", "", mem.HeapAlloc)
-	metric(text, "go_memstats_sys_bytes", "Bytes obtained from the system.", "", mem.Sys)
-	metric(text, "blobnom_build_info", "The version.", `{version="`+version()+`",goversion="`+runtime.Version()+`"}`, 1)
+	text := new(bytes.Buffer)
+	s.metrics.write(text)
+	s.store.writeMetrics(text)
+	writeProcessMetrics(text)
 	return write(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", text.Bytes())
 }
 
-// blobs counts the shard's blobs, at most once a minute: that reads the whole key index.
+// write writes the metrics of the requests.
+func (m *metrics) write(text io.Writer) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var requests []sample
+	for kind, n := range m.requests {
+		labels := fmt.Sprintf(`{route=%q,method=%q,code="%d"}`, kind.route, kind.method, kind.status)
+		requests = append(requests, sample{labels, float64(n)})
+	}
+	const help = "Requests by route, method and status code; code 0 was cut off."
+	writeMetric(text, "blobnom_http_requests_total", help, requests...)
+	const name = "blobnom_http_request_duration_seconds"
+	fmt.Fprintf(text, "# HELP %s Time from a request's header to the end of its answer.\n", name)
+	fmt.Fprintf(text, "# TYPE %s histogram\n", name)
+	for key, h := range m.durations {
+		labels := fmt.Sprintf("route=%q,method=%q", key.route, key.method)
+		count := int64(0) // of all durations up to the bound
+		for i, bound := range durationBounds {
+			count += h.counts[i]
+			fmt.Fprintf(text, "%s_bucket{%s,le=\"%v\"} %d\n", name, labels, bound, count)
+		}
+		count += h.counts[len(durationBounds)]
+		fmt.Fprintf(text, "%s_bucket{%s,le=\"+Inf\"} %d\n", name, labels, count)
+		fmt.Fprintf(text, "%s_sum{%s} %g\n", name, labels, h.sum)
+		fmt.Fprintf(text, "%s_count{%s} %d\n", name, labels, count)
+	}
+	received := number(m.received)
+	writeMetric(text, "blobnom_http_received_bytes_total", "Bytes of uploaded bodies.", received)
+	writeMetric(text, "blobnom_http_sent_bytes_total", "Bytes of answered bodies.", number(m.sent))
+}
+
+// writeMetrics writes the metrics of the store and its shards.
+func (st *store) writeMetrics(text io.Writer) {
+	writeMetric(text, "blobnom_batches_total", "Transactions of writes.", number(st.batches.Load()))
+	operations := number(st.operations.Load())
+	writeMetric(text, "blobnom_batch_operations_total", "Writes in transactions.", operations)
+	seconds := number(float64(st.commitNanos.Load()) / 1e9)
+	writeMetric(text, "blobnom_commit_seconds_total", "Time that transactions took.", seconds)
+	pending := number(st.pending.Load())
+	writeMetric(text, "blobnom_queue_bytes", "Bytes of writes queued or being committed.", pending)
+	var disk syscall.Statfs_t
+	if syscall.Statfs(st.dir, &disk) == nil {
+		free := number(float64(disk.Bavail) * float64(disk.Bsize))
+		writeMetric(text, "blobnom_disk_free_bytes", "Free bytes of the data's disk.", free)
+	}
+	for _, m := range []struct {
+		name, help string
+		value      func(*shard) int64
+	}{
+		{"blobnom_shard_ready", "1 if the shard is ready, else 0, as /readyz.", (*shard).readiness},
+		{"blobnom_queue_operations", "Queued writes.", (*shard).queued},
+		{"blobnom_failed_background_writes_total", "Writes that failed after a 202.", (*shard).failed},
+		{"blobnom_shard_blobs", "Blobs, expired ones too, at most a minute ago.", (*shard).blobs},
+		{"blobnom_shard_file_bytes", "Size of the database file.", (*shard).fileBytes},
+		{"blobnom_shard_wal_bytes", "Size of the write-ahead log.", (*shard).walBytes},
+	} {
+		var samples []sample
+		for _, sh := range st.shards {
+			if sh.broken != nil && m.name != "blobnom_shard_ready" {
+				continue // a shard that was not opened has no other figures
+			}
+			labels := fmt.Sprintf(`{shard="%d"}`, sh.index)
+			samples = append(samples, sample{labels, float64(m.value(sh))})
+		}
+		writeMetric(text, m.name, m.help, samples...)
+	}
+}
+
+// The figures of a shard for its metrics.
+
+func (sh *shard) readiness() int64 {
+	if sh.health() != nil {
+		return 0
+	}
+	return 1
+}
+
+func (sh *shard) queued() int64 {
+	return int64(sh.batcher.depth())
+}
+
+func (sh *shard) failed() int64 {
+	return sh.failedWrites.Load()
+}
+
+func (sh *shard) fileBytes() int64 {
+	return max(0, sizeOf(sh.path))
+}
+
+func (sh *shard) walBytes() int64 {
+	return max(0, sizeOf(sh.path+"-wal"))
+}
+
+// blobs counts the shard's blobs, at most once a minute: that reads the whole index of keys. After
+// an error it returns the last count.
 func (sh *shard) blobs() int64 {
 	sh.countMu.Lock()
 	defer sh.countMu.Unlock()
 	if time.Since(sh.counted) > time.Minute {
 		sh.counted = time.Now()
-		sh.note(sh.readers.QueryRow("SELECT count(*) FROM blobs").Scan(&sh.count)) // on an error: the last count
+		row := sh.readers.QueryRow("SELECT count(*) FROM blobs")
+		sh.note(row.Scan(&sh.count))
 	}
 	return sh.count
+}
+
+var processStart = time.Now()
+
+// writeProcessMetrics writes the standard metrics of a process, as far as the system tells them,
+// and of Go.
+func writeProcessMetrics(text io.Writer) {
+	start := float64(processStart.UnixMilli()) / 1e3
+	const startHelp = "Start time in seconds since the Unix epoch."
+	writeMetric(text, "process_start_time_seconds", startHelp, number(start))
+	var usage syscall.Rusage
+	if syscall.Getrusage(syscall.RUSAGE_SELF, &usage) == nil {
+		seconds := float64(usage.Utime.Nano()+usage.Stime.Nano()) / 1e9
+		writeMetric(text, "process_cpu_seconds_total", "User and system CPU time.", number(seconds))
+	}
+	var files syscall.Rlimit
+	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files) == nil {
+		most := number(files.Cur)
+		writeMetric(text, "process_max_fds", "Maximum number of open file descriptors.", most)
+	}
+	if open, err := os.ReadDir("/proc/self/fd"); err == nil { // Linux, like the next file
+		count := number(len(open) - 1) // without the one that reads the directory
+		writeMetric(text, "process_open_fds", "Number of open file descriptors.", count)
+	}
+	var virtual, resident int64 // pages
+	statm, _ := os.ReadFile("/proc/self/statm")
+	if _, err := fmt.Sscan(string(statm), &virtual, &resident); err == nil {
+		bytes := number(resident * int64(os.Getpagesize()))
+		writeMetric(text, "process_resident_memory_bytes", "Resident memory size.", bytes)
+	}
+	var memory runtime.MemStats
+	runtime.ReadMemStats(&memory)
+	heap := number(memory.HeapAlloc)
+	writeMetric(text, "go_goroutines", "Goroutines that exist.", number(runtime.NumGoroutine()))
+	writeMetric(text, "go_memstats_heap_alloc_bytes", "Bytes of heap objects.", heap)
+	writeMetric(text, "go_memstats_sys_bytes", "Bytes obtained from the system.", number(memory.Sys))
+	build := fmt.Sprintf("{version=%q,goversion=%q}", version(), runtime.Version())
+	writeMetric(text, "blobnom_build_info", "Constant 1; the labels tell the version.", sample{build, 1})
 }
 
 // ==== Upkeep ======================================================================================

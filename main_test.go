@@ -2452,6 +2452,8 @@ func TestMetrics(t *testing.T) {
 	s.want(405, "PATCH", "/blob/x", nil)
 	s.want(405, "BREW", "/blob/x", nil)
 	s.want(404, "GET", "/nothing/at/all", nil)
+	s.want(200, "GET", "/blob/", nil)
+	s.want(200, "GET", "/blob/", nil, "Accept", "text/html")
 	s.want(204, "DELETE", "/blob/"+b, nil)
 	const some = -1 // more than 0
 	m := s.metrics()
@@ -2462,9 +2464,12 @@ func TestMetrics(t *testing.T) {
 		`blobnom_http_requests_total{route="/blob/{key...}",method="DELETE",code="204"}`:        1,
 		`blobnom_http_requests_total{route="/blob/{key...}",method="other",code="405"}`:         2,
 		`blobnom_http_requests_total{route="none",method="GET",code="400"}`:                     1,
+		`blobnom_http_requests_total{route="/blob/",method="GET",code="200"}`:                   2,
 		`blobnom_http_requests_total{route="/",method="GET",code="404"}`:                        1,
-		`blobnom_http_request_duration_seconds_count{route="/blob/{key...}"}`:                   8,
-		`blobnom_http_request_duration_seconds_bucket{route="/blob/{key...}",le="+Inf"}`:        8,
+		`blobnom_http_request_duration_seconds_count{route="/blob/{key...}",method="PUT"}`:      3,
+		`blobnom_http_request_duration_seconds_count{route="/blob/{key...}",method="other"}`:    2,
+		`blobnom_http_request_duration_seconds_count{route="/blob/",method="GET"}`:              2,
+		`blobnom_shard_ready{shard="1"}`:                                                        1,
 		`blobnom_http_received_bytes_total`:                                                     140 + 3*chunkSize,
 		`blobnom_batches_total`:                                                                 3 + 2 + 1, // puts, chunks before the last, delete
 		`blobnom_batch_operations_total`:                                                        6,
@@ -2476,6 +2481,7 @@ func TestMetrics(t *testing.T) {
 		`blobnom_build_info{version="` + version() + `",goversion="` + runtime.Version() + `"}`: 1,
 		`blobnom_shard_file_bytes{shard="1"}`:                                                   some, `blobnom_shard_wal_bytes{shard="1"}`: some, `blobnom_commit_seconds_total`: some,
 		`blobnom_http_sent_bytes_total`: some, `go_goroutines`: some, `go_memstats_heap_alloc_bytes`: some,
+		`blobnom_disk_free_bytes`: some, `process_start_time_seconds`: some, `process_cpu_seconds_total`: some, `process_max_fds`: some,
 	} {
 		got, there := m[sample]
 		expect(t, there && (got == want || want == some && got > 0), "%s %v, want %v", sample, got, want)
@@ -2497,6 +2503,62 @@ func TestMetrics(t *testing.T) {
 		sh.countMu.Lock()
 		sh.counted = time.Time{}
 		sh.countMu.Unlock()
+	}
+}
+
+// A duration counts in the buckets of its bound and of all larger ones.
+func TestHistogram(t *testing.T) {
+	for _, c := range []struct {
+		took        time.Duration
+		below, from string // the bounds around it
+	}{
+		{0, "", "0.0001"},
+		{100 * time.Microsecond, "", "0.0001"},
+		{101 * time.Microsecond, "0.0001", "0.00025"},
+		{3 * time.Millisecond, "0.0025", "0.005"},
+		{5 * time.Millisecond, "0.0025", "0.005"},
+		{15 * time.Second, "10", "15"},
+		{16 * time.Second, "15", "+Inf"},
+	} {
+		m := newMetrics()
+		r := &http.Request{Method: "GET", Pattern: "GET /x"}
+		m.observe(&response{status: 200}, r, c.took)
+		var text bytes.Buffer
+		m.write(&text)
+		const name = `blobnom_http_request_duration_seconds`
+		const labels = `{route="/x",method="GET"`
+		for _, line := range []string{
+			fmt.Sprintf("%s_bucket%s,le=%q} 0\n", name, labels, c.below),
+			fmt.Sprintf("%s_bucket%s,le=%q} 1\n", name, labels, c.from),
+			fmt.Sprintf("%s_bucket%s,le=%q} 1\n", name, labels, "+Inf"),
+			fmt.Sprintf("%s_sum%s} %g\n", name, labels, c.took.Seconds()),
+			fmt.Sprintf("%s_count%s} 1\n", name, labels),
+		} {
+			if !strings.Contains(text.String(), line) && !strings.Contains(line, `le=""`) {
+				t.Errorf("%v: no line %s in\n%s", c.took, line, &text)
+			}
+		}
+	}
+}
+
+// The gauges of a shard and of the process tell their state.
+func TestMetricsOfState(t *testing.T) {
+	s := newTestServer(t, func(c *config) { c.NumShards = 2 })
+	m := s.metrics()
+	if m[`blobnom_shard_ready{shard="0"}`] != 1 || m[`blobnom_shard_ready{shard="1"}`] != 1 {
+		t.Errorf("shards are not ready: %v", m)
+	}
+	if age := float64(time.Now().Unix()) - m["process_start_time_seconds"]; age < -1 || age > 3600 {
+		t.Errorf("the process started %v s ago", age)
+	}
+	if runtime.GOOS != "linux" {
+		return
+	}
+	if m["process_resident_memory_bytes"] < 1<<20 {
+		t.Errorf("%v bytes are resident", m["process_resident_memory_bytes"])
+	}
+	if open := m["process_open_fds"]; open < 3 || open > m["process_max_fds"] {
+		t.Errorf("%v of %v file descriptors are open", open, m["process_max_fds"])
 	}
 }
 
@@ -2718,6 +2780,9 @@ func TestCorruptShard(t *testing.T) {
 		}
 		s.wantBlob(good, noise(9000, 2))
 		s.put(good, []byte("new"))
+		m := s.metrics()
+		ready, isTold := m[`blobnom_shard_ready{shard="1"}`]
+		expect(t, isTold && ready == 0 && m[`blobnom_shard_ready{shard="2"}`] == 1, "%s: readiness in the metrics: %v", name, m)
 		_, body := s.want(503, "GET", "/readyz", nil)
 		expect(t, strings.Contains(string(body), `{"error":"shard is corrupt","failed_background_writes":0,"ready":false,"shard":1}`) &&
 			strings.Count(string(body), "error") == 1 && !strings.Contains(string(body), cfg.DataDir), "%s: %s", name, body)
