@@ -1001,6 +1001,39 @@ func TestExampleConfigLoads(t *testing.T) {
 	}
 }
 
+// Control groups of both versions limit the memory: the least of the group, its parents and the top.
+func TestCgroupLimit(t *testing.T) {
+	const one, two = "sys/fs/cgroup/memory", "sys/fs/cgroup"
+	for _, c := range []struct {
+		name, groups string
+		files        map[string]string
+		want         int64
+	}{
+		{"no control groups", "", nil, noLimit},
+		{"version 2", "0::/a.slice/b\n", map[string]string{two + "/a.slice/b/memory.max": "1000\n"}, 1000},
+		{"version 2 without a limit", "0::/b\n", map[string]string{two + "/b/memory.max": "max\n"}, noLimit},
+		{"version 2, parent", "0::/a/b\n", map[string]string{two + "/a/b/memory.max": "max", two + "/a/memory.max": "7"}, 7},
+		{"version 2, least", "0::/a/b\n", map[string]string{two + "/a/b/memory.max": "5", two + "/a/memory.max": "7"}, 5},
+		{"version 2 in a container", "0::/\n", map[string]string{two + "/memory.max": "9"}, 9},
+		{"version 1", "3:cpu:/x\n4:memory:/b\n", map[string]string{one + "/b/memory.limit_in_bytes": "3000\n"}, 3000},
+		{"version 1 without a limit", "4:memory:/\n", map[string]string{one + "/memory.limit_in_bytes": "9223372036854771712\n"}, noLimit},
+		{"version 1 in a container", "4:memory:/host/x\n", map[string]string{one + "/memory.limit_in_bytes": "8"}, 8},
+		{"both versions", "4:memory:/b\n0::/\n", map[string]string{one + "/b/memory.limit_in_bytes": "6"}, 6},
+	} {
+		root := t.TempDir()
+		files := map[string]string{"proc/self/cgroup": c.groups}
+		maps.Copy(files, c.files)
+		for name, text := range files {
+			file := filepath.Join(root, name)
+			fatal(t, os.MkdirAll(filepath.Dir(file), 0o700))
+			fatal(t, os.WriteFile(file, []byte(text), 0o600))
+		}
+		if got := cgroupLimit(root); got != c.want {
+			t.Errorf("%s: %d, want %d", c.name, got, c.want)
+		}
+	}
+}
+
 func FuzzConfig(f *testing.F) {
 	f.Add(exampleConfig, "true")
 	f.Add("num_shards = 1979-05-27", "")
