@@ -63,6 +63,7 @@ import (
 	"hash/fnv"
 	"html/template"
 	"io"
+	"iter"
 	"log/slog"
 	"maps"
 	"math"
@@ -173,6 +174,7 @@ var (
 	errFull         = &statusError{http.StatusInsufficientStorage, "disk full"}
 
 	errNoBlob     = fmt.Errorf("%w: no blob under this key", errNotFound)
+	errNoRoute    = fmt.Errorf("%w: blobs are at /blob/KEY", errNotFound)
 	errClientGone = errors.New("the client broke off") // nobody is left to answer
 	errNewer      = errors.New("written by a newer version of this server; use that one")
 )
@@ -881,7 +883,8 @@ func newServer(cfg *config, st *store, log *slog.Logger) *server {
 		})
 		handle(path, allowOnly("GET, HEAD"))
 	}
-	notFound := func(*response, *http.Request) error { return fmt.Errorf("%w: blobs are at /blob/KEY", errNotFound) }
+	notFound := func(*response, *http.Request) error { return errNoRoute }
+	handle("GET /blob", s.blobRoot)
 	handle("/blob", notFound) // else the mux redirects it to /blob/
 	handle("/", notFound)
 	return s
@@ -1209,9 +1212,10 @@ func (s *server) getBlob(w *response, r *http.Request) error {
 		return err
 	}
 	br, err := sh.read(key, r.Method == http.MethodHead)
-	if errors.Is(err, errNoBlob) && strings.HasSuffix(key, "/") && wantsPage(w, r) {
-		return s.showFolder(w, r, key)
-	} else if err != nil {
+	if errors.Is(err, errNoBlob) {
+		return s.answerMissing(w, r, key)
+	}
+	if err != nil {
 		return err
 	}
 	defer br.close()
@@ -1368,44 +1372,69 @@ func (u *upload) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
-// listBlobs serves /blob/: to a browser its folder page, else a page of the listing, no snapshot.
+// listBlobs serves /blob/: the page of the top folder for a browser, else a page of the listing.
 func (s *server) listBlobs(w *response, r *http.Request) error {
 	w.route = "/blob/"
-	if wantsPage(w, r) {
+	w.Header().Set("Vary", "Accept")
+	if wantsPage(r) {
 		return s.showFolder(w, r, "")
 	}
-	q, err := queryOf(r, "prefix", "after", "limit", "delimiter")
-	l := listing{prefix: q.Get("prefix"), after: q.Get("after"), delimiter: q.Get("delimiter"), limit: defaultPage}
-	if q.Has("limit") {
-		limit, _ := strconv.ParseUint(q.Get("limit"), 10, 16) // on an error 0, or larger than maxPage
-		l.limit = int(limit)
-	}
-	switch {
-	case err != nil:
-		return err
-	case l.limit < 1, l.limit > maxPage:
-		return badRequest("limit must be a number from 1 to %d", maxPage)
-	case q.Has("delimiter") && l.delimiter == "", !utf8.ValidString(l.prefix + "x" + l.after + "x" + l.delimiter):
-		return badRequest("prefix, after and delimiter must be valid UTF-8, the delimiter not empty")
-	}
-	page, more, err := s.store.list(l)
+	l, err := listingOf(r)
 	if err != nil {
 		return err
 	}
-	answer, prefixes := map[string]any{}, []string{}
-	if more {
-		answer["next"] = page[len(page)-1].Key
+	rows, more, err := s.store.list(l)
+	if err != nil {
+		return err
 	}
-	answer["blobs"] = slices.DeleteFunc(page, func(row listed) bool {
-		if row.ETag == "" {
-			prefixes = append(prefixes, row.Key)
-		}
-		return row.ETag == ""
-	})
+	var answer struct {
+		Blobs    []listed `json:"blobs"`
+		Prefixes []string `json:"prefixes,omitzero"` // nil without a delimiter
+		Next     string   `json:"next,omitempty"`
+	}
+	answer.Blobs = []listed{} // an empty list is not null
 	if l.delimiter != "" {
-		answer["prefixes"] = prefixes
+		answer.Prefixes = []string{}
+	}
+	for _, row := range rows {
+		if row.isFolder() {
+			answer.Prefixes = append(answer.Prefixes, row.Key)
+		} else {
+			answer.Blobs = append(answer.Blobs, row)
+		}
+	}
+	if more {
+		answer.Next = rows[len(rows)-1].Key
 	}
 	return writeJSON(w, http.StatusOK, answer)
+}
+
+// listingOf returns the listing that the query of r asks for.
+func listingOf(r *http.Request) (listing, error) {
+	l := listing{limit: defaultPage}
+	q, err := queryOf(r, "prefix", "after", "limit", "delimiter")
+	if err != nil {
+		return l, err
+	}
+	l.prefix = q.Get("prefix")
+	l.after = q.Get("after")
+	l.delimiter = q.Get("delimiter")
+	for _, text := range []string{l.prefix, l.after, l.delimiter} {
+		if !utf8.ValidString(text) {
+			return l, badRequest("prefix, after and delimiter must be valid UTF-8")
+		}
+	}
+	if q.Has("delimiter") && l.delimiter == "" {
+		return l, badRequest("the delimiter must not be empty")
+	}
+	if q.Has("limit") {
+		limit, err := strconv.ParseUint(q.Get("limit"), 10, 31)
+		if err != nil || limit < 1 || limit > maxPage {
+			return l, badRequest("limit must be a number from 1 to %d", maxPage)
+		}
+		l.limit = int(limit)
+	}
+	return l, nil
 }
 
 // readyz asks every shard. It names shards by number and failures by kind.
@@ -1423,19 +1452,17 @@ func (s *server) readyz(w *response, _ *http.Request) error {
 }
 
 // ==== Pages =======================================================================================
-// What a browser shows: the server itself, and folders to browse. Tools that follow links copy
-// everything out over them. There is no script, and none could run.
+// What a browser shows: the server itself, and folders to browse. Tools that
+// follow links copy everything out over the folder pages. The pages work without JavaScript.
 
-// wantsPage reports whether r comes from a browser, or a tool that reads HTML, and has no query.
-func wantsPage(w *response, r *http.Request) bool {
-	w.Header().Set("Vary", "Accept")
-	return r.URL.RawQuery == "" && strings.Contains(strings.Join(r.Header["Accept"], ","), "text/html")
+// wantsPage reports whether r comes from a browser, or from another tool that reads HTML. Whoever
+// sends a query asks for something else.
+func wantsPage(r *http.Request) bool {
+	accept := strings.Join(r.Header["Accept"], ",")
+	return r.URL.RawQuery == "" && strings.Contains(accept, "text/html")
 }
 
-// about explains the server to whoever finds it.
-func (s *server) about(w *response, r *http.Request) error {
-	blobs := map[bool]string{false: "http://", true: "https://"}[r.TLS != nil] + r.Host + "/blob/"
-	text := fmt.Sprintf(`Blobnom %s, a small sharded blob server
+const aboutText = `Blobnom %s, a small sharded blob server
 
   curl -T FILE %[2]sKEY        store or replace
   curl -o FILE %[2]sKEY        fetch
@@ -1443,85 +1470,216 @@ func (s *server) about(w *response, r *http.Request) error {
   curl -X DELETE %[2]sKEY      delete
 
 A KEY may have slashes. For operators: /healthz, /readyz, /metrics.
-`, version(), blobs)
-	if wantsPage(w, r) {
-		return writePage(w, r, map[string]any{"Title": "Blobnom", "Text": text})
+`
+
+// about explains the server to whoever finds it.
+func (s *server) about(w *response, r *http.Request) error {
+	scheme := "http"
+	if r.TLS != nil {
+		scheme = "https"
 	}
-	return writeText(w, http.StatusOK, text)
+	text := fmt.Sprintf(aboutText, version(), scheme+"://"+r.Host+"/blob/")
+	w.Header().Set("Vary", "Accept")
+	if !wantsPage(r) {
+		return writeText(w, http.StatusOK, text)
+	}
+	setPageHeaders(w)
+	return pageTemplates.ExecuteTemplate(w, "about", text)
 }
 
-// showFolder answers a page of what is below folder, which is empty or ends with a slash. It is
-// written while the shards are read: a folder of any size costs a small page in memory.
+// blobRoot serves /blob, the path of the top folder without its slash.
+func (s *server) blobRoot(w *response, r *http.Request) error {
+	w.Header().Set("Vary", "Accept")
+	if wantsPage(r) {
+		return seeOther(w, "/blob/")
+	}
+	return errNoRoute
+}
+
+// answerMissing answers a GET of a key without a blob. If there are keys below it, a browser is
+// shown that folder, and others are told how to list it. Under async_write keys that are only
+// queued do not count here: no reader of a missing key waits for the writes of other keys.
+func (s *server) answerMissing(w *response, r *http.Request, key string) error {
+	w.Header().Set("Vary", "Accept")
+	isBrowser := wantsPage(r)
+	folder := strings.TrimSuffix(key, "/") + "/"
+	if isBrowser && key == folder {
+		return s.showFolder(w, r, folder)
+	}
+	if !isBrowser && r.Method == http.MethodHead {
+		return errNoBlob // a HEAD has no text that could tell more
+	}
+	if s.authorizeFolder(r) != nil || !s.store.hasPrefix(folder) {
+		return errNoBlob // a reader of public blobs does not learn what is below the key
+	}
+	path := pathOf(folder)
+	if isBrowser && path != "" {
+		return seeOther(w, "/blob/"+path)
+	}
+	prefix := strings.ReplaceAll(url.QueryEscape(folder), "%2F", "/")
+	return fmt.Errorf("%w; to list the keys below it: /blob/?prefix=%s", errNoBlob, prefix)
+}
+
+// seeOther sends a browser on. The answer is not cached, because a blob may get that path.
+func seeOther(w *response, location string) error {
+	w.Header().Set("Location", location)
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(http.StatusSeeOther)
+	return nil
+}
+
+// showFolder answers a page of what is below folder, which is empty or ends with a slash.
 func (s *server) showFolder(w *response, r *http.Request, folder string) error {
 	w.route = "/blob/"
 	if err := s.authorizeFolder(r); err != nil {
 		return err
 	}
 	some, _, err := s.store.list(listing{prefix: folder, limit: 1})
-	if err == nil && len(some) == 0 && folder != "" {
-		err = errNoBlob
-	}
 	if err != nil {
 		return err
 	}
-	rows := func(yield func(listed) bool) {
-		for _, nameAt := range []int{utf8.RuneCountInString(folder) + 1, 0} { // first folders, then blobs
-			l := listing{prefix: folder, delimiter: "/", limit: 100, nameAt: nameAt}
-			for more := true; more && err == nil; {
-				some, more, err = s.store.list(l)
-				for _, row := range some {
-					l.after, row.Key = row.Key, strings.TrimPrefix(row.Key, folder)
-					if (row.ETag == "") == (nameAt > 0) && !yield(row) {
-						return
-					}
-				}
-			}
-		}
+	if len(some) == 0 && folder != "" {
+		return errNoBlob
 	}
-	writeErr := writePage(w, r, map[string]any{"Title": "/" + folder, "Rows": rows})
-	return cmp.Or(err, writeErr)
-}
-
-// writePage answers a page with a title and either a text or rows, the content of a folder.
-func writePage(w *response, r *http.Request, page map[string]any) error {
-	w.Header().Set("Content-Type", "text/html; charset=utf-8")
-	w.Header().Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'")
+	setPageHeaders(w)
 	if r.Method == http.MethodHead {
 		w.WriteHeader(http.StatusOK)
 		return nil
 	}
-	return pageTemplate.Execute(w, page)
+	return s.writeFolder(w, folder)
 }
 
-var pageTemplate = template.Must(template.New("").Funcs(template.FuncMap{"human": humanSize, "link": link}).Parse(`<!DOCTYPE html>
+// writeFolder writes the page while it reads the shards: a folder of any size costs the memory of
+// one page of the listing. It reads all rows twice, because the folders stand before the files.
+func (s *server) writeFolder(w io.Writer, folder string) error {
+	page := folderPage{Folder: "/" + folder, Crumbs: crumbsOf(folder)}
+	if err := pageTemplates.ExecuteTemplate(w, "folder", page); err != nil {
+		return err
+	}
+	all := listing{prefix: folder, delimiter: "/", limit: defaultPage}
+	for row, err := range s.store.rows(all) {
+		if err != nil {
+			return err
+		}
+		if row.isFolder() {
+			page.Folders++
+			if err := writeRow(w, folder, row); err != nil {
+				return err
+			}
+		}
+	}
+	for row, err := range s.store.rows(all) {
+		if err != nil {
+			return err
+		}
+		if !row.isFolder() {
+			page.Files++
+			page.Bytes += row.Size
+			if err := writeRow(w, folder, row); err != nil {
+				return err
+			}
+		}
+	}
+	return pageTemplates.ExecuteTemplate(w, "end", page)
+}
+
+// writeRow writes a row of folder's page. Names and links in it are relative to the folder.
+func writeRow(w io.Writer, folder string, row listed) error {
+	row.Key = strings.TrimPrefix(row.Key, folder)
+	return pageTemplates.ExecuteTemplate(w, "row", row)
+}
+
+// folderPage is what the templates of a folder page show, except its rows.
+type folderPage struct {
+	Folder  string
+	Crumbs  []crumb
+	Folders int
+	Files   int
+	Bytes   int64 // of the files
+}
+
+// crumb is one part of a folder's path. URL is relative, and empty for the folder itself.
+type crumb struct{ Name, URL string }
+
+// crumbsOf returns the parts of a folder's path, from the top folder down.
+func crumbsOf(folder string) []crumb {
+	depth := strings.Count(folder, "/")
+	crumbs := []crumb{{"/", strings.Repeat("../", depth)}}
+	for name := range strings.SplitAfterSeq(folder, "/") {
+		depth--
+		if name != "" { // behind the last slash
+			crumbs = append(crumbs, crumb{name, strings.Repeat("../", depth)})
+		}
+	}
+	return crumbs
+}
+
+// pathOf percent-encodes key for a URL, but not its slashes. It returns "" for a key with a dot
+// segment: a browser would resolve the segment, encoded or not, and ask for another key.
+func pathOf(key string) string {
+	segments := strings.Split(key, "/")
+	for i, segment := range segments {
+		if segment == "." || segment == ".." {
+			return ""
+		}
+		segments[i] = url.PathEscape(segment)
+	}
+	return strings.Join(segments, "/")
+}
+
+func setPageHeaders(w *response) {
+	w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	w.Header().Set("Content-Security-Policy", pagePolicy)
+}
+
+// pagePolicy allows no script.
+const pagePolicy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+// pageTemplates are the parts of the pages. The icon is empty, so that no browser asks for one.
+var pageTemplates = template.Must(template.New("").Funcs(template.FuncMap{
+	"human": humanSize,
+	"path":  pathOf,
+}).Parse(`
+{{- define "head"}}<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{{.Title}}</title>
+<link rel="icon" href="data:,">
+<title>{{.}}</title>
 <style>
 :root { color-scheme: light dark; font: 100%/1.5 system-ui, sans-serif }
 body { max-width: 60rem; margin: auto; padding: 1rem }
 h1, a, pre { overflow-wrap: anywhere; white-space: pre-wrap }
+li { overflow-wrap: anywhere }
+button, label, input { font: inherit; margin: 0 .5rem .5rem 0 }
+label { display: inline-block }
 table { width: 100%; border-collapse: collapse }
-tr { border-top: 1px solid #8885 } td { padding: .4rem 0 }
-td + td { padding-left: 1rem; white-space: nowrap; opacity: .7 }
-@media (max-width: 40rem) { td:nth-child(3) { display: none } }
+tr { border-top: 1px solid #8885 }
+th, td { padding: .4rem 0; text-align: left }
+th + th, td + td { padding-left: 1rem; white-space: nowrap; opacity: .7 }
+:is(th, td):nth-child(2) { text-align: right }
+@media (max-width: 40rem) { :is(th, td):nth-child(3) { display: none } }
 </style>
-<h1>{{.Title}}</h1>
-{{if .Text}}<pre>{{.Text}}</pre>
-<p><a href="blob/">Browse the blobs</a>
-{{else}}<table>
-{{if ne .Title "/"}}<tr><td><a href="../">../</a>
-{{end}}{{range .Rows}}<tr><td><a{{with link .Key}} href="{{.}}"{{end}}>{{.Key}}</a>
-{{- if .ETag}}<td>{{human .Size}}<td>{{.ContentType}}<td>{{slice .Updated 0 10}} {{slice .Updated 11 16}}{{end}}
-{{end}}</table>
-{{end}}`))
+{{end}}
 
-// link returns the relative URL of a row, "" if browsers would resolve it to another path.
-func link(name string) string {
-	if bare := strings.TrimSuffix(name, "/"); bare != "." && bare != ".." {
-		return "./" + url.PathEscape(bare) + name[len(bare):]
-	}
-	return ""
-}
+{{- define "about"}}{{template "head" "Blobnom"}}<h1>Blobnom</h1>
+<pre>{{.}}</pre>
+<p><a href="blob/">Browse the blobs</a>
+{{end}}
+
+{{- define "folder"}}{{template "head" .Folder -}}
+<h1>{{range .Crumbs}}<a{{with .URL}} href="{{.}}"{{end}}>{{.Name}}</a>{{end}}</h1>
+<table>
+<tr><th>Name<th>Size<th>Type<th>Changed (UTC)
+{{if ne .Folder "/"}}<tr><td><a href="../">../</a>
+{{end}}{{end}}
+
+{{- define "row"}}<tr><td><a{{with path .Key}} href="./{{.}}"{{end}}>{{.Key}}</a>
+{{- if .ETag}}<td>{{human .Size}}<td>{{.ContentType}}
+<td>{{slice .Updated 0 10}} {{slice .Updated 11 16}}{{end}}
+{{end}}
+
+{{- define "end"}}</table>
+<p>Folders: {{.Folders}}. Files: {{.Files}}, {{human .Bytes}}.
+{{end}}`))
 
 // humanSize shows bytes as people read them.
 func humanSize(bytes int64) string {
@@ -2190,57 +2348,112 @@ func (st *store) openShards(cfg *config) error {
 }
 
 // listing asks for a page: up to limit keys that begin with prefix and are above after. Keys that
-// have the delimiter behind the prefix are rolled up into one row, cut after it: a folder.
+// contain the delimiter after the prefix are grouped: they give one row, a folder, whose key ends
+// with the delimiter.
 type listing struct {
 	prefix, after, delimiter string
 	limit                    int
-	nameAt                   int // 0: all rows. Else only folders: where a name begins in its key, as substr counts
 }
 
-// folder returns what key is rolled up to, "" if it is not.
-func (l *listing) folder(key string) string {
-	rest, inside := strings.CutPrefix(key, l.prefix)
-	if name, _, found := strings.Cut(rest, l.delimiter); inside && found && l.delimiter != "" {
-		return l.prefix + name + l.delimiter
+// folderOf returns the folder that groups key, or "" if key is a row of its own.
+func (l *listing) folderOf(key string) string {
+	rest, isBelow := strings.CutPrefix(key, l.prefix)
+	if !isBelow || l.delimiter == "" {
+		return ""
 	}
-	return ""
+	name, _, isGrouped := strings.Cut(rest, l.delimiter)
+	if !isGrouped {
+		return ""
+	}
+	return l.prefix + name + l.delimiter
 }
 
+// listed is a row of a listing. A folder has only a key.
 type listed struct {
 	Key         string `json:"key"`
-	Size        int64  `json:"size"`
+	Size        int64  `json:"size"` // bytes, as the client sees them
 	ContentType string `json:"content_type"`
-	ETag        string `json:"etag"` // "": the row is a folder
+	ETag        string `json:"etag"`
 	Created     string `json:"created"`
 	Updated     string `json:"updated"`
 	Version     int64  `json:"version"`
 	Expires     string `json:"expires,omitempty"`
 }
 
-// list returns a page in key order, and whether there is more. It waits for what is queued.
+func (row listed) isFolder() bool { return row.ETag == "" }
+
+func compareKeys(a, b listed) int  { return strings.Compare(a.Key, b.Key) }
+func haveSameKey(a, b listed) bool { return a.Key == b.Key }
+
+// A key has no NUL and no byte 0xff. So nothing lies between a key and the key with afterKey, and
+// every key that begins with a prefix is below the prefix with afterPrefix.
+const (
+	afterKey    = "\x00"
+	afterPrefix = "\xff"
+)
+
+// list returns a page in key order over all shards, and whether more rows follow. It waits for the
+// writes that were queued before it, and is no snapshot of the store.
 func (st *store) list(l listing) (page []listed, more bool, err error) {
-	// A key has no NUL and no byte 0xff: a key and NUL is the next possible key, a prefix and 0xff
-	// is above every key with that prefix.
-	from, to := max(l.prefix, l.after+"\x00"), l.prefix+"\xff"
-	page = []listed{} // not null
-	if l.after != "" && l.folder(l.after) == l.after {
-		from = l.after + "\xff"
+	from := max(l.prefix, l.after+afterKey)
+	if l.after != "" && l.folderOf(l.after) == l.after {
+		from = l.after + afterPrefix // the last page ended with this folder: skip its keys
 	}
+	to := l.prefix + afterPrefix
 	for _, sh := range st.shards {
-		if err = sh.broken; err == nil { // a listing without its keys would be a lie
-			page, err = sh.list(page, l, from, to)
+		if sh.broken != nil {
+			return nil, false, sh.broken // a listing without the shard's keys would be a lie
 		}
+		rows, err := sh.list(l, from, to)
 		if err != nil {
 			return nil, false, err
 		}
-		slices.SortFunc(page, func(a, b listed) int { return strings.Compare(a.Key, b.Key) })
-		page = slices.CompactFunc(page, func(a, b listed) bool { return a.Key == b.Key }) // folders of several shards
+		page = append(page, rows...)
+		slices.SortFunc(page, compareKeys)
+		page = slices.CompactFunc(page, haveSameKey) // several shards may have keys of one folder
 		if len(page) > l.limit {
 			page = page[:l.limit+1]
-			to = page[l.limit].Key // the page is full below it: so far need the other shards look
+			to = page[l.limit].Key // what the other shards have above this key is not needed
 		}
 	}
-	return page[:min(l.limit, len(page))], len(page) > l.limit, nil
+	if len(page) > l.limit {
+		return page[:l.limit], true, nil
+	}
+	return page, false, nil
+}
+
+// rows returns all rows of l, however many. They are read page by page, and an error ends them.
+func (st *store) rows(l listing) iter.Seq2[listed, error] {
+	return func(yield func(listed, error) bool) {
+		rest := l
+		for {
+			page, more, err := st.list(rest)
+			if err != nil {
+				yield(listed{}, err)
+				return
+			}
+			for _, row := range page {
+				if !yield(row, nil) {
+					return
+				}
+			}
+			if !more {
+				return
+			}
+			rest.after = page[len(page)-1].Key
+		}
+	}
+}
+
+// hasPrefix reports whether a committed blob's key begins with prefix. It leaves out shards that
+// cannot be read.
+func (st *store) hasPrefix(prefix string) bool {
+	for _, sh := range st.shards {
+		if sh.broken == nil && sh.hasPrefix(prefix) {
+			return true
+		}
+	}
+	return false
 }
 
 // close commits what is queued and closes everything. Nothing may call the store any more.
@@ -2351,8 +2564,7 @@ const blobColumns = `id, size, stored, codec, coalesce(crc32, 0), sha256, conten
 
 const rowQuery = `SELECT ` + blobColumns + `, CASE WHEN ?2 THEN data END, key FROM blobs WHERE key = ?1`
 const pageQuery = `SELECT ` + blobColumns + `, NULL, key FROM blobs
-	WHERE key >= ?1 AND key < ?2 AND (?5 = 0 OR instr(substr(key, ?5), '/'))
-	AND (expires_at IS NULL OR expires_at > ?3) ORDER BY key LIMIT ?4`
+	WHERE key >= ?1 AND key < ?2 AND (expires_at IS NULL OR expires_at > ?3) ORDER BY key LIMIT ?4`
 
 // openShard opens one database file. On an error the shard is returned all the same, closed. Its
 // error is an errCorrupt only if SQLite finds the file damaged, or if the file is not a shard: what
@@ -2607,32 +2819,69 @@ func scanBlob(row interface{ Scan(...any) error }) (*blob, string, error) {
 	return b, key, err
 }
 
-// list appends to page what l asks for with keys of [from, to), up to one more than its limit. A
-// folder costs a query, whatever the number of keys in it.
-func (sh *shard) list(page []listed, l listing, from, to string) ([]listed, error) {
+// list returns the first rows of l with keys of [from, to), up to one more than its limit. A folder
+// costs one query, whatever the number of keys in it.
+func (sh *shard) list(l listing, from, to string) ([]listed, error) {
 	if err := sh.batcher.settle(allKeys); err != nil {
 		return nil, err
 	}
-	end := len(page) + l.limit + 1
-	for from != "" && len(page) < end {
-		rows, err := sh.pageStmt.Query(from, to, sh.store.now().UnixMilli(), end-len(page), l.nameAt)
+	var page []listed
+	for from != "" && len(page) <= l.limit {
+		now := sh.store.now().UnixMilli()
+		left := l.limit + 1 - len(page)
+		rows, err := sh.pageStmt.Query(from, to, now, left)
 		if err != nil {
 			return nil, sh.note(err)
 		}
-		for from = ""; from == "" && err == nil && rows.Next(); {
-			b, key, scanErr := scanBlob(rows)
-			etag, _ := b.etags()
-			row := listed{key, b.size, b.contentType, etag, stamp(b.created), stamp(b.updated), b.version, stamp(b.expires)}
-			if folder := l.folder(key); folder != "" {
-				row, from = listed{Key: folder}, folder+"\xff" // goes on after all of its keys
-			}
-			page, err = append(page, row), scanErr
-		}
-		if err = cmp.Or(err, rows.Err(), rows.Close()); err != nil {
+		some, next, err := scanToFolder(rows, l)
+		if err != nil {
 			return nil, sh.note(err)
 		}
+		page = append(page, some...)
+		from = next
 	}
 	return page, nil
+}
+
+// scanToFolder returns the listing's rows up to the first folder, and closes rows. next is where
+// the keys behind that folder begin, or "" if there was no folder.
+func scanToFolder(rows *sql.Rows, l listing) (page []listed, next string, err error) {
+	defer rows.Close()
+	for rows.Next() {
+		b, key, err := scanBlob(rows)
+		if err != nil {
+			return nil, "", err
+		}
+		folder := l.folderOf(key)
+		if folder != "" {
+			page = append(page, listed{Key: folder})
+			return page, folder + afterPrefix, nil
+		}
+		page = append(page, b.listed(key))
+	}
+	return page, "", rows.Err()
+}
+
+// listed returns b's row of a listing.
+func (b *blob) listed(key string) listed {
+	etag, _ := b.etags()
+	return listed{
+		Key:         key,
+		Size:        b.size,
+		ContentType: b.contentType,
+		ETag:        etag,
+		Created:     stamp(b.created),
+		Updated:     stamp(b.updated),
+		Version:     b.version,
+		Expires:     stamp(b.expires),
+	}
+}
+
+// hasPrefix reports whether a committed blob's key begins with prefix.
+func (sh *shard) hasPrefix(prefix string) bool {
+	now := sh.store.now().UnixMilli()
+	_, _, err := scanBlob(sh.pageStmt.QueryRow(prefix, prefix+afterPrefix, now, 1))
+	return err == nil
 }
 
 // translate maps an error of the driver or of a file to the error that the other chapters test for.

@@ -1436,6 +1436,19 @@ func TestExpirySweep(t *testing.T) {
 	s.wantBlob("stays", []byte("x"))
 }
 
+// answer sends the request of the row called name, and reports a status other than the wanted one.
+func (s *testServer) answer(name string, status int, method, path string, headers ...string) (*http.Response, string) {
+	s.t.Helper()
+	resp, body, err := s.do(method, path, nil, headers...)
+	if err != nil {
+		s.t.Fatalf("%s: %v", name, err)
+	}
+	if resp.StatusCode != status {
+		s.t.Errorf("%s: %s %q, want %d", name, resp.Status, body, status)
+	}
+	return resp, string(body)
+}
+
 func keysOf(p page) (keys []string) {
 	for _, row := range p.Blobs {
 		keys = append(keys, row.Key)
@@ -1443,52 +1456,129 @@ func keysOf(p page) (keys []string) {
 	return keys
 }
 
+// A listing has the keys of all shards in one order, whatever bytes they have.
 func TestListing(t *testing.T) {
-	keys := []string{"é", "日本", "\u2028", "\U0010ffff", "odd/\U0010ffff\U0010ffff", "odd", "odd/", "odd0", "oddy", strings.Repeat("k", maxKeyBytes)}
+	long := strings.Repeat("k", maxKeyBytes)
+	keys := []string{"é", "日本", "\u2028", "\U0010ffff", "odd", "odd/", "odd0", "oddy", long}
+	keys = append(keys, "odd/\U0010ffff\U0010ffff")
 	for c := 1; c < 128; c++ { // every odd byte, alone and between others
 		keys = append(keys, string(rune(c)), "odd/"+string(rune(c))+"z")
 	}
 	slices.Sort(keys)
-	for i := range 4 {
-		async := i%2 == 1
-		s := newTestServer(t, func(c *config) { c.NumShards, c.AsyncWrite = []int64{1, 4}[i/2], async })
-		_, body := s.want(200, "GET", "/blob/", nil)
-		expect(t, string(body) == "{\"blobs\":[]}\n", "of nothing: %q", body)
+	prefixes := []string{"", "odd", "odd/", "odd/\U0010ffff", "\x01", "é", "b", "\U0010ffff"}
+	prefixes = append(prefixes, "none", "\x00", long, long+"k")
+	afters := []string{"", "odd/", "a", "\U0010ffff", "a\x00", "n"} // keys or not
+	for _, row := range []struct {
+		name   string
+		shards int64
+		async  bool
+	}{
+		{"one shard", 1, false},
+		{"four shards", 4, false},
+		{"async", 4, true},
+	} {
+		s := newTestServer(t, func(c *config) {
+			c.NumShards = row.shards
+			if row.async { // only a listing that waits for the queue ends the window
+				c.AsyncWrite = true
+				c.BatchSize = 1000
+				c.BatchTimeoutMS = 60_000
+			}
+		})
 		for _, i := range rand.Perm(len(keys)) {
 			s.put(keys[i], []byte(keys[i]))
 		}
-		for _, prefix := range []string{"", "odd", "odd/", "odd/\U0010ffff", "\x01", "é", "b", "k", "none", strings.Repeat("k", maxKeyBytes+1), "\x00", "\U0010ffff"} {
-			all := slices.DeleteFunc(slices.Clone(keys), func(key string) bool { return !strings.HasPrefix(key, prefix) })
-			got := s.listAll(prefix, 7)
-			expect(t, slices.Equal(got, all), "prefix %q: %q, want %q", prefix, got, all)
-			for _, after := range []string{"", "odd/", "a", "\U0010ffff", "a\x00", "n"} { // keys or not
-				i, _ := slices.BinarySearch(all, after+"\x00")
-				want := all[i:]
-				for _, limit := range []int{1, 3, max(len(want), 1), 1000} {
-					p := s.list(url.Values{"prefix": {prefix}, "after": {after}, "limit": {strconv.Itoa(limit)}})
-					expect(t, slices.Equal(keysOf(p), want[:min(limit, len(want))]) && (p.Next != nil) == (len(want) > limit),
-						"prefix %q, after %q, limit %d: %q, next %v, want %q", prefix, after, limit, keysOf(p), p.Next, want)
-				}
+		for _, prefix := range prefixes {
+			for _, after := range afters {
+				s.wantPages(row.name, keys, prefix, after)
 			}
 		}
-		s.want(map[bool]int{true: 202, false: 204}[async], "DELETE", blobPath("odd"), nil)
+		s.do("DELETE", "/blob/odd", nil)
 		got := s.listAll("odd", 1000)
-		expect(t, !slices.Contains(got, "odd"), "a deleted key is listed")
-		// A row says what HEAD says.
-		s.want(201, "PUT", "/blob/row?ttl=1h", noise(chunkSize+5, 1), "Content-Type", "a/b", "If-None-Match", "*")
-		resp, _ := s.want(200, "HEAD", "/blob/row", nil)
-		h, row := resp.Header, s.list(url.Values{"prefix": {"row"}}).Blobs[0]
-		want := (listed{"row", chunkSize + 5, "a/b", h.Get("ETag"), h.Get("Blob-Created"), h.Get("Blob-Updated"), 0, h.Get("Blob-Expires")})
-		expect(t, row == want, "%+v, want %+v", row, want)
-		s.wantLine(200, "GET", "/blob/?limit=10000", nil)
-		s.want(200, "HEAD", "/blob/", nil)
-		for _, query := range []string{"limit=0", "limit=10001", "limit=-1", "limit=", "limit=x", "limit=1.0", "limit=%2B5", "limit=1&limit=2", "prefix=%ff", "after=%c3", "prefix=%zz", "a;b"} {
-			s.wantLine(400, "GET", "/blob/?"+query, nil)
-		}
+		expect(t, !slices.Contains(got, "odd"), "%s: a deleted key is listed", row.name)
 	}
 }
 
-// Pages of many keys, of all shards in one order, are as long as was asked for.
+// wantPages compares pages of several sizes with keys, all that are stored, in order.
+func (s *testServer) wantPages(name string, keys []string, prefix, after string) {
+	s.t.Helper()
+	want := slices.DeleteFunc(slices.Clone(keys), func(key string) bool {
+		return key <= after || !strings.HasPrefix(key, prefix)
+	})
+	for _, limit := range []int{1, 7, max(len(want), 1), 1000} {
+		query := url.Values{"prefix": {prefix}, "after": {after}}
+		query.Set("limit", strconv.Itoa(limit))
+		p := s.list(query)
+		got, first := keysOf(p), want[:min(limit, len(want))]
+		expect(s.t, slices.Equal(got, first), "%s: %v: %q, want %q", name, query, got, first)
+		if len(want) <= limit {
+			expect(s.t, p.Next == nil, "%s: %v: the last page has a next", name, query)
+			continue
+		}
+		next := p.Next != nil && *p.Next == first[limit-1]
+		expect(s.t, next, "%s: %v: next is not %q", name, query, first[limit-1])
+	}
+}
+
+// A row of the listing says what HEAD says.
+func TestListingRow(t *testing.T) {
+	s := newTestServer(t)
+	body := noise(chunkSize+5, 1)
+	s.want(201, "PUT", "/blob/row?ttl=1h", []byte("old"))
+	s.want(201, "PUT", "/blob/row?ttl=1h", body, "Content-Type", "a/b")
+	resp, _ := s.want(200, "HEAD", "/blob/row", nil)
+	want := listed{
+		Key:         "row",
+		Size:        chunkSize + 5,
+		ContentType: "a/b",
+		ETag:        tagOf(body),
+		Created:     resp.Header.Get("Blob-Created"),
+		Updated:     resp.Header.Get("Blob-Updated"),
+		Version:     1,
+		Expires:     resp.Header.Get("Blob-Expires"),
+	}
+	p := s.list(url.Values{"prefix": {"row"}})
+	expect(t, len(p.Blobs) == 1 && p.Blobs[0] == want, "%+v, want %+v", p.Blobs, want)
+}
+
+func TestListingAnswers(t *testing.T) {
+	s := newTestServer(t)
+	const badLimit = "bad request: limit must be a number from 1 to 10000\n"
+	const badText = "bad request: prefix, after and delimiter must be valid UTF-8\n"
+	const badQuery = "bad request: the query is malformed"
+	for _, row := range []struct {
+		name, query string
+		status      int
+		text        string // how the answer begins
+	}{
+		{"nothing", "", 200, "{\"blobs\":[]}\n"},
+		{"nothing to group", "delimiter=/", 200, "{\"blobs\":[],\"prefixes\":[]}\n"},
+		{"largest limit", "limit=10000", 200, "{\"blobs\":[]}\n"},
+		{"limit 0", "limit=0", 400, badLimit},
+		{"limit too large", "limit=10001", 400, badLimit},
+		{"limit of 30 digits", "limit=100000000000000000000000000001", 400, badLimit},
+		{"negative limit", "limit=-1", 400, badLimit},
+		{"empty limit", "limit=", 400, badLimit},
+		{"limit with a sign", "limit=%2B5", 400, badLimit},
+		{"limit with a point", "limit=1.0", 400, badLimit},
+		{"limit in letters", "limit=x", 400, badLimit},
+		{"limit twice", "limit=1&limit=2", 400, badQuery},
+		{"delimiter twice", "delimiter=/&delimiter=/", 400, badQuery},
+		{"malformed escape", "prefix=%zz", 400, badQuery},
+		{"semicolon", "a;b", 400, badQuery},
+		{"prefix not UTF-8", "prefix=%ff", 400, badText},
+		{"after not UTF-8", "after=%c3", 400, badText},
+		{"delimiter not UTF-8", "delimiter=%ff", 400, badText},
+		{"halves of a rune", "prefix=%c3&after=%a9", 400, badText},
+		{"empty delimiter", "delimiter=", 400, "bad request: the delimiter must not be empty"},
+	} {
+		_, body := s.answer(row.name, row.status, "GET", "/blob/?"+row.query)
+		expect(t, strings.HasPrefix(body, row.text), "%s: %q, want %q", row.name, body, row.text)
+	}
+	s.want(200, "HEAD", "/blob/", nil)
+}
+
+// Pages of many keys, of all shards in one order, are as long as the query asks for.
 func TestListingPages(t *testing.T) {
 	s := newTestServer(t, func(c *config) { c.Durability = "off" })
 	want := make([]string, 2000)
@@ -1498,10 +1588,23 @@ func TestListingPages(t *testing.T) {
 			s.put(want[i], nil)
 		}
 	})
-	for query, rows := range map[string][2]int{"": {0, defaultPage}, "limit=1": {0, 1}, "limit=1999": {0, 1999}, "limit=2000": {0, 2000}, "limit=10000": {0, 2000},
-		"limit=999&after=k00999": {1000, 1999}, "limit=1000&after=k00999": {1000, 2000}} {
-		p := s.list(noErr(url.ParseQuery(query)))
-		expect(t, slices.Equal(keysOf(p), want[rows[0]:rows[1]]) && (p.Next != nil) == (rows[1] < len(want)), "%s: %d rows, next %v", query, len(p.Blobs), p.Next)
+	for _, row := range []struct {
+		name, query string
+		from, to    int
+	}{
+		{"default limit", "", 0, 1000},
+		{"one", "limit=1", 0, 1},
+		{"all but one", "limit=1999", 0, 1999},
+		{"as many as there are", "limit=2000", 0, 2000},
+		{"more than there are", "limit=10000", 0, 2000},
+		{"second page", "limit=999&after=k00999", 1000, 1999},
+		{"last page, full", "limit=1000&after=k00999", 1000, 2000},
+	} {
+		p := s.list(noErr(url.ParseQuery(row.query)))
+		got, rows := keysOf(p), want[row.from:row.to]
+		expect(t, slices.Equal(got, rows), "%s: %q, want %q", row.name, got, rows)
+		isLast := row.to == len(want)
+		expect(t, (p.Next == nil) == isLast, "%s: next is %v", row.name, p.Next)
 	}
 	for _, limit := range []int{999, 1000} { // the last page has 2 rows, or is full
 		got := s.listAll("k0", limit)
@@ -1509,73 +1612,141 @@ func TestListingPages(t *testing.T) {
 	}
 }
 
-// With a delimiter the pages are those of a model, whatever their length.
-func TestDelimiter(t *testing.T) {
-	s := newTestServer(t)
-	keys := strings.Split("a a/ a/b a/b/c a/b/d a// a//x a0 ab abab b/1 b/2 b/3 c/ä/1 c/ä/2 / // /x \U0010ffff/1 \U0010ffff/2 z", " ")
-	slices.Sort(keys)
+// A listing without the keys of a shard would be a lie. Blobs of the other shards are served.
+func TestListingOfCorruptShard(t *testing.T) {
+	cfg := testConfig(t)
+	s := serveConfig(t, cfg, stallTimeout)
+	good := s.keyOn(2, "f/k")
+	s.put(good, []byte("good"))
+	missing := s.keyOn(2, "missing")
+	s.stop()
+	file := filepath.Join(cfg.DataDir, shardName(1))
+	fatal(t, os.WriteFile(file, noise(9000, 1), 0o600))
+	s = serveConfig(t, cfg, stallTimeout)
+	for _, row := range []struct {
+		name, path, accept string
+		status             int
+		text               string
+	}{
+		{"listing", "/blob/", "*/*", 500, "shard is corrupt\n"},
+		{"listing of a folder", "/blob/?prefix=f/", "*/*", 500, "shard is corrupt\n"},
+		{"page", "/blob/", "text/html", 500, "shard is corrupt\n"},
+		{"page of a folder", "/blob/f/", "text/html", 500, "shard is corrupt\n"},
+		{"blob", blobPath(good), "*/*", 200, "good"},
+		{"missing key", blobPath(missing), "*/*", 404, "not found: no blob under this key\n"},
+	} {
+		_, body := s.answer(row.name, row.status, "GET", row.path, "Accept", row.accept)
+		expect(t, body == row.text, "%s: %q, want %q", row.name, body, row.text)
+	}
+	s.stop()
+	os.RemoveAll(cfg.DataDir) // it would not pass the check at the end
+}
+
+// delimiterKeys are stored by the tests of delimiters.
+var delimiterKeys = strings.Fields("a a/ a/b a/b/c a/b/d a// a//x a0 ab abab " +
+	"b/1 b/2 b/3 c/ä/1 c/ä/2 / // /x \U0010ffff/1 \U0010ffff/2 z")
+
+func (s *testServer) putAll(keys []string) {
+	s.t.Helper()
 	for _, key := range keys {
 		s.put(key, []byte(key))
 	}
-	s.want(201, "PUT", "/blob/gone/x?ttl=1ms", nil)
-	for _, prefix := range []string{"", "a", "a/", "a/b", "b/", "c/ä", "/", "none", "\U0010ffff"} {
-		for _, delimiter := range []string{"/", "//", "ab", "b/", "ä", "\U0010ffff"} {
-			var want []string // folders end with a tab here
-			for _, key := range keys {
-				rest, inside := strings.CutPrefix(key, prefix)
-				if name, _, found := strings.Cut(rest, delimiter); inside && found {
-					key = prefix + name + delimiter + "\t"
-				}
-				if inside && !slices.Contains(want, key) {
-					want = append(want, key)
-				}
-			}
-			for _, limit := range []int{1, 2, 3, 1000} {
-				var got []string
-				query := url.Values{"prefix": {prefix}, "delimiter": {delimiter}, "limit": {strconv.Itoa(limit)}}
-				for more := true; more; {
-					p := s.list(query)
-					rows := keysOf(p)
-					for _, folder := range p.Prefixes {
-						rows = append(rows, folder+"\t")
-					}
-					slices.Sort(rows)
-					got = append(got, rows...)
-					if more = p.Next != nil; more && (len(rows) != limit || strings.TrimSuffix(rows[limit-1], "\t") != *p.Next) || p.Blobs == nil || p.Prefixes == nil {
-						t.Fatalf("%v: %+v", query, p)
-					} else if more {
-						query.Set("after", *p.Next)
-					}
-				}
-				expect(t, slices.Equal(got, want), "%v: %q, want %q", query, got, want)
-			}
+}
+
+func TestDelimiter(t *testing.T) {
+	s := newTestServer(t)
+	s.putAll(delimiterKeys)
+	for _, row := range []struct {
+		name, prefix, delimiter string
+		blobs, prefixes         string
+	}{
+		{"top", "", "/", "a a0 ab abab z", "/ a/ b/ c/ \U0010ffff/"},
+		{"a folder", "a/", "/", "a/ a/b", "a// a/b/"},
+		{"a folder of blobs", "b/", "/", "b/1 b/2 b/3", ""},
+		{"a folder of folders", "c/", "/", "", "c/ä/"},
+		{"a folder without a name", "/", "/", "/ /x", "//"},
+		{"part of a name", "a", "/", "a a0 ab abab", "a/"},
+		{"a key and a folder", "a/b", "/", "a/b", "a/b/"},
+		{"the last rune", "\U0010ffff", "/", "", "\U0010ffff/"},
+		{"no key", "none", "/", "", ""},
+		{"a letter", "a", "b", "a a/ a// a//x a0", "a/b ab"},
+		{"two letters", "ab", "ab", "ab", "abab"},
+		{"two slashes", "a", "//", "a a/ a/b a/b/c a/b/d a0 ab abab", "a//"},
+		{"a rune of two bytes", "c/", "ä", "", "c/ä"},
+	} {
+		query := url.Values{"prefix": {row.prefix}, "delimiter": {row.delimiter}}
+		p := s.list(query)
+		blobs, prefixes := strings.Fields(row.blobs), strings.Fields(row.prefixes)
+		ok := slices.Equal(keysOf(p), blobs) && slices.Equal(p.Prefixes, prefixes)
+		expect(t, ok && p.Next == nil, "%s: %+v, want %q and %q", row.name, p, blobs, prefixes)
+		want := append(blobs, prefixes...)
+		slices.Sort(want)
+		for _, limit := range []int{1, 2, 3} {
+			got := s.listGrouped(query, limit)
+			ok := slices.Equal(got, want)
+			expect(t, ok, "%s, limit %d: %q, want %q", row.name, limit, got, want)
 		}
-	}
-	p := s.list(url.Values{"delimiter": {"/"}, "prefix": {"b/"}, "after": {"b/1"}})
-	expect(t, slices.Equal(keysOf(p), []string{"b/2", "b/3"}), "%+v", p)
-	p = s.list(url.Values{"delimiter": {"/"}, "after": {"a/b"}, "limit": {"1"}})
-	expect(t, slices.Equal(p.Prefixes, []string{"a/"}), "%+v", p) // with keys above a/b
-	for _, query := range []string{"delimiter=", "delimiter=%ff", "delimiter=/&delimiter=/"} {
-		s.wantLine(400, "GET", "/blob/?"+query, nil)
 	}
 }
 
-// A folder is a look, however many keys are in it.
-func TestDelimiterSkips(t *testing.T) {
-	s := newTestServer(t, oneShard, func(c *config) { c.Durability = "off" })
-	s.fillRows(200_000)
-	list, scan := time.Hour, time.Hour // the best of five
-	for range 5 {
-		start := time.Now()
-		p := s.list(url.Values{"delimiter": {"/"}})
-		expect(t, slices.Equal(p.Prefixes, []string{"key/"}) && len(p.Blobs) == 0 && p.Next == nil, "%+v", p)
-		list = min(list, time.Since(start))
-		start = time.Now()
-		countRows(t, s.store.dir, "SELECT sum(length(key)) FROM blobs")
-		scan = min(scan, time.Since(start))
+// listGrouped returns the blobs and prefixes of all pages, in order.
+func (s *testServer) listGrouped(query url.Values, limit int) (all []string) {
+	s.t.Helper()
+	query = maps.Clone(query)
+	query.Set("limit", strconv.Itoa(limit))
+	for range delimiterKeys {
+		p := s.list(query)
+		rows := append(keysOf(p), p.Prefixes...)
+		slices.Sort(rows)
+		all = append(all, rows...)
+		if p.Next == nil {
+			return all
+		}
+		if len(rows) != limit || *p.Next != rows[limit-1] {
+			s.t.Fatalf("%v: %q, next %q", query, rows, *p.Next)
+		}
+		query.Set("after", *p.Next)
 	}
-	expect(t, list < scan/5, "the page took %v, a look at all keys %v", list, scan)
-	exec1(t, filepath.Join(s.store.dir, shardName(0)), "DELETE FROM blobs")
+	s.t.Fatalf("%v: more pages than keys", query)
+	return nil
+}
+
+func TestDelimiterAfter(t *testing.T) {
+	clock := newClock()
+	s := serveAt(t, testConfig(t), stallTimeout, clock.now)
+	s.putAll(delimiterKeys)
+	s.want(201, "PUT", "/blob/gone/x?ttl=1s", nil)
+	clock.advance(time.Second)
+	for _, row := range []struct {
+		name, query     string
+		blobs, prefixes string
+	}{
+		{"a blob", "prefix=b/&after=b/1", "b/2 b/3", ""},
+		{"a folder: none of its keys", "after=a/&limit=1", "a0", ""},
+		{"a key in a folder: the rest of it", "after=a/b&limit=1", "", "a/"},
+		{"an expired folder", "after=c/&limit=1", "z", ""},
+	} {
+		p := s.list(noErr(url.ParseQuery("delimiter=/&" + row.query)))
+		blobs, prefixes := strings.Fields(row.blobs), strings.Fields(row.prefixes)
+		ok := slices.Equal(keysOf(p), blobs) && slices.Equal(p.Prefixes, prefixes)
+		expect(t, ok, "after %s: %+v, want %q and %q", row.name, p, blobs, prefixes)
+	}
+}
+
+// A folder costs one look, however many keys it has: only its first key is read.
+func TestDelimiterSkips(t *testing.T) {
+	s := newTestServer(t, oneShard)
+	s.putAll([]string{"key/1", "last"})
+	file := filepath.Join(s.store.dir, shardName(0))
+	exec1(t, file, `INSERT INTO blobs SELECT id + 1000, 'key/2', size, x'', codec, stored, crc32,
+		content_type, created_at, updated_at, expires_at, version, data FROM blobs WHERE key = 'key/1'`)
+	s.want(500, "GET", "/blob/?prefix=key/", nil) // key/2 has no SHA-256: its row cannot be read
+	_, body := s.want(200, "GET", "/blob/?delimiter=/&limit=1", nil)
+	want := "{\"blobs\":[],\"prefixes\":[\"key/\"],\"next\":\"key/\"}\n"
+	expect(t, string(body) == want, "%q, want %q", body, want)
+	p := s.list(url.Values{"delimiter": {"/"}, "after": {"key/"}})
+	expect(t, slices.Equal(keysOf(p), []string{"last"}), "%+v", p)
+	exec1(t, file, "DELETE FROM blobs WHERE key = 'key/2'")
 }
 
 // fillRows makes n empty blobs key/00000000 and so on, 20 times as fast as by HTTP. They are
@@ -1589,69 +1760,217 @@ func (s *testServer) fillRows(n int) {
 	}
 }
 
-// follow walks the folder pages from path like a browser, and returns the body under each link.
+// folderRow is a row of a folder page: its link, its name, and "<td>" if it is a file.
+var folderRow = regexp.MustCompile(`<tr><td><a(?: href="([^"]*)")?>([^<]*)</a>(<td>)?`)
+
+// follow walks the folder pages from path like a browser, and adds the body under each link.
 func (s *testServer) follow(path string, found map[string]string) {
 	s.t.Helper()
 	resp, body := s.want(200, "GET", path, nil, "Accept", "text/html,*/*;q=0.8")
-	if !strings.HasPrefix(resp.Header.Get("Content-Type"), "text/html") || !strings.HasSuffix(path, "/") {
+	isPage := strings.HasPrefix(resp.Header.Get("Content-Type"), "text/html")
+	if !isPage || !strings.HasSuffix(path, "/") {
 		found[resp.Request.URL.Path] = string(body)
 		return
 	}
-	expect(s.t, resp.Header.Get("Content-Security-Policy") == "default-src 'none'; style-src 'unsafe-inline'" && resp.Header.Get("Vary") == "Accept" &&
-		bytes.HasSuffix(body, []byte("</table>\n")), "%s: %v %s", path, resp.Header, body)
-	folders := true
-	for _, m := range regexp.MustCompile(`<tr><td><a(?: href="([^"]*)")?>([^<]*)</a>(<td>)?`).FindAllStringSubmatch(string(body), -1) {
-		isFile, name := m[3] != "", html.UnescapeString(m[2])
-		expect(s.t, folders || isFile, "%s: folder %q behind a file", path, name)
-		folders = !isFile
-		if bare := strings.TrimSuffix(name, "/"); m[1] == "../" && name == "../" || m[1] == "" && (bare == "." || bare == "..") {
+	for _, m := range folderRow.FindAllStringSubmatch(string(body), -1) {
+		href, name := html.UnescapeString(m[1]), html.UnescapeString(m[2])
+		if href == "" || href == "../" {
 			continue
 		}
-		target, err := resp.Request.URL.Parse(html.UnescapeString(m[1]))
-		if err != nil || !strings.HasPrefix(m[1], "./") || target.Path != resp.Request.URL.Path+name {
-			s.t.Fatalf("%s: link %q for %q", path, m[1], name)
+		target, err := resp.Request.URL.Parse(href)
+		fatal(s.t, err)
+		if !strings.HasPrefix(href, "./") || target.Path != resp.Request.URL.Path+name {
+			s.t.Fatalf("%s: link %q for %q", path, href, name)
 		}
 		s.follow(target.EscapedPath(), found)
 	}
 }
 
-func TestFolders(t *testing.T) {
+// Whoever follows the links of the folder pages finds every blob.
+func TestFolderLinks(t *testing.T) {
 	s := newTestServer(t)
-	_, page := s.want(200, "GET", "/blob/", nil, "Accept", "text/html")
-	expect(t, bytes.Contains(page, []byte("<table>")), "of an empty server: %s", page)
-	linked := []string{"k", "a:b", "javascript:alert(1)", "<b>x</b>", `"q'`, "%2F", "a?b#c", "new\nline", "x//y", "/lead", "z/", "日本/ä", "a+b&c", " ", `\back`, "..hidden", "...", "f/1", "f/2/3", "f/4", "a/b/c/d"}
-	for _, key := range append(linked, "a/./b", "../up", ".") {
-		s.put(key, []byte(key))
+	keys := []string{
+		"k", "f/1", "f/2/3", "f/4", "a/b/c/d",
+		"a:b", "javascript:alert(1)", "<b>x</b>", `"q'`, "%2F", "%2E%2E", "a?b#c", "new\nline",
+		"x//y", "/lead", "z/", "日本/ä", "a+b&c", " ", `\back`, "..hidden", "...",
 	}
+	s.putAll(keys)
+	s.putAll([]string{"dots/./b", "dots/../b", "dots/."}) // no browser can ask for these
 	found, want := map[string]string{}, map[string]string{}
-	for _, key := range linked {
+	s.follow("/blob/", found)
+	for _, key := range keys {
 		want["/blob/"+key] = key
 	}
-	s.follow("/blob/", found)
 	expect(t, maps.Equal(found, want), "found %q, want %q", found, want)
-	for range 2*defaultPage + 1 {
-		s.put("many/"+strconv.Itoa(rand.IntN(1e9)), nil)
+}
+
+func TestFolderPage(t *testing.T) {
+	clock := newClock()
+	s := serveAt(t, testConfig(t), stallTimeout, clock.now)
+	s.putAll([]string{"top", "p/q/b.txt", "p/q/a&b/1", "p/q/z/1", "p/q/z/2", "p/q/./1", "p/q/.."})
+	s.put("p/q/c", noise(2000, 1), "Content-Type", "image/png")
+	for _, row := range []struct{ name, path, want string }{
+		{"crumbs", "/blob/p/q/", `<h1><a href="../../">/</a><a href="../">p/</a><a>q/</a></h1>`},
+		{"crumbs of the top", "/blob/", "<h1><a>/</a></h1>"},
+		{"icon", "/blob/", `<link rel="icon" href="data:,">`},
+		{"rows of the top", "/blob/", `<table>
+<tr><th>Name<th>Size<th>Type<th>Changed (UTC)
+<tr><td><a href="./p/">p/</a>
+<tr><td><a href="./top">top</a><td>3 B<td>application/octet-stream
+<td>2026-01-02 03:04
+</table>
+<p>Folders: 1. Files: 1, 3 B.
+`},
+		{"rows of a folder", "/blob/p/q/", `<table>
+<tr><th>Name<th>Size<th>Type<th>Changed (UTC)
+<tr><td><a href="../">../</a>
+<tr><td><a>./</a>
+<tr><td><a href="./a&amp;b/">a&amp;b/</a>
+<tr><td><a href="./z/">z/</a>
+<tr><td><a>..</a><td>6 B<td>application/octet-stream
+<td>2026-01-02 03:04
+<tr><td><a href="./b.txt">b.txt</a><td>9 B<td>text/plain; charset=utf-8
+<td>2026-01-02 03:04
+<tr><td><a href="./c">c</a><td>1.95 KiB<td>image/png
+<td>2026-01-02 03:04
+</table>
+<p>Folders: 3. Files: 3, 1.97 KiB.
+`},
+	} {
+		_, body := s.answer(row.name, 200, "GET", row.path, "Accept", "text/html")
+		expect(t, strings.Contains(body, row.want), "%s: %s\nwant %s", row.name, body, row.want)
 	}
-	_, page = s.want(200, "GET", "/blob/many/", nil, "Accept", "text/html")
-	n := countRows(t, s.store.dir, "SELECT count(*) FROM blobs WHERE key GLOB 'many/*'")
-	expect(t, bytes.Count(page, []byte("href=\"./")) == int(n), "%d links for %d blobs", bytes.Count(page, []byte("href=\"./")), n)
-	_, page = s.want(200, "GET", "/", nil, "Accept", "text/html")
-	expect(t, bytes.Contains(page, []byte(`href="blob/"`)) && bytes.Contains(page, []byte("curl -T")), "%s", page)
-	s.want(200, "HEAD", "/blob/f/", nil, "Accept", "text/html")
-	for _, path := range []string{"/blob/none/", "/blob/f/1/", "/blob/f"} { // nothing is below, or it is no folder's path
-		s.wantLine(404, "GET", path, nil, "Accept", "text/html")
+}
+
+// A folder page is not paged: it has all files.
+func TestFolderOfMany(t *testing.T) {
+	s := newTestServer(t, func(c *config) { c.Durability = "off" })
+	for i := range 2*defaultPage + 1 {
+		s.put("many/"+strconv.Itoa(i), nil)
 	}
-	for path, code := range map[string]int{"/blob/f/": 404, "/blob/f/?ttl=1": 400, "/blob/": 200, "/blob/?limit=1": 200} {
-		resp, body, err := s.do("GET", path, nil, "Accept", "*/*")
-		expect(t, err == nil && resp.StatusCode == code && !bytes.Contains(body, []byte("<table>")), "%s: %v %s", path, resp, body)
+	_, body := s.want(200, "GET", "/blob/many/", nil, "Accept", "text/html")
+	links := bytes.Count(body, []byte(`href="./`))
+	expect(t, links == 2*defaultPage+1, "%d links", links)
+	end := fmt.Sprintf("<p>Folders: 0. Files: %d, 0 B.\n", 2*defaultPage+1)
+	expect(t, bytes.HasSuffix(body, []byte(end)), "the page ends with %q", body[len(body)-100:])
+}
+
+// A browser that asks for a folder without its slash is sent on; others are told how to list it.
+func TestFolderRedirects(t *testing.T) {
+	s := newTestServer(t)
+	s.putAll([]string{"photos/2026/1", "photos/file", "a b/ü#/1", "x//1", "dot/../1"})
+	const plain, noRoute = "no blob under this key", "blobs are at /blob/KEY"
+	const hint = plain + "; to list the keys below it: /blob/?prefix="
+	for _, row := range []struct {
+		name, method, path string
+		browser            bool
+		status             int
+		want               string // the Location of a 303, the text of a 404 behind "not found: "
+	}{
+		{"browser", "GET", "/blob/photos", true, 303, "/blob/photos/"},
+		{"browser, HEAD", "HEAD", "/blob/photos", true, 303, "/blob/photos/"},
+		{"browser, below", "GET", "/blob/photos/2026", true, 303, "/blob/photos/2026/"},
+		{"browser, odd names", "GET", "/blob/a%20b/%C3%BC%23", true, 303, "/blob/a%20b/%C3%BC%23/"},
+		{"browser, empty segment", "GET", "/blob/x%2F", true, 200, ""},
+		{"browser, root", "GET", "/blob", true, 303, "/blob/"},
+		{"browser, dot segment", "GET", "/blob/dot/%2E%2E", true, 404, hint + "dot/../"},
+		{"browser, query", "GET", "/blob?x=1", true, 404, noRoute},
+		{"browser, part of a name", "GET", "/blob/photo", true, 404, plain},
+		{"browser, below a file", "GET", "/blob/photos/file/", true, 404, plain},
+		{"browser, no folder", "GET", "/blob/none/", true, 404, plain},
+		{"other", "GET", "/blob/photos", false, 404, hint + "photos/"},
+		{"other, with the slash", "GET", "/blob/photos/", false, 404, hint + "photos/"},
+		{"other, odd names", "GET", "/blob/a%20b/%C3%BC%23", false, 404, hint + "a+b/%C3%BC%23/"},
+		{"other, a blob", "GET", "/blob/photos/file", false, 200, "photos/file"},
+		{"other, part of a name", "GET", "/blob/photo", false, 404, plain},
+		{"other, root", "GET", "/blob", false, 404, noRoute},
+		{"write to the root", "PUT", "/blob", true, 404, noRoute},
+	} {
+		accept := "*/*"
+		if row.browser {
+			accept = "text/html,*/*;q=0.8"
+		}
+		resp, body := s.answer(row.name, row.status, row.method, row.path, "Accept", accept)
+		switch row.status {
+		case 303:
+			location := resp.Header.Get("Location")
+			expect(t, location == row.want, "%s: to %q, want %q", row.name, location, row.want)
+			cache := resp.Header.Get("Cache-Control")
+			expect(t, cache == "no-store", "%s: Cache-Control %q", row.name, cache)
+		case 404:
+			want := "not found: " + row.want + "\n"
+			expect(t, body == want, "%s: %q, want %q", row.name, body, want)
+		}
 	}
-	open := newTestServer(t, func(c *config) { c.AuthToken, c.PublicRead = "sekret", true })
-	open.want(201, "PUT", "/blob/f/1", nil, "Authorization", "Bearer sekret")
-	open.want(200, "GET", "/blob/f/1", nil, "Accept", "text/html")
-	for _, path := range []string{"/blob/", "/blob/f/", "/blob/none/"} { // it does not tell what is there
-		open.wantLine(401, "GET", path, nil, "Accept", "text/html")
+	s.want(404, "HEAD", "/blob/photos", nil)
+	_, body := s.want(200, "GET", "/blob/?prefix=a+b/%C3%BC%23/", nil)
+	expect(t, strings.Contains(string(body), "a b/ü#/1"), "the prefix of the 404 lists %q", body)
+}
+
+// With public_read whoever has no token learns nothing of what is stored but blobs by their keys.
+func TestFolderAccess(t *testing.T) {
+	s := newTestServer(t, func(c *config) {
+		c.AuthToken = "sekret"
+		c.PublicRead = true
+	})
+	const token = "Bearer sekret"
+	s.want(201, "PUT", "/blob/f/1", []byte("v"), "Authorization", token)
+	for _, row := range []struct {
+		name, path, accept, token string
+		status                    int
+		text                      string // "": any
+	}{
+		{"blob", "/blob/f/1", "text/html", "", 200, "v"},
+		{"top folder", "/blob/", "text/html", "", 401, "unauthorized\n"},
+		{"folder", "/blob/f/", "text/html", "", 401, "unauthorized\n"},
+		{"no folder", "/blob/none/", "text/html", "", 401, "unauthorized\n"},
+		{"key of a folder", "/blob/f", "text/html", "", 404, "not found: no blob under this key\n"},
+		{"the same, no browser", "/blob/f", "*/*", "", 404, "not found: no blob under this key\n"},
+		{"root", "/blob", "text/html", "", 401, "unauthorized\n"},
+		{"folder, token", "/blob/f/", "text/html", token, 200, ""},
+		{"key of a folder, token", "/blob/f", "text/html", token, 303, ""},
+		{"root, token", "/blob", "text/html", token, 303, ""},
+	} {
+		headers := []string{"Accept", row.accept}
+		if row.token != "" {
+			headers = append(headers, "Authorization", row.token)
+		}
+		_, body := s.answer(row.name, row.status, "GET", row.path, headers...)
+		if row.text != "" {
+			expect(t, body == row.text, "%s: %q, want %q", row.name, body, row.text)
+		}
 	}
-	open.want(200, "GET", "/blob/f/", nil, "Accept", "text/html", "Authorization", "Bearer sekret")
+}
+
+// A path has an answer for people and one for programs. Caches are told so by Vary.
+func TestPagesAndTexts(t *testing.T) {
+	s := newTestServer(t)
+	s.put("f/1", nil)
+	for _, row := range []struct {
+		name, method, path, accept string
+		status                     int
+		contentType, text          string // text is part of the body
+	}{
+		{"about, browser", "GET", "/", "text/html", 200, "text/html", `<a href="blob/">`},
+		{"about, program", "GET", "/", "*/*", 200, "text/plain", "FILE " + s.base + "/blob/KEY"},
+		{"about, HEAD", "HEAD", "/", "text/html", 200, "text/html", ""},
+		{"top, browser", "GET", "/blob/", "text/html", 200, "text/html", "<table>"},
+		{"top, program", "GET", "/blob/", "*/*", 200, "application/json", `{"blobs":[{"key":"f/1"`},
+		{"top, query", "GET", "/blob/?limit=1", "text/html", 200, "application/json", `{"blobs":[{"key":"f/1"`},
+		{"folder, HEAD", "HEAD", "/blob/f/", "text/html", 200, "text/html", ""},
+		{"folder, program", "GET", "/blob/f/", "*/*", 404, "text/plain", "?prefix=f/\n"},
+	} {
+		resp, body := s.answer(row.name, row.status, row.method, row.path, "Accept", row.accept)
+		got := resp.Header.Get("Content-Type")
+		want := row.contentType + "; charset=utf-8"
+		if row.contentType == "application/json" {
+			want = row.contentType
+		}
+		expect(t, got == want, "%s: type %q, want %q", row.name, got, want)
+		expect(t, strings.Contains(body, row.text), "%s: %s\nwant %s", row.name, body, row.text)
+		vary := resp.Header.Get("Vary")
+		expect(t, vary == "Accept", "%s: Vary %q", row.name, vary)
+	}
 }
 
 // A page, a look and a piece of upkeep cost the same however many blobs there are: an index finds their rows.
