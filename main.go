@@ -1452,7 +1452,7 @@ func (s *server) readyz(w *response, _ *http.Request) error {
 }
 
 // ==== Pages =======================================================================================
-// What a browser shows: the server itself, and folders to browse. Tools that
+// What a browser shows: the server itself, and folders to browse and to upload into. Tools that
 // follow links copy everything out over the folder pages. The pages work without JavaScript.
 
 // wantsPage reports whether r comes from a browser, or from another tool that reads HTML. Whoever
@@ -1552,7 +1552,7 @@ func (s *server) showFolder(w *response, r *http.Request, folder string) error {
 // writeFolder writes the page while it reads the shards: a folder of any size costs the memory of
 // one page of the listing. It reads all rows twice, because the folders stand before the files.
 func (s *server) writeFolder(w io.Writer, folder string) error {
-	page := folderPage{Folder: "/" + folder, Crumbs: crumbsOf(folder)}
+	page := folderPage{Folder: "/" + folder, Crumbs: crumbsOf(folder), Script: uploadScript}
 	if err := pageTemplates.ExecuteTemplate(w, "folder", page); err != nil {
 		return err
 	}
@@ -1593,6 +1593,7 @@ func writeRow(w io.Writer, folder string, row listed) error {
 type folderPage struct {
 	Folder  string
 	Crumbs  []crumb
+	Script  template.JS
 	Folders int
 	Files   int
 	Bytes   int64 // of the files
@@ -1632,8 +1633,15 @@ func setPageHeaders(w *response) {
 	w.Header().Set("Content-Security-Policy", pagePolicy)
 }
 
-// pagePolicy allows no script.
-const pagePolicy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+// pagePolicy allows uploadScript and no other script. No other site may show a page in a frame.
+var pagePolicy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; " +
+	"script-src 'sha256-" + sha256Base64(uploadScript) + "'; connect-src 'self'; " +
+	"frame-ancestors 'self'"
+
+func sha256Base64(text string) string {
+	sum := sha256.Sum256([]byte(text))
+	return base64.StdEncoding.EncodeToString(sum[:])
+}
 
 // pageTemplates are the parts of the pages. The icon is empty, so that no browser asks for one.
 var pageTemplates = template.Must(template.New("").Funcs(template.FuncMap{
@@ -1667,6 +1675,11 @@ th + th, td + td { padding-left: 1rem; white-space: nowrap; opacity: .7 }
 
 {{- define "folder"}}{{template "head" .Folder -}}
 <h1>{{range .Crumbs}}<a{{with .URL}} href="{{.}}"{{end}}>{{.Name}}</a>{{end}}</h1>
+<div id="upload" hidden><button>Upload files</button><input type="file" multiple hidden>
+<button>Upload a folder</button><input type="file" webkitdirectory hidden>
+<label>Into the sub-folder <input name="sub" placeholder="none"></label>
+<p>Or drop files and folders onto this page. <output></output><ul></ul></div>
+<script>{{.Script}}</script>
 <table>
 <tr><th>Name<th>Size<th>Type<th>Changed (UTC)
 {{if ne .Folder "/"}}<tr><td><a href="../">../</a>
@@ -1680,6 +1693,67 @@ th + th, td + td { padding-left: 1rem; white-space: nowrap; opacity: .7 }
 {{- define "end"}}</table>
 <p>Folders: {{.Folders}}. Files: {{.Files}}, {{human .Bytes}}.
 {{end}}`))
+
+// uploadScript uploads chosen and dropped files into the folder, three at a time. A batch is what
+// was chosen or dropped together: at its end the script asks, once, whether to replace the blobs
+// that exist. It shows the page anew, unless an upload failed. The controls are hidden without it.
+const uploadScript = `
+const box = document.getElementById('upload')
+const [list, note, sub] = ['ul', 'output', '[name=sub]'].map(name => box.querySelector(name))
+let batches = 0
+async function upload(files, dirs = sub.value.split('/').filter(dir => !/^\.{0,2}$/.test(dir))) {
+  batches++
+  const waiting = [...await files], existing = []
+  const work = async () => { while (waiting.length) await send(waiting, dirs, existing) }
+  await Promise.all([work(), work(), work()])
+  const names = existing.map(file => file.path).join('\n').slice(0, 500)
+  const question = existing.length + ' exist already. Replace all of them?\n' + names
+  if (names && confirm(question)) await upload(existing, dirs)
+  if (--batches) return
+  if (list.firstChild) note.value = 'Reload this page for the new list. Not uploaded:'
+  else location.reload()
+}
+async function send(waiting, dirs, existing) {
+  const file = waiting.shift()
+  note.value = waiting.length + ' waiting.'
+  file.path ||= file.webkitRelativePath || file.name
+  file.row ??= list.appendChild(document.createElement('li'))
+  const bar = document.createElement('progress'), request = new XMLHttpRequest()
+  file.row.replaceChildren(file.path + ': ', bar)
+  request.open('PUT', [...dirs, ...file.path.split('/')].map(encodeURIComponent).join('/'))
+  if (!file.exists) request.setRequestHeader('If-None-Match', '*')
+  request.upload.onprogress = event => { bar.value = event.loaded / (event.total || 1) }
+  request.send(file)
+  await new Promise(done => { request.onloadend = done })
+  file.exists = request.status == 412
+  if (file.exists) existing.push(file)
+  bar.replaceWith(file.exists ? 'exists already' : request.responseText || 'could not be sent')
+  if (request.status == 201 || request.status == 202) file.row.remove()
+}
+async function walk(entry) {
+  const read = (from, method) => new Promise((done, failed) => from[method](done, failed))
+  if (entry.isFile) return Object.assign(await read(entry, 'file'), {path: entry.fullPath.slice(1)})
+  const reader = entry.createReader(), found = []
+  for (let some = [entry]; some.length;) {
+    some = await read(reader, 'readEntries')
+    found.push(...await Promise.all(some.map(walk)))
+  }
+  return found.flat()
+}
+for (const input of box.querySelectorAll('[type=file]')) {
+  input.onchange = () => upload(input.files)
+  input.previousElementSibling.onclick = () => { input.value = ''; input.click() }
+}
+document.ondragover = event => event.preventDefault()
+document.ondrop = event => {
+  event.preventDefault()
+  const entries = [...event.dataTransfer.items].map(item => item.webkitGetAsEntry())
+  const walked = Promise.all(entries.filter(entry => entry).map(walk))
+  upload(walked.then(found => found.flat(), error => alert(error) ?? []))
+}
+window.onbeforeunload = event => { if (batches) event.preventDefault() }
+box.hidden = false
+`
 
 // humanSize shows bytes as people read them.
 func humanSize(bytes int64) string {

@@ -1855,6 +1855,36 @@ func TestFolderOfMany(t *testing.T) {
 	expect(t, bytes.HasSuffix(body, []byte(end)), "the page ends with %q", body[len(body)-100:])
 }
 
+// The upload script runs because the policy has its hash. The policy allows no other script.
+func TestPagePolicy(t *testing.T) {
+	s := newTestServer(t)
+	s.put("f/1", nil)
+	script := regexp.MustCompile(`(?s)<script>(.*?)</script>`)
+	for _, row := range []struct {
+		path    string
+		scripts int
+	}{
+		{"/", 0},
+		{"/blob/", 1},
+		{"/blob/f/", 1},
+	} {
+		resp, body := s.want(200, "GET", row.path, nil, "Accept", "text/html")
+		found := script.FindAllSubmatch(body, -1)
+		expect(t, len(found) == row.scripts, "%s: %d scripts", row.path, len(found))
+		sum := sha256.Sum256([]byte(uploadScript))
+		if row.scripts == 1 {
+			sum = sha256.Sum256(found[0][1])
+		}
+		hash := base64.StdEncoding.EncodeToString(sum[:])
+		want := "default-src 'none'; style-src 'unsafe-inline'; img-src data:; " +
+			"script-src 'sha256-" + hash + "'; connect-src 'self'; frame-ancestors 'self'"
+		got := resp.Header.Get("Content-Security-Policy")
+		expect(t, got == want, "%s: policy %q, want %q", row.path, got, want)
+		handlers := regexp.MustCompile(`<[a-z]+ [^>]*\bon[a-z]+=`).FindAll(body, -1)
+		expect(t, len(handlers) == 0, "%s: handlers that the policy refuses: %q", row.path, handlers)
+	}
+}
+
 // A browser that asks for a folder without its slash is sent on; others are told how to list it.
 func TestFolderRedirects(t *testing.T) {
 	s := newTestServer(t)
