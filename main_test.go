@@ -1633,7 +1633,8 @@ func TestListingOfCorruptShard(t *testing.T) {
 		{"page", "/blob/", "text/html", 500, "shard is corrupt\n"},
 		{"page of a folder", "/blob/f/", "text/html", 500, "shard is corrupt\n"},
 		{"blob", blobPath(good), "*/*", 200, "good"},
-		{"missing key", blobPath(missing), "*/*", 404, "not found: no blob under this key\n"},
+		{"missing key", blobPath(missing), "*/*", 404, "not found: no blob under this key; " +
+			"keys below it are listed by /blob/?prefix=" + missing + "/\n"},
 	} {
 		_, body := s.answer(row.name, row.status, "GET", row.path, "Accept", row.accept)
 		expect(t, body == row.text, "%s: %q, want %q", row.name, body, row.text)
@@ -1890,7 +1891,7 @@ func TestFolderRedirects(t *testing.T) {
 	s := newTestServer(t)
 	s.putAll([]string{"photos/2026/1", "photos/file", "a b/ü#/1", "x//1", "dot/../1"})
 	const plain, noRoute = "no blob under this key", "blobs are at /blob/KEY"
-	const hint = plain + "; to list the keys below it: /blob/?prefix="
+	const hint = plain + "; keys below it are listed by /blob/?prefix="
 	for _, row := range []struct {
 		name, method, path string
 		browser            bool
@@ -1905,14 +1906,14 @@ func TestFolderRedirects(t *testing.T) {
 		{"browser, root", "GET", "/blob", true, 303, "/blob/"},
 		{"browser, dot segment", "GET", "/blob/dot/%2E%2E", true, 404, hint + "dot/../"},
 		{"browser, query", "GET", "/blob?x=1", true, 404, noRoute},
-		{"browser, part of a name", "GET", "/blob/photo", true, 404, plain},
+		{"browser, part of a name", "GET", "/blob/photo", true, 404, hint + "photo/"},
 		{"browser, below a file", "GET", "/blob/photos/file/", true, 404, plain},
 		{"browser, no folder", "GET", "/blob/none/", true, 404, plain},
 		{"other", "GET", "/blob/photos", false, 404, hint + "photos/"},
 		{"other, with the slash", "GET", "/blob/photos/", false, 404, hint + "photos/"},
 		{"other, odd names", "GET", "/blob/a%20b/%C3%BC%23", false, 404, hint + "a+b/%C3%BC%23/"},
 		{"other, a blob", "GET", "/blob/photos/file", false, 200, "photos/file"},
-		{"other, part of a name", "GET", "/blob/photo", false, 404, plain},
+		{"other, part of a name", "GET", "/blob/photo", false, 404, hint + "photo/"},
 		{"other, root", "GET", "/blob", false, 404, noRoute},
 		{"write to the root", "PUT", "/blob", true, 404, noRoute},
 	} {
@@ -1944,6 +1945,7 @@ func TestFolderAccess(t *testing.T) {
 		c.PublicRead = true
 	})
 	const token = "Bearer sekret"
+	const hint = "not found: no blob under this key; keys below it are listed by /blob/?prefix="
 	s.want(201, "PUT", "/blob/f/1", []byte("v"), "Authorization", token)
 	for _, row := range []struct {
 		name, path, accept, token string
@@ -1954,8 +1956,9 @@ func TestFolderAccess(t *testing.T) {
 		{"top folder", "/blob/", "text/html", "", 401, "unauthorized\n"},
 		{"folder", "/blob/f/", "text/html", "", 401, "unauthorized\n"},
 		{"no folder", "/blob/none/", "text/html", "", 401, "unauthorized\n"},
-		{"key of a folder", "/blob/f", "text/html", "", 404, "not found: no blob under this key\n"},
-		{"the same, no browser", "/blob/f", "*/*", "", 404, "not found: no blob under this key\n"},
+		{"key of a folder", "/blob/f", "text/html", "", 404, hint + "f/\n"},
+		{"key of none", "/blob/g", "text/html", "", 404, hint + "g/\n"},
+		{"the same, no browser", "/blob/f", "*/*", "", 404, hint + "f/\n"},
 		{"root", "/blob", "text/html", "", 401, "unauthorized\n"},
 		{"folder, token", "/blob/f/", "text/html", token, 200, ""},
 		{"key of a folder, token", "/blob/f", "text/html", token, 303, ""},
@@ -2441,7 +2444,8 @@ func TestPublicRead(t *testing.T) {
 		{"no token, healthz", "GET", "/healthz", "", 200, ""},
 		{"no token, healthz, HEAD", "HEAD", "/healthz", "", 200, ""},
 		{"no token, readyz", "GET", "/readyz", "", 200, ""},
-		{"no token, no blob", "GET", "/blob/none", "", 404, "not found: no blob under this key\n"},
+		{"no token, no blob", "GET", "/blob/none", "", 404, "not found: no blob under this key; " +
+			"keys below it are listed by /blob/?prefix=none/\n"},
 		{"wrong token, GET", "GET", "/blob/k", "Bearer wrong", 401, refused},
 		{"read token, GET", "GET", "/blob/k", "Bearer " + readToken, 200, ""},
 		{"read token, PUT", "PUT", "/blob/k", "Bearer " + readToken, 403, readOnly},
@@ -3352,7 +3356,8 @@ func TestAsync(t *testing.T) {
 	exec1(t, sh.path, "CREATE TRIGGER no BEFORE UPDATE ON blobs BEGIN SELECT raise(ABORT, 'no'); END")
 	s.put("w0", []byte("new"))
 	s.wantBlob("w0", []byte("49"))
-	_, body := s.want(503, "GET", "/readyz", nil)
+	_, body, err := s.do("GET", "/readyz", nil) // upkeep may have found the shard well already
+	fatal(t, err)
 	expect(t, strings.Contains(string(body), `"failed_background_writes":1`), "%s", body)
 	expect(t, strings.Contains(s.log.String(), "key=w0 "), "not logged:\n%s", s.log)
 	exec1(t, sh.path, "DROP TRIGGER no")
