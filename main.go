@@ -64,6 +64,7 @@ import (
 	"html/template"
 	"io"
 	"iter"
+	"io/fs"
 	"log/slog"
 	"maps"
 	"math"
@@ -226,197 +227,342 @@ func (b *blob) lastSeq() int64 { return (b.size - 1) / chunkSize }
 func (b *blob) expired(now int64) bool { return b.expires != 0 && b.expires <= now }
 
 // ==== Commands ====================================================================================
-// main is a shell around run. One table is both the dispatch and the usage text. Exit codes: 0 done,
-// 1 failed or refused, 2 wrong usage or configuration. Results go to stdout, logs to stderr.
+// main is a shell around run. One table is both the dispatch and the help. Exit codes: 0 done, 1
+// failed or refused, 2 wrong usage or configuration. Results go to standard output, logs and
+// progress to standard error.
 
 func main() {
 	os.Exit(run(context.Background(), os.Args[1:], os.Environ(), os.Stdout, os.Stderr))
 }
 
-type command struct {
-	name, args, help string // the first line of help is the summary
-	minArgs, maxArgs int
-	run              func(ctx context.Context, c *call) // ends early by must
+// run executes one command line and returns the exit code. An error is one line on stderr.
+func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) int {
+	cli := &call{
+		environ: environ,
+		stdout:  stdout,
+		stderr:  stderr,
+		method:  http.MethodGet,
+		ttl:     time.Hour,
+	}
+	err := cli.dispatch(ctx, args)
+	if err == nil {
+		return 0
+	}
+	// errors.Join puts a newline between two errors.
+	line := strings.ReplaceAll(err.Error(), "\n", "; ")
+	fmt.Fprintln(stderr, "blobnom:", line)
+	if errors.As(err, new(usageError)) {
+		return 2
+	}
+	return 1
 }
 
+// usageError is what is wrong with a command line or a configuration.
+type usageError string
+
+func (e usageError) Error() string { return string(e) + "; see: blobnom help" }
+
+// call is one command line.
 type call struct {
 	configFile     string
 	method         string        // of sign
 	ttl            time.Duration // of sign
 	args, environ  []string
 	stdout, stderr io.Writer
-	shown          time.Time // when progress was
+	progress       progress
+}
+
+// command is a row of the table: how a command is called, explained and run.
+type command struct {
+	name             string
+	args             string // as help shows them
+	summary          string
+	details          string // shown by COMMAND -h only
+	minArgs, maxArgs int
+	isLong           bool                                 // it shows its progress, and a signal ends it
+	addFlags         func(cli *call, flags *flag.FlagSet) // nil: none of its own
+	run              func(ctx context.Context, cli *call) error
 }
 
 func commands() []command {
 	return []command{
-		{"serve", "", "run the server (the default command)", 0, 0, cmdServe},
-		{"check", "[DIR]", "verify a data directory: structure, placement, every checksum", 0, 1, cmdCheck},
-		{"backup", "DIR", "copy the data directory into DIR, also while the server runs", 1, 1, cmdBackup},
-		{"migrate", "SRC", "copy every blob of SRC into the configured, new data directory", 1, 1, cmdMigrate},
-		{"sign", "[-method M] [-ttl D] KEY", "print a signed URL path for KEY that expires\n" +
-			"  -method M  the method it allows: GET (the default, HEAD too), HEAD, PUT, POST or DELETE\n" +
-			"  -ttl D     how long it is valid: 1h (the default), 90s, or whole seconds", 1, 1, cmdSign},
-		{"version", "", "print the version", 0, 0, func(_ context.Context, c *call) {
-			fmt.Fprintf(c.stdout, "blobnom %s %s %s/%s\n", version(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
-		}},
-		{"help", "", "print this; COMMAND -h explains one command", 0, 0, cmdHelp},
+		{name: "serve", summary: "run the server (the default command)", run: cmdServe},
+		{
+			name:    "check",
+			args:    "[DIR]",
+			summary: "verify a data directory: structure, placement, every checksum",
+			details: "DIR is data_dir by default. A server may be using it. Each defect is a line.",
+			maxArgs: 1,
+			isLong:  true,
+			run:     cmdCheck,
+		},
+		{
+			name:    "backup",
+			args:    "DIR",
+			summary: "copy the data directory into DIR, also while the server runs",
+			details: "DIR is new, empty, or has what an interrupted run left.\n" +
+				"To restore, copy all files of DIR over the data directory.",
+			minArgs: 1,
+			maxArgs: 1,
+			isLong:  true,
+			run:     cmdBackup,
+		},
+		{
+			name:    "migrate",
+			args:    "SRC",
+			summary: "copy every blob of SRC into the configured, new data directory",
+			details: "SRC may have another number of shards, hash or codec, or be of the Rust Blobnom.\n" +
+				"No server may be using it. It stays as it is.",
+			minArgs: 1,
+			maxArgs: 1,
+			isLong:  true,
+			run:     cmdMigrate,
+		},
+		{
+			name:    "sign",
+			args:    "[-method M] [-ttl D] KEY",
+			summary: "print a signed URL path for KEY that expires",
+			details: "  -method M  what it allows: GET (the default, HEAD too), HEAD, PUT, POST or DELETE\n" +
+				"  -ttl D     how long it is valid: 1h (the default), 90s, 7d, or whole seconds",
+			minArgs:  1,
+			maxArgs:  1,
+			addFlags: signFlags,
+			run:      cmdSign,
+		},
+		{name: "version", summary: "print the version", run: cmdVersion},
+		{
+			name:    "help",
+			args:    "[COMMAND]",
+			summary: "explain a command; \"help config\" prints the example configuration",
+			maxArgs: 1,
+			run:     cmdHelp,
+		},
 	}
+}
+
+// commandNamed returns the row of the table with this name.
+func commandNamed(name string) (command, error) {
+	for _, row := range commands() {
+		if row.name == name {
+			return row, nil
+		}
+	}
+	return command{}, usageError(fmt.Sprintf("there is no command %q", name))
+}
+
+// dispatch parses the command line and runs the command. Flags stand before or behind its name.
+func (cli *call) dispatch(ctx context.Context, args []string) error {
+	flags := flag.NewFlagSet("blobnom", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	flags.StringVar(&cli.configFile, "config", "", "")
+	showVersion := flags.Bool("version", false, "")
+	err := flags.Parse(args)
+	cli.args = flags.Args()
+	if errors.Is(err, flag.ErrHelp) {
+		return cmdHelp(ctx, cli)
+	}
+	if err != nil {
+		return usageError(err.Error())
+	}
+	name := "serve"
+	if len(cli.args) > 0 {
+		name = cli.args[0]
+		cli.args = cli.args[1:]
+	}
+	row, err := commandNamed(name)
+	if err != nil {
+		return err
+	}
+	if row.addFlags != nil {
+		row.addFlags(cli, flags)
+	}
+	err = flags.Parse(cli.args)
+	cli.args = flags.Args()
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		cli.explain(row)
+		return nil
+	case err != nil:
+		return usageError(err.Error())
+	case *showVersion:
+		return cmdVersion(ctx, cli)
+	case len(cli.args) < row.minArgs || len(cli.args) > row.maxArgs:
+		takes := cmp.Or(row.args, "none")
+		return usageError(fmt.Sprintf("the arguments of %s are: %s", name, takes))
+	}
+	if row.isLong {
+		return cli.runLong(ctx, row)
+	}
+	return row.run(ctx, cli)
+}
+
+// cmdHelp prints the table, or explains what its first argument names.
+func cmdHelp(_ context.Context, cli *call) error {
+	if len(cli.args) == 0 {
+		fmt.Fprint(cli.stdout, "usage: blobnom [-config FILE] [COMMAND] [ARGUMENTS]\n\n")
+		for _, row := range commands() {
+			fmt.Fprintf(cli.stdout, "  %-32s %s\n", row.name+" "+row.args, row.summary)
+		}
+		fmt.Fprint(cli.stdout, "\nFILE is config.toml if there is one, "+
+			"else the built-in example.\n")
+		return nil
+	}
+	if cli.args[0] == "config" {
+		fmt.Fprint(cli.stdout, exampleConfig)
+		return nil
+	}
+	row, err := commandNamed(cli.args[0])
+	if err != nil {
+		return err
+	}
+	cli.explain(row)
+	return nil
+}
+
+func (cli *call) explain(row command) {
+	called := strings.TrimSpace(row.name + " " + row.args)
+	fmt.Fprintf(cli.stdout, "usage: blobnom [-config FILE] %s\n\n%s\n", called, row.summary)
+	if row.details != "" {
+		fmt.Fprintln(cli.stdout, row.details)
+	}
+}
+
+func cmdVersion(_ context.Context, cli *call) error {
+	platform := runtime.GOOS + "/" + runtime.GOARCH
+	fmt.Fprintln(cli.stdout, "blobnom", version(), runtime.Version(), platform)
+	return nil
 }
 
 // version is the version of the module that was built: a tag, or the revision of the checkout.
 func version() string {
-	info, _ := debug.ReadBuildInfo() // there is one: the build uses modules
+	info, _ := debug.ReadBuildInfo() // never nil: the program is built in module mode
 	return strings.Trim(info.Main.Version, "()")
 }
 
-func cmdHelp(_ context.Context, c *call) {
-	fmt.Fprint(c.stdout, "usage: blobnom [-config FILE] [COMMAND] [ARGUMENTS]\n\n")
-	for _, row := range commands() {
-		summary, _, _ := strings.Cut(row.help, "\n")
-		fmt.Fprintf(c.stdout, "  %-32s %s\n", row.name+" "+row.args, summary)
-	}
-	fmt.Fprint(c.stdout, "\nFILE is config.toml if there is one, else the built-in example.\n")
-}
-
-// must ends the command with err, unless that is nil: run reports it, after what format says could
-// not be done. It is for a command's own goroutine, as Fatal is for that of a test.
-func must(err error, format string, args ...any) {
-	if err = translate(err); err != nil && format != "" {
-		err = fmt.Errorf(format+": %w", append(args, err)...)
-	}
-	if err != nil {
-		panic(failure{err})
-	}
-}
-
-type failure struct{ err error } // what must panics with
-type usageError string           // what is wrong with a command line or a configuration
-
-func (e usageError) Error() string { return string(e) + "; see: blobnom help" }
-
-// run executes one command line and returns the exit code.
-func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) (code int) {
-	defer func() {
-		v := recover()
-		if f, ok := v.(failure); ok {
-			fmt.Fprintln(stderr, "blobnom:", f.err)
-			code = map[bool]int{false: 1, true: 2}[errors.As(f.err, new(usageError))]
-		} else if v != nil {
-			panic(v)
-		}
-	}()
-	c := &call{environ: environ, stdout: stdout, stderr: stderr, method: http.MethodGet, ttl: time.Hour}
-	flags := flag.NewFlagSet("blobnom", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
-	flags.StringVar(&c.configFile, "config", "", "")
-	showVersion := flags.Bool("version", false, "")
-	name, err := "serve", flags.Parse(args)
-	rest := flags.Args()
-	if len(rest) > 0 {
-		if name = rest[0]; name == "sign" {
-			flags.StringVar(&c.method, "method", c.method, "")
-			flags.Func("ttl", "", func(text string) (err error) { c.ttl, err = parseTTL(text); return err })
-		}
-		err = cmp.Or(err, flags.Parse(rest[1:]))
-	}
-	if *showVersion {
-		name = "version"
-	} else if errors.Is(err, flag.ErrHelp) && len(rest) == 0 {
-		name, err = "help", nil
-	}
-	i := slices.IndexFunc(commands(), func(row command) bool { return row.name == name })
-	if i < 0 {
-		must(usageError(fmt.Sprintf("there is no command %q", name)), "")
-	}
-	row := commands()[i]
-	switch c.args = flags.Args(); {
-	case errors.Is(err, flag.ErrHelp):
-		fmt.Fprintf(stdout, "usage: blobnom [-config FILE] %s\n\n%s\n", strings.TrimSpace(name+" "+row.args), row.help)
-	case err != nil:
-		must(usageError(err.Error()), "")
-	case len(c.args) < row.minArgs || len(c.args) > row.maxArgs:
-		must(usageError(fmt.Sprintf("the arguments of %s are: %s", name, cmp.Or(row.args, "none"))), "")
-	default:
-		row.run(ctx, c)
-	}
-	return 0
-}
-
 // config loads the configuration and says where it came from.
-func (c *call) config() (*config, string) {
-	cfg, source, err := loadConfig(c.configFile, c.environ)
-	must(err, "")
-	for _, e := range c.environ {
-		name, _, _ := strings.Cut(e, "=")
+func (cli *call) config() (*config, string, error) {
+	cfg, source, err := loadConfig(cli.configFile, cli.environ)
+	if err != nil {
+		return nil, "", err
+	}
+	log := newLogger(cfg, cli.stderr)
+	for _, variable := range cli.environ {
+		name, _, _ := strings.Cut(variable, "=")
 		key, ours := strings.CutPrefix(name, "BLOBNOM_")
-		if ours && (!isConfigKey(strings.ToLower(key)) || strings.ToUpper(key) != key) {
-			newLogger(cfg, c.stderr).Warn("environment variable names no configuration key, and is ignored",
+		known := key == strings.ToUpper(key) && isConfigKey(strings.ToLower(key))
+		if ours && !known {
+			log.Warn("environment variable names no configuration key, and is ignored",
 				"variable", name)
 		}
 	}
-	return cfg, source
+	return cfg, source, nil
+}
+
+func newLogger(cfg *config, w io.Writer) *slog.Logger {
+	var level slog.Level
+	level.UnmarshalText([]byte(cfg.LogLevel)) // cannot fail: loadConfig has checked the word
+	options := &slog.HandlerOptions{Level: level}
+	if cfg.LogFormat == "json" {
+		return slog.New(slog.NewJSONHandler(w, options))
+	}
+	return slog.New(slog.NewTextHandler(w, options))
 }
 
 // cmdServe runs until a signal or the end of ctx, then drains. A second signal ends it at once.
-func cmdServe(ctx context.Context, c *call) {
-	cfg, source := c.config()
-	log := newLogger(cfg, c.stderr)
-	signals := []os.Signal{os.Interrupt, syscall.SIGTERM, syscall.SIGHUP}
-	if signal.Ignored(syscall.SIGHUP) {
-		signals = signals[:2] // as nohup wants it
+func cmdServe(ctx context.Context, cli *call) error {
+	cfg, source, err := cli.config()
+	if err != nil {
+		return err
+	}
+	log := newLogger(cfg, cli.stderr)
+	signals := []os.Signal{os.Interrupt, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) { // nohup ignores it: then it stays ignored
+		signals = append(signals, syscall.SIGHUP)
 	}
 	signal.Ignore(syscall.SIGPIPE) // else the process would end with whoever reads its log
 	ctx, stop := signal.NotifyContext(ctx, signals...)
-	context.AfterFunc(ctx, stop) // so the second signal meets the default handler
+	context.AfterFunc(ctx, stop) // the second signal meets the default handler
+
 	// The port before the directory: a server that cannot listen leaves no trace.
 	ln, err := net.Listen("tcp", cfg.Addr)
-	must(err, "cannot listen on addr %q", cfg.Addr)
+	if err != nil {
+		return fmt.Errorf("cannot listen on addr %q: %w", cfg.Addr, err)
+	}
 	defer ln.Close()
 	limitMemory(log)
-	st, err := openStore(ctx, cfg, nil, log, time.Now)
+	store, err := openStore(ctx, cfg, nil, log, time.Now)
 	if errors.Is(err, context.Canceled) {
 		log.Info("stopped while starting")
-		return
+		return nil
 	}
-	must(err, "")
-	log.Info("serving", "version", version(), "listen", ln.Addr().String(), "config", source, "data_dir", cfg.DataDir,
-		"num_shards", cfg.NumShards, "durability", cfg.Durability)
-	if !ln.Addr().(*net.TCPAddr).IP.IsLoopback() && cfg.AuthToken == "" {
-		log.Warn("anyone who can reach this address can read and change every blob; set auth_token or a local addr")
+	if err != nil {
+		return err
+	}
+	log.Info("serving",
+		"version", version(),
+		"listen", ln.Addr().String(),
+		"config", source,
+		"data_dir", cfg.DataDir,
+		"num_shards", cfg.NumShards,
+		"durability", cfg.Durability)
+	ip := ln.Addr().(*net.TCPAddr).IP
+	if cfg.AuthToken == "" && !ip.IsLoopback() {
+		log.Warn("anyone who can reach this address can read and change every blob; " +
+			"set auth_token or a local addr")
 	}
 	// A ballast: it takes no memory, because nothing touches it, but the heap may grow by as much
 	// before it is collected. Without it a small heap is collected every 200 POSTs, which is 3 % of
 	// the server's time. SetGCPercent would do as much, but multiply the heap of a full cache.
 	defer runtime.KeepAlive(make([]byte, 16<<20))
-	err = newServer(cfg, st, log).serve(ctx, ln)
-	must(errors.Join(err, st.close()), "")
+	err = newServer(cfg, store, log).serve(ctx, ln)
+	if err := errors.Join(err, store.close()); err != nil {
+		return err
+	}
 	log.Info("stopped")
+	return nil
 }
 
-// cmdSign prints a path that needs no token until it expires.
-func cmdSign(_ context.Context, c *call) {
-	cfg, source := c.config()
-	key, err := c.args[0], checkKey(c.args[0])
-	if !slices.Contains(strings.Split(blobMethods, ", "), c.method) {
-		err = cmp.Or(err, fmt.Errorf("-method is one of %s", blobMethods))
-	} else if cfg.AuthToken == "" {
-		err = cmp.Or(err, fmt.Errorf("auth_token in %s is empty; a signature needs it as its key", source))
-	}
+func signFlags(cli *call, flags *flag.FlagSet) {
+	flags.StringVar(&cli.method, "method", cli.method, "")
+	flags.Func("ttl", "", func(text string) error {
+		ttl, err := parseTTL(text)
+		cli.ttl = ttl
+		return err
+	})
+}
+
+// cmdSign prints a path that needs no token until it expires. What may surprise goes to stderr.
+func cmdSign(_ context.Context, cli *call) error {
+	cfg, source, err := cli.config()
 	if err != nil {
-		must(usageError(err.Error()), "")
+		return err
 	}
-	sent := strings.ReplaceAll(escapeAll(key), "%2F", "/") // nothing that a client resolves
-	expires := strconv.FormatInt(time.Now().Add(c.ttl).Unix(), 10)
-	fmt.Fprintf(c.stdout, "/blob/%s?expires=%s&sig=%s\n", sent, expires, sign(cfg.AuthToken, c.method, key, expires))
-}
-
-func newLogger(cfg *config, w io.Writer) *slog.Logger {
-	var level slog.Level
-	level.UnmarshalText([]byte(cfg.LogLevel)) // one of four checked words
-	opts := &slog.HandlerOptions{Level: level}
-	handlers := map[string]slog.Handler{"text": slog.NewTextHandler(w, opts), "json": slog.NewJSONHandler(w, opts)}
-	return slog.New(handlers[cfg.LogFormat])
+	key := cli.args[0]
+	if err := checkKey(key); err != nil {
+		return usageError(err.Error())
+	}
+	if !slices.Contains(strings.Split(blobMethods, ", "), cli.method) {
+		return usageError("-method is one of " + blobMethods)
+	}
+	if cfg.AuthToken == "" {
+		return usageError("auth_token in " + source + " is empty; a signature needs it as its key")
+	}
+	sent := url.PathEscape(key)
+	isDots := func(segment string) bool { return segment == "." || segment == ".." }
+	if slices.ContainsFunc(strings.Split(key, "/"), isDots) {
+		sent = escapeAll(key)
+		fmt.Fprintln(cli.stderr, `note: browsers and many clients resolve the "." or ".." segment, `+
+			"even percent-encoded, and get 401; curl --path-as-is does not")
+	}
+	if rest, ok := strings.CutPrefix(key, "/blob/"); ok {
+		fmt.Fprintf(cli.stderr, "note: a key begins after /blob/, and this one begins with it; "+
+			"did you mean %q?\n", rest)
+	}
+	sent = strings.ReplaceAll(sent, "%2F", "/")
+	expires := strconv.FormatInt(time.Now().Add(cli.ttl).Unix(), 10)
+	signature := sign(cfg.AuthToken, cli.method, key, expires)
+	fmt.Fprintf(cli.stdout, "/blob/%s?expires=%s&sig=%s\n", sent, expires, signature)
+	return nil
 }
 
 // ==== Configuration ===============================================================================
@@ -4537,273 +4683,779 @@ func (r *reserve) write() error {
 // ==== Maintenance =================================================================================
 // check and backup look at a data directory that a server may be using. They read it as any other
 // SQLite client would, in a process of their own. check reads row by row, except in SQLite's own
-// check of its pages: a transaction as long as all of it would keep the WAL from being used again.
+// check of its pages: a transaction over the whole work would keep the WAL from being used again.
 
-// progress shows how far long work is, if stderr is a terminal. An empty text clears the line.
-func (c *call) progress(format string, args ...any) {
-	if f, ok := c.stderr.(*os.File); ok && (format == "" || time.Since(c.shown) > 100*time.Millisecond) {
-		if info, err := f.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
-			c.shown = time.Now()
-			fmt.Fprintf(f, "\r\x1b[K"+format, args...)
-		}
+// runLong runs a command that SIGINT and SIGTERM end, and that shows its progress on a terminal. A
+// second signal ends the process. Nothing has to be undone: an incomplete copy has its marker.
+func (cli *call) runLong(ctx context.Context, row command) error {
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	context.AfterFunc(ctx, stop) // the second signal meets the default handler
+	if isTerminal(cli.stderr) {
+		hide := cli.showProgressOn(cli.stderr)
+		defer hide()
 	}
-}
-
-// sourceDir returns the absolute path of dir and its shards' indexes, unless refuse objects.
-func sourceDir(dir string, refuse func(dir string) error) (string, []int) {
-	dir, err := filepath.Abs(dir)
-	indexes, indexErr := shardFiles(dir)
-	must(cmp.Or(err, refuse(dir), indexErr), "")
-	return dir, indexes
-}
-
-// cmdCheck verifies a data directory, in use or not.
-func cmdCheck(ctx context.Context, c *call) {
-	if len(c.args) == 0 {
-		cfg, _ := c.config()
-		c.args = []string{cfg.DataDir}
-	}
-	dir, _ := sourceDir(c.args[0], refuseDir)
-	k := c.check(ctx, dir)
-	fmt.Fprintf(c.stdout, "%s: %d shards, %s, %d defects\n", dir, k.shards, k.amount(), k.defects)
-	if k.defects > 0 {
-		must(errors.New("restore what is damaged from a backup"), "%s has defects", dir)
-	}
-}
-
-type checker struct {
-	*call
-	first           *record // that could be read
-	shards, defects int
-	blobs, bytes    int64
-}
-
-func (k *checker) amount() string { return fmt.Sprintf("%d blobs, %s", k.blobs, humanSize(k.bytes)) }
-
-func (k *checker) defect(shard int, format string, args ...any) {
-	k.defects++
-	fmt.Fprintf(k.stdout, "shard %d: %s\n", shard, strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", " "))
-}
-
-// check verifies dir. Each defect is a line on stdout.
-func (c *call) check(ctx context.Context, dir string) *checker {
-	indexes, err := shardFiles(dir)
-	must(err, "")
-	k := &checker{call: c, shards: len(indexes)}
-	for _, i := range indexes {
-		if err := translate(k.checkShard(ctx, dir, i)); ctx.Err() != nil || saysNothing(err) {
-			must(err, "cannot check shard %d", i)
-		} else if err != nil {
-			k.defect(i, "%v", err)
-		}
-	}
-	for i := 0; k.first != nil && i < int(k.first.NumShards); i++ {
-		if !slices.Contains(indexes, i) {
-			k.defect(i, "the file is missing")
-		}
-	}
-	c.progress("")
-	return k
-}
-
-// saysNothing reports whether err kept something from being read, and so says nothing of its state.
-func saysNothing(err error) bool {
-	return errors.Is(err, errCannotOpen) || errors.Is(err, errBusy) || errors.Is(err, errFull)
-}
-
-// structureQuery returns what is wrong with a shard as a whole, one line per row.
-const structureQuery = `SELECT 'SQLite: ' || integrity_check FROM pragma_integrity_check WHERE integrity_check <> 'ok'
-	UNION ALL SELECT 'chunk ' || (id & 1048575) || ' of content ' || (id >> 20) || ' belongs to no blob' FROM chunks
-	WHERE NOT EXISTS (SELECT 1 FROM orphans WHERE orphans.id = chunks.id >> 20) AND NOT EXISTS
-	(SELECT 1 FROM blobs WHERE blobs.id = chunks.id >> 20 AND size > ?1 AND (chunks.id & 1048575) <= (size - 1) / ?1)`
-
-// checkShard checks one shard. An error is one more defect, or keeps the shard from being checked.
-func (k *checker) checkShard(ctx context.Context, dir string, i int) error {
-	s, r, err := openSource(dir, i)
-	defer s.close()
-	if err == nil && !s.ours {
-		err = fmt.Errorf("%w: its header is not that of a shard", errCorrupt)
-	}
-	if err != nil {
-		return err
-	}
-	k.first = cmp.Or(k.first, r)
-	if *r != (record{k.first.NumShards, int64(i), k.first.Hash, k.first.Directory}) || i >= int(r.NumShards) {
-		k.defect(i, "it does not belong here: it is %v, and another one here is %v", r, k.first)
-	}
-	rows, err := s.readers.QueryContext(ctx, structureQuery, chunkSize)
-	for err == nil && rows.Next() {
-		var text string
-		err = rows.Scan(&text)
-		k.defect(i, "%s", text)
-	}
-	if err == nil {
-		err = cmp.Or(rows.Err(), rows.Close())
-	}
-	if err != nil {
-		return err
-	}
-	return s.walk(ctx, func(id int64, key string) error {
-		size, err := s.verify(id)
-		if errors.Is(err, errDamaged) { // if the blob was replaced or deleted meanwhile, its row is gone now
-			size, err = s.verify(id)
-		}
-		err = cmp.Or(err, checkKey(key))
-		switch home := hashes[r.Hash](key) % uint64(r.NumShards); {
-		case errors.Is(err, errNoBlob):
-			return nil
-		case saysNothing(translate(err)):
-			return err
-		case err != nil:
-			k.defect(i, "key %q: %v", key, err)
-		case home != uint64(i):
-			k.defect(i, "key %q: it belongs to shard %d", key, home)
-		}
-		k.blobs, k.bytes = k.blobs+1, k.bytes+size
-		k.progress("checking: %s", k.amount())
-		return nil
-	})
-}
-
-// source is a shard that is only read, ours or the Rust server's; a server of ours may be using it.
-type source struct {
-	shard
-	ours bool
-	byID *sql.Stmt
-}
-
-// openSource opens shard i of dir, and reads its record if it is ours. Nothing in it is changed.
-// The caller closes the source, also after an error.
-func openSource(dir string, i int) (s *source, r *record, err error) {
-	path := filepath.Join(dir, shardName(i))
-	db := openReadOnly(path)
-	s = &source{shard: shard{index: i, path: path, readers: db, writer: db}}
-	if sizeOf(s.path) <= 0 { // opening it would delete a WAL that may hold everything
-		return s, nil, fmt.Errorf("%w: the file is missing or empty", errCorrupt)
-	}
-	query, application := "SELECT data FROM blobs WHERE rowid = ?", int64(0)
-	err = s.readers.QueryRow("PRAGMA application_id").Scan(&application)
-	if s.ours = application == applicationID; s.ours {
-		query = "SELECT " + blobColumns + ", data, key FROM blobs WHERE id = ?"
-		r, err = recordOf(s.readers)
-		err = cmp.Or(err, s.prepare())
-	}
-	if err == nil {
-		s.byID, err = s.readers.Prepare(query)
-	}
-	return s, r, err
-}
-
-// walk calls f with the rows that were there when it began, each in a query of its own.
-func (s *source) walk(ctx context.Context, f func(id int64, key string) error) error {
-	var last int64
-	err := s.readers.QueryRow("SELECT coalesce(max(rowid), 0) FROM blobs").Scan(&last)
-	const query = "SELECT rowid, CAST(key AS BLOB) FROM blobs WHERE rowid > ? AND rowid <= ? ORDER BY rowid LIMIT 1"
-	next, nextErr := s.readers.Prepare(query)
-	err = cmp.Or(err, nextErr)
-	for id, key := int64(math.MinInt64), ""; err == nil; err = cmp.Or(err, ctx.Err()) {
-		switch err = next.QueryRow(id, last).Scan(&id, &key); {
-		case errors.Is(err, sql.ErrNoRows):
-			return nil
-		case err == nil:
-			err = f(id, key)
-		}
+	err := row.run(ctx, cli)
+	if err != nil && ctx.Err() != nil {
+		left := cmp.Or(cli.progress.leaves, "nothing was changed")
+		return fmt.Errorf("interrupted; %s; run the same command again, it starts over", left)
 	}
 	return err
 }
 
-// row returns the blob with the given id and its content, or errNoBlob. Of a row of the Rust server
-// only the content is known; it has at most 30 MB, because that server took no more.
-func (s *source) row(id int64) (*blob, io.Reader, error) {
-	if s.ours {
-		b, _, err := scanBlob(s.byID.QueryRow(id))
+// progress is the last line of a terminal, which says how far long work is.
+type progress struct {
+	leaves string // what an interruption leaves, "" for nothing
+
+	mu       sync.Mutex // guards the rest
+	terminal io.Writer  // nil: nobody looks; set before the work begins
+	start    time.Time
+	task     string // such as "checking shard 1 of 4"
+	done     string // of the task, such as "10 blobs"
+	shown    bool
+}
+
+func isTerminal(w io.Writer) bool {
+	file, ok := w.(*os.File)
+	if !ok {
+		return false
+	}
+	info, err := file.Stat()
+	return err == nil && info.Mode()&os.ModeCharDevice != 0
+}
+
+// showProgressOn shows the progress until hide is called. Other output goes where it went, and
+// first clears the line of the progress.
+func (cli *call) showProgressOn(terminal io.Writer) (hide func()) {
+	p := &cli.progress
+	p.terminal = terminal
+	p.start = time.Now()
+	cli.stdout = &lineClearer{p, cli.stdout}
+	cli.stderr = &lineClearer{p, cli.stderr}
+	hidden := make(chan struct{})
+	var drawing sync.WaitGroup
+	drawing.Go(func() {
+		for {
+			select {
+			case <-hidden:
+				return
+			case <-time.After(500 * time.Millisecond):
+				p.draw()
+			}
+		}
+	})
+	return func() {
+		close(hidden)
+		drawing.Wait()
+		p.clear()
+	}
+}
+
+// begin sets the task that is shown from now on.
+func (p *progress) begin(task string, shard, shards int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.task = fmt.Sprintf("%s shard %d of %d", task, shard+1, shards)
+	p.done = ""
+}
+
+// say sets how much of the task is done.
+func (p *progress) say(done string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.done = ", " + done
+}
+
+func (p *progress) draw() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	seconds := time.Since(p.start).Seconds()
+	fmt.Fprintf(p.terminal, "\r\x1b[K%s%s, %.0f s", p.task, p.done, seconds)
+	p.shown = true
+}
+
+func (p *progress) clear() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.shown {
+		io.WriteString(p.terminal, "\r\x1b[K")
+		p.shown = false
+	}
+}
+
+// lineClearer is a Writer that clears the progress before it writes.
+type lineClearer struct {
+	progress *progress
+	io.Writer
+}
+
+func (w *lineClearer) Write(data []byte) (int, error) {
+	w.progress.clear()
+	return w.Writer.Write(data)
+}
+
+// cmdCheck verifies a data directory, in use or not.
+func cmdCheck(ctx context.Context, cli *call) error {
+	if len(cli.args) == 0 {
+		cfg, _, err := cli.config()
+		if err != nil {
+			return err
+		}
+		cli.args = []string{cfg.DataDir}
+	}
+	dir, err := sourceDir(cli.args[0], refuseDir)
+	if err != nil {
+		return err
+	}
+	found, err := cli.check(ctx, dir)
+	if err != nil {
+		return err
+	}
+	found.summarize("%d defects", found.defects)
+	if found.defects > 0 {
+		return fmt.Errorf("%s has defects: restore what is damaged from a backup", dir)
+	}
+	return nil
+}
+
+// sourceDir returns the absolute path of dir, unless refuse objects.
+func sourceDir(dir string, refuse func(dir string) error) (string, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return "", err
+	}
+	return dir, refuse(dir)
+}
+
+func elapsed(start time.Time) string {
+	return fmt.Sprintf("%.1f s", time.Since(start).Seconds())
+}
+
+// checker verifies a data directory. It prints each defect as a line on stdout.
+type checker struct {
+	*call
+	dir     string
+	indexes []int       // numbers of the shards, from the names of their files
+	first   *record     // of the first shard whose record can be read
+	defects int         // all of them
+	damaged []storedRow // blobs that are defects because of their content
+	blobs   int64
+	bytes   int64
+}
+
+func (k *checker) amount() string {
+	return fmt.Sprintf("%d blobs, %s", k.blobs, humanSize(k.bytes))
+}
+
+// summarize prints the last line of a command.
+func (k *checker) summarize(format string, args ...any) {
+	done := fmt.Sprintf(format, args...)
+	fmt.Fprintf(k.stdout, "%s: %d shards, %s, %s\n", k.dir, len(k.indexes), k.amount(), done)
+}
+
+func (k *checker) defect(shard int, format string, args ...any) {
+	k.defects++
+	k.report(shard, format, args...)
+}
+
+// report prints a line about a shard on stdout.
+func (cli *call) report(shard int, format string, args ...any) {
+	text := strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", " ")
+	fmt.Fprintf(cli.stdout, "shard %d: %s\n", shard, text)
+}
+
+// check verifies dir. An error means that dir could not be checked, and says nothing of its state.
+func (cli *call) check(ctx context.Context, dir string) (*checker, error) {
+	indexes, err := shardFiles(dir)
+	if err != nil {
+		return nil, err
+	}
+	k := &checker{call: cli, dir: dir, indexes: indexes}
+	for n, i := range indexes {
+		cli.progress.begin("checking", n, len(indexes))
+		err := k.checkShard(ctx, i)
+		if ctx.Err() != nil || isInconclusive(err) {
+			return nil, fmt.Errorf("cannot check shard %d: %w", i, err)
+		}
+		if err != nil {
+			k.defect(i, "%v", err)
+		}
+	}
+	if k.first != nil {
+		for _, i := range missingShards(indexes, k.first.NumShards) {
+			k.defect(i, "the file is missing")
+		}
+	}
+	return k, nil
+}
+
+// isInconclusive reports whether err only means that something could not be read, not that it is
+// damaged.
+func isInconclusive(err error) bool {
+	code, _ := sqliteCode(err)
+	switch code {
+	case 0, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR: // ERROR: no such table
+		return errors.Is(err, errNewer)
+	}
+	return true
+}
+
+func missingShards(indexes []int, count int64) (missing []int) {
+	for i := range int(count) {
+		if !slices.Contains(indexes, i) {
+			missing = append(missing, i)
+		}
+	}
+	return missing
+}
+
+// checkShard checks one shard. An error is one more defect, unless it is inconclusive.
+func (k *checker) checkShard(ctx context.Context, i int) error {
+	s, err := openSource(k.dir, i)
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	if s.record == nil {
+		return errNotOurs
+	}
+	if k.first == nil {
+		k.first = s.record
+	}
+	if err := s.record.fits(k.first, i); err != nil {
+		k.defect(i, "%v", err)
+	}
+	lines, err := s.structureDefects(ctx)
+	for _, line := range lines {
+		k.defect(i, "%s", line)
+	}
+	if err != nil {
+		return err
+	}
+	return s.walk(ctx, func(row storedRow) error { return k.checkBlob(ctx, s, row) })
+}
+
+var errNotOurs = fmt.Errorf("%w: its header is not that of a shard", errCorrupt)
+
+// fits returns an error unless r is the record of shard i beside a shard with the record first.
+func (r *record) fits(first *record, i int) error {
+	want := record{first.NumShards, int64(i), first.Hash, first.Directory}
+	if *r != want || int64(i) >= r.NumShards {
+		return fmt.Errorf("it does not belong here: it is %v, and another one here is %v", r, first)
+	}
+	return nil
+}
+
+// checkBlob checks one blob. An error is inconclusive.
+func (k *checker) checkBlob(ctx context.Context, s *source, row storedRow) error {
+	size, err := s.verify(ctx, row.id)
+	if errors.Is(err, errDamaged) {
+		// If a server has replaced or deleted the blob meanwhile, its row is gone now.
+		size, err = s.verify(ctx, row.id)
+	}
+	if errors.Is(err, errNoBlob) {
+		return nil
+	}
+	if ctx.Err() != nil || isInconclusive(err) {
+		return err
+	}
+	k.blobs++
+	k.bytes += size
+	k.progress.say(k.amount())
+	if errors.Is(err, errDamaged) {
+		k.damaged = append(k.damaged, row)
+	}
+	if err != nil {
+		k.defect(s.index, "key %q: %v", row.key, err)
+		return nil
+	}
+	if err := row.checkKey(); err != nil {
+		k.defect(s.index, "%v", err)
+		return nil
+	}
+	home := hashes[s.record.Hash](row.key) % uint64(s.record.NumShards)
+	if home != uint64(s.index) {
+		k.defect(s.index, "key %q: it belongs to shard %d", row.key, home)
+	}
+	return nil
+}
+
+// source is a shard that is only read, ours or the Rust server's. A server of ours may be using it.
+type source struct {
+	shard             // only its index, path, readers and dataStmt are set
+	record  *record   // nil: the Rust server wrote the shard
+	rowByID *sql.Stmt // columns for scanBlob, or only the content if the shard is not ours
+	nextRow *sql.Stmt
+	buffer  []byte // of verify
+}
+
+// storedRow is where a blob is in a source.
+type storedRow struct {
+	shard  int
+	id     int64
+	key    string
+	isNull bool // there is no key
+}
+
+func (row storedRow) checkKey() error {
+	if row.isNull {
+		return fmt.Errorf("row %d: its key is NULL; give it a key, or delete the row", row.id)
+	}
+	if err := checkKey(row.key); err != nil {
+		return fmt.Errorf("key %q: %w", row.key, err)
+	}
+	return nil
+}
+
+// openSource opens shard i of dir. Nothing in it is changed. The caller closes the source.
+func openSource(dir string, i int) (*source, error) {
+	path := filepath.Join(dir, shardName(i))
+	if sizeOf(path) <= 0 { // to open it would delete a WAL that may hold everything
+		return nil, fmt.Errorf("%w: the file is missing or empty", errCorrupt)
+	}
+	s := &source{shard: shard{index: i, path: path, readers: openReadOnly(path)}}
+	if err := s.prepare(); err != nil {
+		s.close()
+		return nil, translate(err)
+	}
+	return s, nil
+}
+
+func (s *source) close() error { return s.readers.Close() }
+
+// prepare reads the record and prepares the statements.
+func (s *source) prepare() error {
+	var application int64
+	err := s.readers.QueryRow("PRAGMA application_id").Scan(&application)
+	if err != nil {
+		return err
+	}
+	query := "SELECT data FROM blobs WHERE rowid = ?"
+	if application == applicationID {
+		query = "SELECT " + blobColumns + ", data, key FROM blobs WHERE id = ?"
+		s.record, err = recordOf(s.readers)
+		if err != nil {
+			return err
+		}
+		s.dataStmt, err = s.readers.Prepare("SELECT data FROM chunks WHERE id = ?")
+		if err != nil {
+			return err
+		}
+	}
+	s.rowByID, err = s.readers.Prepare(query)
+	if err != nil {
+		return err
+	}
+	s.nextRow, err = s.readers.Prepare(nextRowQuery)
+	return err
+}
+
+const (
+	nextRowQuery = `SELECT rowid, key IS NULL, coalesce(CAST(key AS BLOB), '') FROM blobs
+		WHERE rowid > ? ORDER BY rowid LIMIT 1`
+
+	integrityQuery = `SELECT 'SQLite: ' || integrity_check FROM pragma_integrity_check
+		WHERE integrity_check <> 'ok'`
+
+	// What SQLite does not know: each chunk belongs to a blob or to an orphan, and an index of some
+	// rows has no others. A hundred lines are enough to know.
+	contentQuery = `
+		SELECT 'chunk ' || (id & 1048575) || ' of content ' || (id >> 20) || ' belongs to no blob'
+		FROM chunks WHERE NOT EXISTS (SELECT 1 FROM orphans WHERE orphans.id = chunks.id >> 20)
+		AND NOT EXISTS (SELECT 1 FROM blobs WHERE blobs.id = chunks.id >> 20
+			AND size > ?1 AND (chunks.id & 1048575) <= (size - 1) / ?1)
+		UNION ALL
+		SELECT 'index expiring has ' || indexed || ' rows instead of ' || there FROM
+			(SELECT count(*) AS indexed FROM blobs INDEXED BY expiring
+				WHERE expires_at IS NOT NULL),
+			(SELECT count(*) AS there FROM blobs NOT INDEXED
+				WHERE expires_at IS NOT NULL)
+		WHERE indexed <> there
+		LIMIT 100`
+)
+
+// structureDefects returns what is wrong with the shard as a whole, in words. It may return some
+// words and an error.
+func (s *source) structureDefects(ctx context.Context) ([]string, error) {
+	defects, err := texts(s.readers.QueryContext(ctx, integrityQuery))
+	if err != nil || s.record == nil {
+		return defects, err
+	}
+	more, err := texts(s.readers.QueryContext(ctx, contentQuery, chunkSize))
+	return append(defects, more...), err
+}
+
+// texts returns the only column of a query's rows.
+func texts(rows *sql.Rows, err error) (found []string, _ error) {
+	if err != nil {
+		return nil, translate(err)
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var text string
+		if err := rows.Scan(&text); err != nil {
+			return found, translate(err)
+		}
+		found = append(found, text)
+	}
+	return found, translate(rows.Err())
+}
+
+// walk calls f with the rows that were there when it began, each found by a query of its own. In a
+// table whose pages are not in order it can miss rows: structureDefects tells of that.
+func (s *source) walk(ctx context.Context, f func(storedRow) error) error {
+	var last int64
+	err := s.readers.QueryRow("SELECT coalesce(max(rowid), 0) FROM blobs").Scan(&last)
+	if err != nil {
+		return translate(err)
+	}
+	row := storedRow{shard: s.index, id: math.MinInt64}
+	for ctx.Err() == nil {
+		above := row.id
+		err := s.nextRow.QueryRow(above).Scan(&row.id, &row.isNull, &row.key)
+		if errors.Is(err, sql.ErrNoRows) {
+			return nil
+		}
+		if err != nil {
+			return translate(err)
+		}
+		if row.id <= above { // without this the walk could go on for ever
+			return fmt.Errorf("%w: row %d follows row %d", errCorrupt, row.id, above)
+		}
+		if row.id > last {
+			return nil
+		}
+		if err := f(row); err != nil {
+			return err
+		}
+	}
+	return ctx.Err()
+}
+
+// blobByID returns the blob of ours in the row with this id. An error is errNoBlob, an errDamaged,
+// an errCorrupt, or inconclusive.
+func (s *source) blobByID(id int64) (*blob, error) {
+	b, _, err := scanBlob(s.rowByID.QueryRow(id))
+	err = translate(err)
+	code, _ := sqliteCode(err)
+	if err != nil && code == 0 && !errors.As(err, new(*statusError)) { // a value of another type
+		err = fmt.Errorf("%w: %w", errDamaged, err)
+	}
+	return b, err
+}
+
+// content returns the blob in the row with this id and its content. Of a row of the Rust server only
+// the content is known, at most 30 MB, because that server took no more.
+func (s *source) content(id int64) (*blob, io.Reader, error) {
+	if s.record != nil {
+		b, err := s.blobByID(id)
 		return b, &blobReader{shard: &s.shard, blob: b}, err
 	}
 	now := time.Now().UnixMilli()
 	b := &blob{contentType: octetStream, created: now, updated: now}
-	err := s.byID.QueryRow(id).Scan(&b.data) // NULL is an empty content
-	return b, bytes.NewReader(b.data), err
+	err := s.rowByID.QueryRow(id).Scan(&b.data) // NULL is an empty content
+	return b, bytes.NewReader(b.data), translate(err)
 }
 
-// verify reads a content and compares it with what its row says of it. It returns its size.
-func (s *source) verify(id int64) (int64, error) {
-	b, _, err := s.row(id)
+// contextReader ends with the error of ctx once that is done.
+type contextReader struct {
+	ctx context.Context
+	io.Reader
+}
+
+func (r contextReader) Read(data []byte) (int, error) {
+	if err := r.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return r.Reader.Read(data)
+}
+
+// verify reads a content of ours, compares it with what its row says, and returns its size.
+func (s *source) verify(ctx context.Context, id int64) (int64, error) {
+	b, err := s.blobByID(id)
 	if err != nil {
 		return 0, err
 	}
-	hash, crc := sha256.New(), crc32.NewIEEE()
-	br := &blobReader{shard: &s.shard, blob: b}
-	_, err = br.WriteTo(io.MultiWriter(hash, crc))
-	sum, check := hash.Sum(nil), map[bool]uint32{true: crc.Sum32()}[b.deflated] // 0 if not deflated
-	if err == nil && (!bytes.Equal(sum, b.sum[:]) || check != b.crc || br.stored != b.stored) {
-		err = fmt.Errorf("%w: SHA-256 %x, CRC-32 %08x, %d stored bytes, but the row says %x, %08x, %d",
-			errDamaged, sum, check, br.stored, b.sum, b.crc, b.stored)
+	content := &blobReader{shard: &s.shard, blob: b}
+	hash := sha256.New()
+	checksum := crc32.NewIEEE()
+	if s.buffer == nil {
+		s.buffer = make([]byte, chunkSize)
 	}
-	return b.size, err
+	both := io.MultiWriter(hash, checksum)
+	_, err = io.CopyBuffer(both, contextReader{ctx, content}, s.buffer)
+	if err != nil {
+		return b.size, err
+	}
+	sum := hash.Sum(nil)
+	var crc uint32 // 0 if the blob is not deflated
+	if b.deflated {
+		crc = checksum.Sum32()
+	}
+	if !bytes.Equal(sum, b.sum[:]) || crc != b.crc || content.stored != b.stored {
+		return b.size, fmt.Errorf("%w: SHA-256 %x, CRC-32 %08x, %d stored bytes, "+
+			"but the row says %x, %08x, %d",
+			errDamaged, sum, crc, content.stored, b.sum, b.crc, b.stored)
+	}
+	return b.size, nil
+}
+
+// sourceShards returns the numbers of the shards in dir and the first one's record, nil if the Rust
+// server wrote them. An error says which shard does not fit to the others, or is missing.
+func sourceShards(dir string) (indexes []int, first *record, err error) {
+	indexes, err = shardFiles(dir)
+	if err != nil {
+		return nil, nil, err
+	}
+	for n, i := range indexes {
+		s, err := openSource(dir, i)
+		if err != nil {
+			return nil, nil, fmt.Errorf("cannot read shard %d of %s: %w", i, dir, err)
+		}
+		s.close()
+		if n == 0 {
+			first = s.record
+		}
+		if first == nil && s.record == nil {
+			continue
+		}
+		err = errNotOurs
+		if first != nil && s.record != nil {
+			err = s.record.fits(first, i)
+		}
+		if err != nil {
+			return nil, nil, fmt.Errorf("shard %d of %s: %w", i, dir, err)
+		}
+	}
+	count := int64(len(indexes))
+	if first != nil {
+		count = first.NumShards
+	}
+	missing := missingShards(indexes, count)
+	if len(missing) > 0 {
+		return nil, nil, fmt.Errorf("shard %d of %s is missing; restore it from a backup", missing[0], dir)
+	}
+	return indexes, first, nil
 }
 
 // cmdBackup copies the data directory, each shard as it was at the moment when its turn came.
-func cmdBackup(ctx context.Context, c *call) {
-	cfg, _ := c.config()
+func cmdBackup(ctx context.Context, cli *call) error {
+	cfg, _, err := cli.config()
+	if err != nil {
+		return err
+	}
 	start := time.Now()
-	from, indexes := sourceDir(cfg.DataDir, refuseDir)
-	to, lock := c.beginCopy(c.args[0])
+	from, err := sourceDir(cfg.DataDir, refuseDir)
+	if err != nil {
+		return err
+	}
+	indexes, first, err := sourceShards(from)
+	if err != nil {
+		return err
+	}
+	if first == nil {
+		return fmt.Errorf("%s: %w", from, errNotOurs)
+	}
+	to, lock, err := cli.beginCopy(cli.args[0])
+	if err != nil {
+		return err
+	}
 	defer lock.Close()
-	for i := range indexes {
-		c.progress("copying shard %d of %d", i+1, len(indexes))
-		path := filepath.Join(to, shardName(i))
-		s, _, err := openSource(from, i)
-		if err = cmp.Or(err, createFile(path)); err == nil {
-			_, err = s.readers.ExecContext(ctx, "VACUUM INTO ?", path)
+	for n, i := range indexes {
+		cli.progress.begin("copying", n, len(indexes))
+		if err := copyShard(ctx, from, to, i); err != nil {
+			return fmt.Errorf("%s stays incomplete: shard %d: %w", to, i, err)
 		}
-		must(errors.Join(err, s.close()), "cannot copy shard %d", i)
 	}
-	c.finishCopy(ctx, start, to, -1, "")
+	copied, err := cli.check(ctx, to)
+	if err != nil {
+		return err
+	}
+	if err := copied.compareDamage(ctx, from); err != nil {
+		return fmt.Errorf("%s stays incomplete: %w", to, err)
+	}
+	if err := copied.complete(); err != nil {
+		return err
+	}
+	damaged := len(copied.damaged)
+	if damaged == 0 {
+		copied.summarize("copied and verified in %s", elapsed(start))
+		return nil
+	}
+	copied.summarize("copied in %s, %d damaged, as in the original", elapsed(start), damaged)
+	return fmt.Errorf("the copy is complete, but has the damaged blobs of %s; restore or delete them", from)
 }
 
-// beginCopy makes dir a place for a copy and locks it. It is new, empty, or has the partial file of
-// an interrupted run, whose shards are removed; anything else ends the command, and stays.
-func (c *call) beginCopy(dir string) (_ string, lock *sql.DB) {
+// copyShard copies one consistent state of shard i.
+func copyShard(ctx context.Context, from, to string, i int) error {
+	s, err := openSource(from, i)
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	path := filepath.Join(to, shardName(i))
+	if err := createFile(path); err != nil {
+		return err
+	}
+	_, err = s.readers.ExecContext(ctx, "VACUUM INTO ?", path)
+	return translate(err)
+}
+
+// compareDamage returns an error unless all defects of the copy are contents that are damaged in
+// the shards of the directory from as well. Then the copy is as good as the original.
+func (k *checker) compareDamage(ctx context.Context, from string) error {
+	if k.defects > len(k.damaged) {
+		return fmt.Errorf("it has %d defects, see above; check the original", k.defects)
+	}
+	for n, i := range k.indexes {
+		elsewhere := func(row storedRow) bool { return row.shard != i }
+		damaged := slices.DeleteFunc(slices.Clone(k.damaged), elsewhere)
+		if len(damaged) == 0 {
+			continue
+		}
+		k.progress.begin("comparing", n, len(k.indexes))
+		if err := k.compareShard(ctx, from, i, damaged); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (k *checker) compareShard(ctx context.Context, from string, i int, damaged []storedRow) error {
+	s, err := openSource(from, i)
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	// Chunks that a damaged table does not give are missing only in the copy.
+	if err := k.refuseStructure(ctx, s); err != nil {
+		return err
+	}
+	for _, row := range damaged {
+		_, err := s.verify(ctx, row.id) // VACUUM keeps the ids of rows
+		if ctx.Err() != nil || isInconclusive(err) {
+			return err
+		}
+		if err == nil || errors.Is(err, errNoBlob) {
+			return fmt.Errorf("key %q is not damaged in the original, or no longer; run backup again",
+				row.key)
+		}
+	}
+	return nil
+}
+
+// refuseStructure reports what is wrong with s as a whole, and returns an error if anything is.
+func (cli *call) refuseStructure(ctx context.Context, s *source) error {
+	defects, err := s.structureDefects(ctx)
+	for _, text := range defects {
+		cli.report(s.index, "%s", text)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot check %s: %w", s.path, err)
+	}
+	if len(defects) > 0 {
+		return fmt.Errorf("%s is damaged, see above; restore it from a backup", s.path)
+	}
+	return nil
+}
+
+// refuseTarget returns an error unless a copy may go into dir: it is missing, empty but for a lock
+// file, or has the marker of an incomplete copy.
+func refuseTarget(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil || fileExists(filepath.Join(dir, partialFile)) {
+		return err
+	}
+	for _, entry := range entries {
+		if entry.Name() != lockFile {
+			return fmt.Errorf("it is not empty: %s is in the way; a copy needs a new directory",
+				entry.Name())
+		}
+	}
+	return nil
+}
+
+// beginCopy makes dir a place for a copy: it locks dir, writes the marker, and removes what an
+// incomplete copy left. It returns the absolute path, and the lock, which the caller closes.
+func (cli *call) beginCopy(dir string) (string, *sql.DB, error) {
 	dir, err := filepath.Abs(dir)
-	must(cmp.Or(err, os.MkdirAll(dir, 0o700)), "cannot copy into %s", dir)
-	left, err := os.ReadDir(dir)
-	must(err, "cannot copy into %s", dir)
-	marker := filepath.Join(dir, partialFile)
-	if len(left) > 0 && !fileExists(marker) {
-		must(fmt.Errorf("%s is in the way; a copy needs a new directory", left[0].Name()), "%s is not empty", dir)
+	if err != nil {
+		return "", nil, err
 	}
-	// Before anything else, else what is left of a killed run could pass for a whole copy.
-	must(cmp.Or(os.WriteFile(marker, nil, 0o600), syncPath(dir)), "cannot copy into %s", dir)
-	lock, err = lockDir(dir)
-	must(err, "")
-	for _, e := range left {
-		if name := e.Name(); strings.HasPrefix(name, "shard_") || name == creatingFile || name == reserveFile {
-			must(os.Remove(filepath.Join(dir, name)), "cannot start over")
-		}
+	// Look before the lock is made, else its file would be left in a directory that is refused.
+	err = refuseTarget(dir)
+	if err == nil {
+		err = os.MkdirAll(dir, 0o700)
 	}
-	return dir, lock
+	if err != nil {
+		return "", nil, fmt.Errorf("cannot copy into %s: %w", dir, err)
+	}
+	lock, err := lockDir(dir)
+	if err != nil {
+		return "", nil, err
+	}
+	if err := startOver(dir); err != nil {
+		lock.Close()
+		return "", nil, fmt.Errorf("cannot copy into %s: %w", dir, err)
+	}
+	cli.progress.leaves = dir + " holds an incomplete copy"
+	return dir, lock, nil
 }
 
-// finishCopy verifies the copy in dir, which is to have so many blobs (negative: unknown), syncs
-// it, removes the partial file, and reports what was done since start.
-func (c *call) finishCopy(ctx context.Context, start time.Time, dir string, blobs int64, note string) {
-	k := c.check(ctx, dir)
-	if k.defects > 0 {
-		must(fmt.Errorf("it has %d defects; check the original", k.defects), "%s stays incomplete", dir)
+// startOver writes the marker and removes the shards of an incomplete copy. dir is locked.
+func startOver(dir string) error {
+	// Look again: before dir was locked another command may have completed a copy in it.
+	if err := refuseTarget(dir); err != nil {
+		return err
 	}
-	if blobs >= 0 && blobs != k.blobs {
-		must(fmt.Errorf("%d blobs were copied, %d are there: see the log", blobs, k.blobs), "%s stays incomplete", dir)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
 	}
-	for i := range k.shards {
+	// The marker first, else what is left of a killed run could pass for a whole copy.
+	if err := os.WriteFile(filepath.Join(dir, partialFile), nil, 0o600); err != nil {
+		return err
+	}
+	if err := syncPath(dir); err != nil {
+		return err
+	}
+	for _, entry := range entries {
+		name := entry.Name()
+		if !strings.HasPrefix(name, "shard_") && name != creatingFile && name != reserveFile {
+			continue
+		}
+		if err := os.Remove(filepath.Join(dir, name)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// complete syncs the copy and removes the marker.
+func (k *checker) complete() error {
+	var paths []string
+	for _, i := range k.indexes {
+		path := filepath.Join(k.dir, shardName(i))
 		// With an empty WAL: else that of a crashed directory under the copy would be replayed.
-		path := filepath.Join(dir, shardName(i))
-		must(cmp.Or(createFile(path+"-wal"), syncPath(path), syncPath(path+"-wal")), "cannot sync the copy")
+		if err := createFile(path + "-wal"); err != nil {
+			return fmt.Errorf("cannot complete the copy: %w", err)
+		}
+		paths = append(paths, path, path+"-wal")
+	}
+	paths = append(paths, k.dir, filepath.Dir(k.dir))
+	for _, path := range paths {
+		if err := syncPath(path); err != nil {
+			return fmt.Errorf("cannot complete the copy: %w", err)
+		}
 	}
 	// The marker last, else a power loss leaves half a copy that passes for a whole one.
-	must(cmp.Or(syncPath(dir), syncPath(filepath.Dir(dir))), "cannot sync the copy")
-	must(cmp.Or(os.Remove(filepath.Join(dir, partialFile)), syncPath(dir)), "cannot complete the copy")
-	took := time.Since(start).Seconds()
-	fmt.Fprintf(c.stdout, "%s: %d shards, %s, copied and verified in %.1f s%s\n", dir, k.shards, k.amount(), took, note)
+	if err := os.Remove(filepath.Join(k.dir, partialFile)); err != nil {
+		return fmt.Errorf("cannot complete the copy: %w", err)
+	}
+	return syncPath(k.dir)
 }
 
 // ==== Migrate =====================================================================================
@@ -4811,86 +5463,193 @@ func (c *call) finishCopy(ctx context.Context, start time.Time, dir string, blob
 // which is new. First it copies the rows that are in the shard of their hash, and then the others,
 // unless their key is there already: of a key that is found twice the right copy is taken.
 
-func cmdMigrate(ctx context.Context, c *call) {
-	cfg, _ := c.config()
-	start, m := time.Now(), &migration{call: c, hash: hashes["fnv1a"]}
-	from, indexes := sourceDir(c.args[0], refusePartial)
-	if fileExists(filepath.Join(from, lockFile)) { // else no server of ours was ever there
-		lock, err := lockDir(from)
-		must(err, "")
-		defer lock.Close()
-	}
-	for i := range indexes {
-		s, r, err := openSource(from, i)
-		defer s.close()
-		must(err, "cannot read shard %d of %s", i, from)
-		if m.shards = append(m.shards, s); s.ours {
-			m.hash = hashes[r.Hash]
-			if r.NumShards != int64(len(indexes)) || r.Shard != int64(i) {
-				must(fmt.Errorf("it is %v", r), "%s does not belong to %d shards", s.path, len(indexes))
-			}
-		}
-	}
-	dir, lock := c.beginCopy(cfg.DataDir)
-	defer lock.Close()
-	copied := *cfg
-	copied.AsyncWrite, copied.Durability, copied.BatchSize, copied.MaxPendingBytes = true, "normal", 64, 8<<20
-	// In 1970 nothing has expired yet: rows that have are copied too, and left to the server.
-	to, err := openStore(ctx, &copied, lock, newLogger(cfg, c.stderr), func() time.Time { return time.Unix(0, 0) })
-	must(err, "")
-	m.to = to
-	for _, cond := range []conditions{{}, {noneMatch: "*"}} {
-		for _, s := range m.shards {
-			if err == nil {
-				err = s.walk(ctx, func(id int64, key string) error { return m.copy(s, id, key, cond) })
-			}
-		}
-	}
-	must(errors.Join(err, to.closeShards()), "cannot copy")
-	if m.invalid > 0 {
-		must(fmt.Errorf("it lacks %d keys, listed above; rename or delete them", m.invalid), "%s stays incomplete", dir)
-	}
-	c.finishCopy(ctx, start, dir, m.copied, fmt.Sprint("; found twice: ", m.twice))
-}
-
 type migration struct {
 	*call
-	to                     *store
-	hash                   func(key string) uint64 // of the source
-	shards                 []*source
-	copied, invalid, twice int64
+	from    string
+	indexes []int
+	ours    bool                    // a server of ours wrote the source
+	hash    func(key string) uint64 // of the source
+	to      *store
+
+	copied, twice    int64
+	refused, damaged int64 // keys and contents that do not come over
 }
 
-// copy copies the row of s with the given id: without a condition if s is the shard of its hash,
-// and with one if not. Other rows are left to the other round.
-func (m *migration) copy(s *source, id int64, key string, cond conditions) error {
-	if home := int(m.hash(key)%uint64(len(m.shards))) == s.index; home != (cond == conditions{}) {
-		return nil
+func cmdMigrate(ctx context.Context, cli *call) error {
+	cfg, _, err := cli.config()
+	if err != nil {
+		return err
 	}
-	to, keyErr := m.to.shardOf(key)
-	b, body, err := s.row(id)
-	if err = cmp.Or(keyErr, err); err == nil {
-		p := &putOptions{contentType: b.contentType, length: -1, conditions: cond, copyOf: b}
-		p.verify = func(sum []byte) error {
-			if s.ours && !bytes.Equal(sum, b.sum[:]) {
-				return fmt.Errorf("%w: its SHA-256 is %x, not %x", errCorrupt, sum, b.sum)
-			}
-			return nil
+	start := time.Now()
+	from, err := sourceDir(cli.args[0], refusePartial)
+	if err != nil {
+		return err
+	}
+	if fileExists(filepath.Join(from, lockFile)) { // else no server of ours was ever there
+		lock, err := lockDir(from)
+		if err != nil {
+			return err
 		}
-		_, _, err = to.put(key, body, p)
+		defer lock.Close()
 	}
-	switch {
-	case errors.Is(err, errBadRequest):
-		m.invalid++
-		fmt.Fprintf(m.stdout, "shard %d: key %q: %v\n", s.index, key, err)
-	case errors.Is(err, errCondition):
-		m.twice++
-		fmt.Fprintf(m.stdout, "shard %d: key %q: not taken, there is another copy of it\n", s.index, key)
-	case err != nil:
-		return fmt.Errorf("shard %d: key %q: %w", s.index, key, translate(err))
-	default:
-		m.copied++
-		m.progress("copying: %d blobs", m.copied)
+	m := &migration{call: cli, from: from}
+	if err := m.inspect(ctx, cfg.DataDir); err != nil {
+		return err
+	}
+	dir, lock, err := cli.beginCopy(cfg.DataDir)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if err := m.copyInto(ctx, cfg, lock); err != nil {
+		return fmt.Errorf("%s stays incomplete: %w", dir, err)
+	}
+	copied, err := cli.check(ctx, dir)
+	if err != nil {
+		return err
+	}
+	if copied.defects > 0 {
+		return fmt.Errorf("%s stays incomplete: it has %d defects, see above", dir, copied.defects)
+	}
+	if copied.blobs != m.copied {
+		return fmt.Errorf("%s stays incomplete: %d blobs were copied, %d are there: see the log",
+			dir, m.copied, copied.blobs)
+	}
+	if err := copied.complete(); err != nil {
+		return err
+	}
+	copied.summarize("copied and verified in %s; found twice: %d", elapsed(start), m.twice)
+	return nil
+}
+
+// inspect refuses a source that is not whole, before anything is made at the target.
+func (m *migration) inspect(ctx context.Context, target string) error {
+	indexes, first, err := sourceShards(m.from)
+	if err != nil {
+		return err
+	}
+	m.indexes = indexes
+	m.hash = hashes["fnv1a"]
+	if first != nil {
+		m.ours = true
+		m.hash = hashes[first.Hash]
+	}
+	if err := refuseTarget(target); err != nil { // before the check, which may take long
+		return fmt.Errorf("cannot copy into %s: %w", target, err)
+	}
+	for n, i := range indexes {
+		m.progress.begin("checking", n, len(indexes))
+		s, err := openSource(m.from, i)
+		if err != nil {
+			return err
+		}
+		err = m.refuseStructure(ctx, s)
+		s.close()
+		if err != nil {
+			return err
+		}
 	}
 	return nil
+}
+
+// copyInto creates the store that cfg describes and copies every row into it. lock is that of its
+// directory.
+func (m *migration) copyInto(ctx context.Context, cfg *config, lock *sql.DB) error {
+	target := *cfg
+	target.AsyncWrite = true
+	target.Durability = "normal"
+	target.BatchSize = 64
+	target.MaxPendingBytes = 8 << 20
+	// In 1970 nothing has expired yet: rows that have are copied too, and left to the server.
+	in1970 := func() time.Time { return time.Unix(0, 0) }
+	to, err := openStore(ctx, &target, lock, newLogger(cfg, m.stderr), in1970)
+	if err != nil {
+		return err
+	}
+	m.to = to
+	err = m.copyRows(ctx)
+	if err := errors.Join(err, to.closeShards()); err != nil {
+		return err
+	}
+	if m.refused > 0 {
+		return fmt.Errorf("it lacks %d keys, listed above; rename or delete them", m.refused)
+	}
+	if m.damaged > 0 {
+		return fmt.Errorf("it lacks %d damaged blobs, listed above; restore or delete them", m.damaged)
+	}
+	return nil
+}
+
+// copyRows copies the rows that are in their shard, and then the others.
+func (m *migration) copyRows(ctx context.Context) error {
+	for _, atHome := range []bool{true, false} {
+		for n, i := range m.indexes {
+			m.progress.begin("copying", n, len(m.indexes))
+			s, err := openSource(m.from, i)
+			if err != nil {
+				return err
+			}
+			err = s.walk(ctx, func(row storedRow) error {
+				home := m.hash(row.key) % uint64(len(m.indexes))
+				if (home == uint64(i)) != atHome {
+					return nil
+				}
+				return m.copyRow(ctx, s, row, atHome)
+			})
+			s.close()
+			if err != nil {
+				return fmt.Errorf("shard %d: %w", i, err)
+			}
+		}
+	}
+	return nil
+}
+
+// copyRow copies one blob, or reports why its key is not copied. An error ends the migration.
+func (m *migration) copyRow(ctx context.Context, s *source, row storedRow, atHome bool) error {
+	if err := row.checkKey(); err != nil {
+		m.refused++
+		m.report(s.index, "%v", err)
+		return nil
+	}
+	err := m.copyContent(ctx, s, row, atHome)
+	switch {
+	case errors.Is(err, errCondition):
+		m.twice++
+		m.report(s.index, "key %q: not taken, there is another copy of it", row.key)
+	case errors.Is(err, errDamaged):
+		m.damaged++
+		m.report(s.index, "key %q: %v", row.key, err)
+	case err != nil:
+		return fmt.Errorf("key %q: %w", row.key, err)
+	default:
+		m.copied++
+		m.progress.say(fmt.Sprintf("%d blobs", m.copied))
+	}
+	return nil
+}
+
+// copyContent copies one blob. A misplaced one is copied only if its key is not there already. An
+// errDamaged is about the source.
+func (m *migration) copyContent(ctx context.Context, s *source, row storedRow, atHome bool) error {
+	to, err := m.to.shardOf(row.key)
+	if err != nil {
+		return err
+	}
+	b, content, err := s.content(row.id)
+	if err != nil {
+		return err
+	}
+	p := &putOptions{contentType: b.contentType, length: -1, copyOf: b}
+	if !atHome {
+		p.conditions.noneMatch = "*"
+	}
+	p.verify = func(sum []byte) error {
+		if m.ours && !bytes.Equal(sum, b.sum[:]) {
+			return fmt.Errorf("%w: its SHA-256 is %x, not %x", errDamaged, sum, b.sum)
+		}
+		return nil
+	}
+	_, _, err = to.put(row.key, contextReader{ctx, content}, p)
+	return translate(err)
 }

@@ -588,13 +588,12 @@ func contents(t *testing.T, dir string) map[string][]byte {
 	found := map[string][]byte{}
 	files, _ := filepath.Glob(filepath.Join(dir, "shard_*.db"))
 	for i := range files {
-		s, _, err := openSource(dir, i)
+		s, err := openSource(dir, i)
 		fatal(t, err)
-		err = s.walk(t.Context(), func(id int64, key string) (err error) {
-			_, body, err := s.row(id)
-			if err == nil {
-				found[key], err = io.ReadAll(body)
-			}
+		err = s.walk(t.Context(), func(row storedRow) error {
+			_, content, err := s.content(row.id)
+			fatal(t, err)
+			found[row.key], err = io.ReadAll(content)
 			return err
 		})
 		fatal(t, errors.Join(err, s.close()))
@@ -608,31 +607,61 @@ func contents(t *testing.T, dir string) map[string][]byte {
 
 func TestCommandLine(t *testing.T) {
 	t.Chdir(t.TempDir())
+	const usage = "usage: blobnom [-config FILE] [COMMAND] [ARGUMENTS]"
 	for _, c := range []struct {
 		args string
 		code int
 		says string // on standard output with code 0, else on standard error; the other one stays empty
 	}{
-		{"-h", 0, "usage: blobnom [-config FILE] [COMMAND]"}, {"help", 0, "usage: blobnom [-config FILE] [COMMAND]"},
-		{"sign -h", 0, "sign [-method M] [-ttl D] KEY\n\nprint a signed"}, {"sign -help", 0, "-ttl D "}, {"-h check", 0, "check [DIR]\n\nverify"}, {"check -h x", 0, "check [DIR]"},
-		{"version", 0, "blobnom " + version()}, {"--version", 0, "blobnom " + version()}, {"frobnicate -h", 2, `there is no command "frobnicate"`},
-		{"frobnicate", 2, `there is no command "frobnicate"`}, {"-frob", 2, "-frob"}, {"check -frob", 2, "-frob"},
-		{"help me", 2, "the arguments of help are: none"}, {"version please", 2, "the arguments of version are: none"},
-		{"serve here", 2, "the arguments of serve are: none"}, {"check a b", 2, "the arguments of check are: [DIR]"}, {"check -ttl 1s", 2, "-ttl"},
-		{"backup", 2, "the arguments of backup are: DIR"}, {"migrate", 2, "the arguments of migrate are: SRC"},
-		{"sign", 2, "the arguments of sign are"}, {"sign a b", 2, "the arguments of sign are"}, {"sign \xff", 2, "not valid UTF-8"},
-		{"sign -method BREW k", 2, "-method is one of GET"}, {"sign -ttl 0s k", 2, "more than 0"}, {"sign -ttl soon k", 2, `"soon"`},
-		{"sign k", 2, "is empty"}, {"-config", 2, "-config"}, {"-config missing.toml", 2, "missing.toml"},
+		{"-h", 0, usage},
+		{"help", 0, usage},
+		{"sign -h", 0, "sign [-method M] [-ttl D] KEY\n\nprint a signed"},
+		{"sign -help", 0, "-ttl D "},
+		{"-h check", 0, "check [DIR]\n\nverify"},
+		{"check -h x", 0, "check [DIR]\n\nverify"},
+		{"help check", 0, "check [DIR]\n\nverify"},
+		{"help sign", 0, "-ttl D "},
+		{"help help", 0, "help [COMMAND]"},
+		{"help config", 0, exampleConfig},
+		{"version", 0, "blobnom " + version()},
+		{"--version", 0, "blobnom " + version()},
+		{"frobnicate", 2, `there is no command "frobnicate"`},
+		{"frobnicate -h", 2, `there is no command "frobnicate"`},
+		{"help frobnicate", 2, `there is no command "frobnicate"`},
+		{"help check sign", 2, "the arguments of help are: [COMMAND]"},
+		{"-frob", 2, "not defined: -frob"},
+		{"-conf x", 2, "not defined: -conf"},
+		{"-conf check", 2, "not defined: -conf"},
+		{"check -frob", 2, "not defined: -frob"},
+		{"check -ttl 1s", 2, "not defined: -ttl"},
+		{"version please", 2, "the arguments of version are: none"},
+		{"serve here", 2, "the arguments of serve are: none"},
+		{"check a b", 2, "the arguments of check are: [DIR]"},
+		{"backup", 2, "the arguments of backup are: DIR"},
+		{"migrate", 2, "the arguments of migrate are: SRC"},
+		{"sign", 2, "the arguments of sign are"},
+		{"sign a b", 2, "the arguments of sign are"},
+		{"sign \xff", 2, "not valid UTF-8"},
+		{"sign -method BREW k", 2, "-method is one of GET"},
+		{"sign -ttl 0s k", 2, "more than 0"},
+		{"sign -ttl soon k", 2, `"soon"`},
+		{"sign k", 2, "is empty"},
+		{"-config", 2, "-config"},
+		{"-config missing.toml", 2, "missing.toml"},
 	} {
-		code, said, silent := runCommand(t, nil, strings.Fields(c.args)...)
-		if code != 0 {
-			said, silent = silent, said
-		}
-		left, _ := os.ReadDir(".")
-		// Wrong usage, and a wrong configuration, is one line.
-		oneLine := strings.Count(said, "\n") == 1
-		expect(t, code == c.code && silent == "" && strings.Contains(said, c.says) && len(left) == 0 && (code == 0 || oneLine && strings.Contains(said, "blobnom help")),
-			"%q: code %d, it says %q, and %q where nothing should be; files %v", c.args, code, said, silent, left)
+		t.Run(c.args, func(t *testing.T) {
+			code, said, silent := runCommand(t, nil, strings.Fields(c.args)...)
+			if code != 0 {
+				said, silent = silent, said
+				oneLine := strings.Count(said, "\n") == 1 && strings.Contains(said, "blobnom help")
+				expect(t, oneLine, "%q is not one line that names blobnom help", said)
+			}
+			expect(t, code == c.code, "code %d, want %d", code, c.code)
+			expect(t, strings.Contains(said, c.says), "it says %q, want %q", said, c.says)
+			expect(t, silent == "", "%q where nothing should be", silent)
+			left, _ := os.ReadDir(".")
+			expect(t, len(left) == 0, "files are left: %v", left)
+		})
 	}
 }
 
@@ -2570,18 +2599,47 @@ func TestSignatures(t *testing.T) {
 func TestSign(t *testing.T) {
 	s := newTestServer(t, func(c *config) { c.AuthToken = "sekret" })
 	t.Chdir(t.TempDir())
-	signed := func(method, key string) string {
-		code, stdout, stderr := runCommand(t, []string{"BLOBNOM_AUTH_TOKEN=sekret"}, "sign", "-method", method, "-ttl", "60", key)
+	signed := func(method, key string) (path, notes string) {
+		env := []string{"BLOBNOM_AUTH_TOKEN=sekret"}
+		code, stdout, stderr := runCommand(t, env, "sign", "-method", method, "-ttl", "60", key)
 		expect(t, code == 0, "%q: code %d, %s", key, code, stderr)
-		return strings.TrimSuffix(stdout, "\n")
+		return strings.TrimSuffix(stdout, "\n"), stderr
 	}
-	for _, key := range []string{"k", "photos/2026/cat.jpg", "a//b", "../x", ".", "a/./b", "/", "a b", "ä/日本", "%2F", "a?b#c&d=e+f", "\x01\x7f", "'\"", "a/"} {
-		s.want(201, "PUT", signed("PUT", key), []byte(key))
-		_, got := s.want(200, "GET", signed("GET", key), nil)
-		expect(t, string(got) == key, "%q: %q", key, got)
-		s.want(401, "DELETE", signed("GET", key), nil)
-		s.want(401, "DELETE", signed("PUT", key), nil)
+	for _, c := range []struct{ key, note string }{
+		{"k", ""},
+		{"photos/2026/cat.jpg", ""},
+		{"a//b", ""},
+		{"/", ""},
+		{"a/", ""},
+		{"a b", ""},
+		{"ä/日本", ""},
+		{"%2F", ""},
+		{"a?b#c&d=e+f", ""},
+		{"\x01\x7f", ""},
+		{"'\"", ""},
+		{".../..a", ""},
+		{".", "get 401"},
+		{"../x", "get 401"},
+		{"a/./b", "get 401"},
+		{"/blob/k", `did you mean "k"?`},
+	} {
+		put, notes := signed("PUT", c.key)
+		expect(t, (notes == "") == (c.note == "") && strings.Contains(notes, c.note), "%q: %q, want a note %q", c.key, notes, c.note)
+		s.want(201, "PUT", put, []byte(c.key))
+		get, _ := signed("GET", c.key)
+		_, got := s.want(200, "GET", get, nil)
+		expect(t, string(got) == c.key, "%q: %q", c.key, got)
+		s.want(401, "DELETE", get, nil)
+		s.want(401, "DELETE", put, nil)
 	}
+	before := time.Now().Unix() + 60
+	path, _ := signed("GET", "cat.jpg")
+	u, err := url.Parse(path)
+	fatal(t, err)
+	expires, err := strconv.ParseInt(u.Query().Get("expires"), 10, 64)
+	fatal(t, err)
+	expect(t, expires >= before && expires <= time.Now().Unix()+60, "%s expires at %d, want %d", path, expires, before)
+	expect(t, strings.HasPrefix(path, "/blob/cat.jpg?"), "%s escapes what needs no escape", path)
 }
 
 func TestCORS(t *testing.T) {
@@ -4193,12 +4251,14 @@ func TestCheck(t *testing.T) {
 		{"placement", update("small", "UPDATE blobs SET key = 'smalls' WHERE key = 'small'"), []string{fmt.Sprintf("%skey \"smalls\": it belongs to shard %d", in("small"), home("smalls"))}},
 		{"a bad key", update("small", "UPDATE blobs SET key = CAST(x'ff' AS TEXT) WHERE key = 'small'"), []string{in("small"), "not valid UTF-8"}},
 		{"an unreadable row", update("small", "UPDATE blobs SET updated_at = 'x' WHERE key = 'small'; UPDATE blobs SET sha256 = zeroblob(32) WHERE key <> 'small'"),
-			[]string{of("small"), in("small") + `key "more/`}},
+			[]string{of("small"), in("small") + `key "more/`, "restore it or delete it"}},
 		{"an id that is not ours", update("small", "UPDATE blobs SET id = -id, sha256 = zeroblob(32) WHERE key = 'small'"), []string{of("small")}},
 		{"an index that lacks rows", update("small", "PRAGMA writable_schema = ON; UPDATE sqlite_master SET sql = replace(sql, 'NOT NULL', 'NULL') WHERE name = 'expiring'"), []string{in("small") + "SQLite: ", "missing from index expiring"}},
+		{"rows of no blob in an index", update("small", "PRAGMA writable_schema = ON; CREATE INDEX more ON blobs (version) WHERE version = 0; "+
+			"UPDATE sqlite_schema SET rootpage = (SELECT rootpage FROM sqlite_schema WHERE name = 'more') WHERE name = 'expiring'; DELETE FROM sqlite_schema WHERE name = 'more'"),
+			[]string{in("small") + "index expiring has "}},
 		{"a table is gone", update("large", "DROP TABLE orphans"), []string{in("large"), "orphans"}},
 		{"another tool's table", update("large", "CREATE TABLE _litestream_seq (id INTEGER)"), nil},
-		{"a newer schema", update("large", "PRAGMA user_version = 7"), []string{in("large"), "schema version 7 is written by a newer"}},
 		{"no version", update("large", "PRAGMA user_version = 0"), []string{in("large"), "schema version 0"}},
 		{"the header", update("large", "PRAGMA application_id = 1"), []string{in("large"), "its header is not that of a shard"}},
 		{"the record", update("large", "UPDATE meta SET value = 'another' WHERE key = 'directory'"), []string{"it does not belong here"}},
@@ -4239,6 +4299,56 @@ func TestCheck(t *testing.T) {
 		})
 	}
 	wantEnd(t, 0, "4 shards, 55 blobs, ")(runCommand(t, []string{"BLOBNOM_DATA_DIR=" + sample.DataDir}, "check"))
+}
+
+// A shard of a newer version is not a damaged one.
+func TestCheckNewerSchema(t *testing.T) {
+	dir := sampleDir(t).DataDir
+	exec1(t, filepath.Join(dir, shardName(2)), "PRAGMA user_version = 7")
+	to := filepath.Join(t.TempDir(), "to")
+	wantEnd(t, 1, "schema version 7 is written by a newer version")(runCommand(t, nil, "check", dir))
+	wantEnd(t, 1, "schema version 7 is written by a newer version")(copyDir(t, "backup", dir, to))
+	wantEnd(t, 1, "schema version 7 is written by a newer version")(copyDir(t, "migrate", dir, to))
+	expect(t, !fileExists(to), "something was made")
+}
+
+// onErr is a context that calls a function whenever it is asked for its error.
+type onErr struct {
+	context.Context
+	f func()
+}
+
+func (c onErr) Err() error {
+	c.f()
+	return nil
+}
+
+// A blob that is replaced or deleted while check reads it is not damaged.
+func TestCheckWhileBlobsChange(t *testing.T) {
+	for _, change := range []string{
+		"BEGIN IMMEDIATE; DELETE FROM blobs; DELETE FROM chunks; COMMIT",
+		"BEGIN IMMEDIATE; UPDATE blobs SET id = id + 1; UPDATE chunks SET id = id + (1 << 20); COMMIT",
+	} {
+		t.Run(change, func(t *testing.T) {
+			server := newTestServer(t, oneShard)
+			server.put("k", noise(3*chunkSize, 1))
+			source, err := openSource(server.store.dir, 0)
+			fatal(t, err)
+			defer source.close()
+			asked := 0
+			ctx := onErr{t.Context(), func() {
+				asked++
+				if asked == 2 { // the reader asks before each piece of the content
+					exec1(t, source.path, change)
+				}
+			}}
+			var out bytes.Buffer
+			k := &checker{call: &call{stdout: &out}}
+			fatal(t, source.walk(t.Context(), func(row storedRow) error { return k.checkBlob(ctx, source, row) }))
+			expect(t, asked >= 2, "the content was not being read when it changed")
+			expect(t, k.defects == 0, "%d defects: %s", k.defects, &out)
+		})
+	}
 }
 
 // A shard that somebody locks is not a damaged one.
@@ -4362,14 +4472,159 @@ func TestBackup(t *testing.T) {
 		r.stop()
 	}
 	s.stop()
-	// Damage is not backed up as if it were none.
-	shard := filepath.Join(cfg.DataDir, shardName(int(hashes["fnv1a"]("n3")%4)))
-	exec1(t, shard, "UPDATE blobs SET sha256 = zeroblob(32) WHERE key = 'n3'")
-	bad := filepath.Join(t.TempDir(), "bad")
-	code, stdout, stderr := copyDir(t, "backup", cfg.DataDir, bad)
-	expect(t, code == 1 && strings.Contains(stdout, `key "n3"`) && strings.Count(stderr, "\n") == 1, "of a damaged directory: code %d, %s%s", code, stdout, stderr)
-	wantIncomplete(t, bad)
-	os.RemoveAll(cfg.DataDir) // not for the check at the end
+}
+
+// A damaged content is copied, named and told; any other defect of the original leaves the copy incomplete.
+func TestBackupOfDamage(t *testing.T) {
+	t.Parallel()
+	sample := sampleDir(t).DataDir
+	shard := func(dir, key string) string { return filepath.Join(dir, shardName(int(hashes["fnv1a"](key)%4))) }
+	const cure = "restore it or delete it"
+	for _, c := range []struct {
+		name, key, damage string
+		complete          bool
+		says              string
+	}{
+		{"SHA-256", "small", "UPDATE blobs SET sha256 = zeroblob(32) WHERE key = 'small'", true, cure},
+		{"small content", "small", "UPDATE blobs SET data = zeroblob(5000) WHERE key = 'small'", true, cure},
+		{"a missing chunk", "large", "DELETE FROM chunks WHERE id & 1048575 = 1", true, cure},
+		{"half a SHA-256", "text", "UPDATE blobs SET sha256 = zeroblob(16) WHERE key = 'text'", true, cure},
+		{"an unreadable row", "text", "UPDATE blobs SET updated_at = 'x' WHERE key = 'text'", true, cure},
+		{"a stray chunk", "large", "INSERT INTO chunks VALUES (99 << 20, x'00')", false, "belongs to no blob"},
+		{"placement", "small", "UPDATE blobs SET key = 'smalls' WHERE key = 'small'", false, "it belongs to shard"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			from, to := filepath.Join(t.TempDir(), "from"), filepath.Join(t.TempDir(), "to")
+			fatal(t, os.CopyFS(from, os.DirFS(sample)))
+			exec1(t, shard(from, c.key), c.damage)
+			code, stdout, stderr := copyDir(t, "backup", from, to)
+			expect(t, code == 1 && strings.Count(stderr, "\n") == 1, "code %d, %q", code, stderr)
+			expect(t, strings.Contains(stdout, c.says), "%q, want %q", stdout, c.says)
+			if !c.complete {
+				wantIncomplete(t, to)
+				return
+			}
+			expect(t, strings.Contains(stdout, fmt.Sprintf("key %q: ", c.key)), "%q does not name %s", stdout, c.key)
+			expect(t, strings.Contains(stdout, "55 blobs, ") && strings.Contains(stdout, " damaged, as in the original\n"), "no summary: %q", stdout)
+			expect(t, !strings.Contains(stdout, "verified"), "it says verified: %q", stdout)
+			expect(t, strings.Contains(stderr, "the copy is complete"), "%q", stderr)
+			code, _, stderr = runCommand(t, nil, "check", to)
+			expect(t, code == 1 && strings.Contains(stderr, "has defects"), "check of the copy: code %d, %q", code, stderr)
+			next := filepath.Join(t.TempDir(), "next")
+			code, stdout, stderr = copyDir(t, "migrate", from, next)
+			expect(t, code == 1 && strings.Contains(stdout, fmt.Sprintf("key %q: ", c.key)), "migrate: code %d, %q", code, stdout)
+			expect(t, strings.Contains(stdout, cure) && strings.Contains(stderr, "stays incomplete"), "migrate: %q, %q", stdout, stderr)
+			wantIncomplete(t, next)
+		})
+	}
+}
+
+// A defect that the copy alone has is no damage of the original.
+func TestDamagedCopy(t *testing.T) {
+	from, to := sampleDir(t).DataDir, filepath.Join(t.TempDir(), "to")
+	wantEnd(t, 0, "copied and verified")(copyDir(t, "backup", from, to))
+	exec1(t, filepath.Join(to, shardName(int(hashes["fnv1a"]("small")%4))), "UPDATE blobs SET sha256 = zeroblob(32) WHERE key = 'small'")
+	cli := &call{stdout: io.Discard}
+	copied, err := cli.check(t.Context(), to)
+	fatal(t, err)
+	err = copied.compareDamage(t.Context(), from)
+	expect(t, err != nil && strings.Contains(err.Error(), `key "small" is not damaged in the original`), "%v", err)
+}
+
+// A database whose pages are damaged ends every command, and no blob of it is left out silently.
+func TestDamagedPages(t *testing.T) {
+	t.Parallel()
+	fill := func(exec func(string, ...any)) {
+		exec("BEGIN")
+		for i := range 60 {
+			exec("INSERT INTO blobs (key, data) VALUES (?, zeroblob(900))", fmt.Sprint("k", i))
+		}
+		exec("COMMIT")
+	}
+	rust := foreign(t, 1, func(_ int, exec func(string, ...any)) {
+		exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)")
+		fill(exec)
+		exec("PRAGMA wal_checkpoint(TRUNCATE)")
+	})
+	ours := filepath.Join(t.TempDir(), "ours")
+	wantEnd(t, 0, "60 blobs")(copyDir(t, "migrate", rust, ours, "BLOBNOM_NUM_SHARDS=1"))
+	for _, c := range []struct {
+		name     string
+		from, to int // leaves of the table, the first one is 0
+	}{
+		{"third over last", 2, -1},
+		{"third over tenth", 2, 9},
+		{"tenth over third", 9, 2},
+		{"first over second", 0, 1},
+		{"last over first", -1, 0},
+	} {
+		for command, source := range map[string]string{"migrate of the Rust server's": rust, "migrate of ours": ours, "backup": ours, "check": ours} {
+			t.Run(command+" "+c.name, func(t *testing.T) {
+				dir, to := filepath.Join(t.TempDir(), "dir"), filepath.Join(t.TempDir(), "to")
+				fatal(t, os.CopyFS(dir, os.DirFS(source)))
+				copyLeaf(t, filepath.Join(dir, shardName(0)), c.from, c.to)
+				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+				defer cancel()
+				line := []string{"-config", os.DevNull, "check", dir}
+				env := []string{"BLOBNOM_NUM_SHARDS=1", "BLOBNOM_DATA_DIR=" + dir}
+				if command == "backup" {
+					line = []string{"-config", os.DevNull, "backup", to}
+				} else if command != "check" {
+					line = []string{"-config", os.DevNull, "migrate", dir}
+					env[1] = "BLOBNOM_DATA_DIR=" + to
+				}
+				var stdout, stderr bytes.Buffer
+				code := run(ctx, line, env, &stdout, &stderr)
+				expect(t, ctx.Err() == nil, "it does not end")
+				expect(t, code == 1 && stderr.Len() > 0, "code %d, %s%s", code, &stdout, &stderr)
+				said := stdout.String() + stderr.String()
+				expect(t, strings.Contains(said, "SQLite: ") || strings.Contains(said, "malformed"), "%s does not say what is damaged", said)
+				made := fileExists(filepath.Join(to, shardName(0)))
+				expect(t, !made || fileExists(filepath.Join(to, partialFile)), "a copy passes for whole")
+				expect(t, !made || !strings.HasPrefix(command, "migrate"), "migrate began")
+			})
+		}
+	}
+}
+
+// copyLeaf copies one leaf page of the table blobs over another. Negative numbers count from the last.
+func copyLeaf(t *testing.T, path string, from, to int) {
+	t.Helper()
+	changeLeaves(t, path, "blobs", func(leaves [][]byte) {
+		n := len(leaves)
+		copy(leaves[(to+n)%n], leaves[(from+n)%n])
+	})
+}
+
+// changeLeaves changes the leaf pages of a table in a database at rest.
+func changeLeaves(t *testing.T, path, table string, change func(leaves [][]byte)) {
+	t.Helper()
+	db := openDB(path, "mode=ro")
+	defer db.Close()
+	numbers, err := texts(db.Query("SELECT CAST(pageno AS TEXT) FROM dbstat WHERE name = ? AND pagetype = 'leaf' ORDER BY path", table))
+	fatal(t, err)
+	data, err := os.ReadFile(path)
+	fatal(t, err)
+	var leaves [][]byte
+	for _, number := range numbers {
+		n := noErr(strconv.Atoi(number))
+		leaves = append(leaves, data[(n-1)*4096:n*4096])
+	}
+	change(leaves)
+	fatal(t, os.WriteFile(path, data, 0o600))
+}
+
+// A chunk that a damaged table hides is no damaged content: the copy is not completed without it.
+func TestBackupOfHiddenChunk(t *testing.T) {
+	from, to := filepath.Join(t.TempDir(), "from"), filepath.Join(t.TempDir(), "to")
+	fatal(t, os.CopyFS(from, os.DirFS(megabytes(t, 1, 1))))
+	changeLeaves(t, filepath.Join(from, shardName(0)), "chunks", func(leaves [][]byte) {
+		leaves[0][4]-- // the low byte of the number of cells
+	})
+	code, stdout, stderr := copyDir(t, "backup", from, to)
+	expect(t, code == 1 && strings.Contains(stdout, "SQLite: "), "code %d, %q", code, stdout)
+	expect(t, strings.Contains(stderr, "stays incomplete") && strings.Contains(stderr, "is damaged, see above"), "%q", stderr)
+	wantIncomplete(t, to)
 }
 
 // A copy goes where nothing is, or what an interrupted one left.
@@ -4391,14 +4646,23 @@ func TestCopyTargets(t *testing.T) {
 		"empty":         with(),
 		"a mount point": func(t *testing.T) string { return mount(t, "64m") },
 		"interrupted":   with(partialFile, shardName(0), shardName(0)+"-wal", shardName(7), creatingFile, reserveFile),
-		"a file":        with("diary.txt"), "a hidden file": with(".x"), "a shard": with(shardName(0)), "a lock": with(lockFile),
+		"a lock": func(t *testing.T) string {
+			dir := t.TempDir() // a copy was killed before it wrote its marker
+			lock, err := lockDir(dir)
+			fatal(t, err)
+			lock.Close()
+			return dir
+		},
+		"a file":                 with("diary.txt"),
+		"a hidden file":          with(".x"),
+		"a shard":                with(shardName(0)),
 		"a copy of another name": with("blobnom.partial2"),
 	}
 	for name, place := range places {
 		for _, command := range []string{"backup", "migrate"} {
 			t.Run(command+" "+name, func(t *testing.T) {
 				to := place(t)
-				if files, _ := os.ReadDir(to); len(files) > 0 && name != "interrupted" {
+				if files, _ := os.ReadDir(to); len(files) > 0 && name != "interrupted" && name != "a lock" {
 					before := snapshot(t, to)
 					wantEnd(t, 1, "not empty")(copyDir(t, command, sample, to))
 					wantUntouched(t, to, before)
@@ -4421,54 +4685,134 @@ func TestCopyTargets(t *testing.T) {
 			})
 		}
 	}
-	// Two copies do not meet in one place.
-	to := with(partialFile, shardName(0))(t)
-	lock, err := lockDir(to)
+}
+
+// Of two copies into one directory at a time one is refused, and what the other completes stays whole.
+func TestCopiesMeet(t *testing.T) {
+	sample := sampleDir(t).DataDir
+	for _, command := range []string{"backup", "migrate"} {
+		t.Run(command, func(t *testing.T) {
+			to := filepath.Join(t.TempDir(), "to")
+			wantEnd(t, 0, "55 blobs")(copyDir(t, "backup", sample, to))
+			whole := snapshot(t, to)
+			marker := filepath.Join(to, partialFile)
+			// The copy is about to be complete. Another command sees the marker, and waits for the lock.
+			fatal(t, os.WriteFile(marker, nil, 0o600))
+			lock, err := lockDir(to)
+			fatal(t, err)
+			defer lock.Close()
+			ended := make(chan func())
+			go func() {
+				code, stdout, stderr := copyDir(t, command, sample, to)
+				ended <- func() { wantEnd(t, 1, "")(code, stdout, stderr) }
+			}()
+			eventually(t, "it waits for the lock", func() bool { return openFiles(t, filepath.Join(to, lockFile)) == 2 })
+			os.Remove(marker)
+			lock.Close()
+			(<-ended)()
+			wantUntouched(t, to, whole)
+			verifyDir(t, to)
+			// If it takes long, nobody waits for it.
+			fatal(t, os.WriteFile(marker, nil, 0o600))
+			lock, err = lockDir(to)
+			fatal(t, err)
+			defer lock.Close()
+			wantEnd(t, 1, "in use")(copyDir(t, command, sample, to))
+			os.Remove(marker)
+			wantUntouched(t, to, whole)
+		})
+	}
+}
+
+// openFiles returns how often this process has the file open.
+func openFiles(t *testing.T, path string) (n int) {
+	t.Helper()
+	links, err := filepath.Glob("/proc/self/fd/*")
 	fatal(t, err)
-	defer lock.Close()
-	wantEnd(t, 1, "in use")(copyDir(t, "backup", sample, to))
-	wantEnd(t, 1, "in use")(copyDir(t, "migrate", sample, to))
-	expect(t, fileExists(filepath.Join(to, shardName(0))), "a running copy lost its shard")
+	if len(links) == 0 {
+		t.Skip("no /proc here")
+	}
+	for _, link := range links {
+		if target, _ := os.Readlink(link); target == path {
+			n++
+		}
+	}
+	return n
 }
 
 // Each row is refused at once, and nothing is made.
 func TestRefusals(t *testing.T) {
 	t.Chdir(t.TempDir())
 	live := newTestServer(t, func(c *config) { c.NumShards = 1 })
-	ours, empty, missing, to := live.store.dir, t.TempDir(), filepath.Join(t.TempDir(), "missing"), filepath.Join(t.TempDir(), "to")
-	rust := foreign(t, 1, func(_ int, exec func(string, ...any)) { exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)") })
+	table := func(_ int, exec func(string, ...any)) { exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)") }
+	ours, empty := live.store.dir, t.TempDir()
+	missing, to := filepath.Join(t.TempDir(), "missing"), filepath.Join(t.TempDir(), "to")
+	rust := foreign(t, 1, table)
 	songs := foreign(t, 1, func(_ int, exec func(string, ...any)) { exec("CREATE TABLE songs (title)") })
-	gap := foreign(t, 3, func(_ int, exec func(string, ...any)) { exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)") })
+	gap, headless := foreign(t, 3, table), foreign(t, 3, table)
 	os.Remove(filepath.Join(gap, shardName(1)))
+	os.Remove(filepath.Join(headless, shardName(0)))
+	// Directories of ours, stopped.
+	sample, other := sampleDir(t).DataDir, sampleDir(t).DataDir
+	sampled := func(change func(dir string)) string {
+		dir := filepath.Join(t.TempDir(), "data")
+		fatal(t, os.CopyFS(dir, os.DirFS(sample)))
+		change(dir)
+		return dir
+	}
+	lacks := func(i int) string {
+		return sampled(func(dir string) { os.Remove(filepath.Join(dir, shardName(i))) })
+	}
+	mixed := sampled(func(dir string) { copyFile(t, filepath.Join(other, shardName(2)), filepath.Join(dir, shardName(2))) })
+	stray := sampled(func(dir string) { copyFile(t, filepath.Join(other, shardName(2)), filepath.Join(dir, shardName(7))) })
+	half := sampled(func(dir string) {
+		path := filepath.Join(dir, shardName(3))
+		os.Remove(path)
+		exec1(t, path, "CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)")
+	})
 	before := snapshot(t, rust)
 	for _, c := range []struct {
+		name          string
 		code          int
-		text, dataDir string
+		says, dataDir string
 		arguments     []string
 	}{
-		{1, "holds no shards", to, []string{"check", empty}},
-		{1, "cannot read", to, []string{"check", missing}},
-		{1, "run: blobnom migrate " + rust, to, []string{"check", rust}},
-		{2, "see: blobnom help", to, []string{"check", ours, ours}},
-		{1, "holds no shards", empty, []string{"backup", to}},
-		{1, "cannot read", missing, []string{"backup", to}},
-		{1, "run: blobnom migrate " + rust, rust, []string{"backup", to}},
-		{1, "cannot copy into", ours, []string{"backup", filepath.Join(ours, shardName(0))}},
-		{1, "cannot copy into", ours, []string{"backup", filepath.Join(ours, shardName(0), "b")}},
-		{1, "not empty", ours, []string{"backup", ours}},
-		{2, "see: blobnom help", ours, []string{"backup"}},
-		{2, "see: blobnom help", ours, []string{"backup", to, to}},
-		{1, "holds no shards", to, []string{"migrate", empty}},
-		{1, "cannot read", to, []string{"migrate", missing}},
-		{1, "in use", to, []string{"migrate", ours}},
-		{1, "no such table: blobs", to, []string{"migrate", songs}},
-		{1, "shard 1", to, []string{"migrate", gap}},
-		{1, "not empty", rust, []string{"migrate", rust}},
-		{2, "see: blobnom help", to, []string{"migrate"}},
-		{2, "see: blobnom help", to, []string{"migrate", "-gunzip", rust}},
+		{"check of nothing", 1, "holds no shards", to, []string{"check", empty}},
+		{"check of a missing one", 1, "cannot read", to, []string{"check", missing}},
+		{"check of the Rust server's", 1, "run: blobnom migrate " + rust, to, []string{"check", rust}},
+		{"check of two", 2, "see: blobnom help", to, []string{"check", ours, ours}},
+		{"backup of nothing", 1, "holds no shards", empty, []string{"backup", to}},
+		{"backup of a missing one", 1, "cannot read", missing, []string{"backup", to}},
+		{"backup of the Rust server's", 1, "run: blobnom migrate " + rust, rust, []string{"backup", to}},
+		{"backup into a file", 1, "cannot copy into", ours, []string{"backup", filepath.Join(ours, shardName(0))}},
+		{"backup below a file", 1, "cannot copy into", ours, []string{"backup", filepath.Join(ours, shardName(0), "b")}},
+		{"backup into itself", 1, "not empty", ours, []string{"backup", ours}},
+		{"backup to nowhere", 2, "see: blobnom help", ours, []string{"backup"}},
+		{"backup to two", 2, "see: blobnom help", ours, []string{"backup", to, to}},
+		{"backup of a stray shard", 1, "shard 7 of " + stray + ": it does not belong here", stray, []string{"backup", to}},
+		{"backup of mixed shards", 1, "shard 2 of " + mixed + ": it does not belong here", mixed, []string{"backup", to}},
+		{"backup of half a directory", 1, "shard 3 of " + half + ": shard is corrupt: its header", half, []string{"backup", to}},
+		{"backup without the middle", 1, "shard 1 of ", lacks(1), []string{"backup", to}},
+		{"migrate of nothing", 1, "holds no shards", to, []string{"migrate", empty}},
+		{"migrate of a missing one", 1, "cannot read", to, []string{"migrate", missing}},
+		{"migrate while it is served", 1, "in use", to, []string{"migrate", ours}},
+		{"migrate of another program's", 1, "no such table: blobs", to, []string{"migrate", songs}},
+		{"migrate of the Rust server's without the middle", 1, "shard 1 of " + gap + " is missing", to, []string{"migrate", gap}},
+		{"migrate of the Rust server's without the first", 1, "shard 0 of " + headless + " is missing", to, []string{"migrate", headless}},
+		{"migrate without the first", 1, "shard 0 of ", to, []string{"migrate", lacks(0)}},
+		{"migrate without the middle", 1, "shard 2 of ", to, []string{"migrate", lacks(2)}},
+		{"migrate without the last", 1, "shard 3 of ", to, []string{"migrate", lacks(3)}},
+		{"migrate of a stray shard", 1, "shard 7 of " + stray + ": it does not belong here", to, []string{"migrate", stray}},
+		{"migrate of mixed shards", 1, "shard 2 of " + mixed + ": it does not belong here", to, []string{"migrate", mixed}},
+		{"migrate of half a directory", 1, "shard 3 of " + half + ": shard is corrupt: its header", to, []string{"migrate", half}},
+		{"migrate into itself", 1, "not empty", rust, []string{"migrate", rust}},
+		{"migrate from nowhere", 2, "see: blobnom help", to, []string{"migrate"}},
+		{"migrate with a flag", 2, "see: blobnom help", to, []string{"migrate", "-gunzip", rust}},
 	} {
-		wantEnd(t, c.code, c.text)(runCommand(t, []string{"BLOBNOM_DATA_DIR=" + c.dataDir}, c.arguments...))
-		expect(t, !fileExists(to) && !fileExists(missing), "something was made by %s", c.arguments)
+		t.Run(c.name, func(t *testing.T) {
+			wantEnd(t, c.code, c.says)(runCommand(t, []string{"BLOBNOM_DATA_DIR=" + c.dataDir}, c.arguments...))
+			expect(t, !fileExists(to) && !fileExists(missing), "something was made")
+		})
 	}
 	code, _, stderr := copyDir(t, "migrate", rust, to, "BLOBNOM_NUM_SHARDS=0", "BLOBNOM_HASH=md5")
 	expect(t, code == 2 && strings.Contains(stderr, "md5") && !fileExists(to), "wrong configuration: code %d, %s", code, stderr)
@@ -4486,41 +4830,107 @@ func megabytes(t *testing.T, shards int64, n int) string {
 	return s.store.dir
 }
 
-// A backup or a migration that is killed leaves nothing that passes for whole,
-// and the next run completes, whichever it is.
+// A backup or a migration that is killed or interrupted leaves nothing that passes for whole, and the
+// next run completes, whichever it is.
 func TestCopyKilled(t *testing.T) {
 	t.Parallel()
 	from, to := megabytes(t, 2, 24), filepath.Join(t.TempDir(), "copy")
 	marker := filepath.Join(to, partialFile)
 	copied := func() (n int64) {
 		for i := range 3 {
-			n += sizeOf(filepath.Join(to, shardName(i))) + sizeOf(filepath.Join(to, shardName(i)+"-wal"))
+			n += max(0, sizeOf(filepath.Join(to, shardName(i)))) + max(0, sizeOf(filepath.Join(to, shardName(i)+"-wal")))
 		}
 		return n
 	}
-	start := func(args []string) *exec.Cmd {
-		return asBlobnom(t, exec.Command(os.Args[0], args[1:]...), args[0], "BLOBNOM_NUM_SHARDS=3")
+	start := func(args []string) (*exec.Cmd, *bytes.Buffer) {
+		said := &bytes.Buffer{}
+		cmd := asBlobnom(t, exec.Command(os.Args[0], args[1:]...), args[0], "BLOBNOM_NUM_SHARDS=3")
+		cmd.Stdout = said
+		cmd.Stderr = said
+		fatal(t, cmd.Start())
+		return cmd, said
 	}
 	backup, migrate := []string{from, "backup", to}, []string{to, "migrate", from}
-	for _, c := range []struct{ killed, next []string }{{backup, migrate}, {migrate, backup}} {
+	for _, c := range []struct {
+		name        string
+		ended, next []string
+		signal      os.Signal
+	}{
+		{"kill -9 of backup", backup, migrate, os.Kill},
+		{"kill -9 of migrate", migrate, backup, os.Kill},
+		{"SIGINT of backup", backup, backup, os.Interrupt},
+		{"SIGINT of migrate", migrate, migrate, os.Interrupt},
+		{"SIGTERM of backup", backup, backup, syscall.SIGTERM},
+		{"SIGTERM of migrate", migrate, migrate, syscall.SIGTERM},
+	} {
+		hits := 0
 		for _, far := range []int64{0, 1, 10 << 20} {
-			cmd := start(c.killed)
-			cmd.Start()
-			eventually(t, "the copy is so far", func() bool { return (copied() > 0 || fileExists(marker)) && copied() >= far })
-			cmd.Process.Kill()
-			if cmd.Wait(); fileExists(marker) {
-				wantIncomplete(t, to)
-			} else if len(verifyDir(t, to)) == 24 { // it was faster than this test
-				os.RemoveAll(to)
-			} else {
-				t.Fatal("half a copy passes for a whole one")
+			os.RemoveAll(to)
+			cmd, said := start(c.ended)
+			eventually(t, "the copy is so far", func() bool { return fileExists(marker) && copied() >= far })
+			cmd.Process.Signal(c.signal)
+			cmd.Wait()
+			if !fileExists(marker) { // the copy was complete before the signal came
+				expect(t, len(verifyDir(t, to)) == 24, "%s: half a copy passes for a whole one", c.name)
+				continue
+			}
+			hits++
+			wantIncomplete(t, to)
+			if c.signal != os.Kill {
+				code := cmd.ProcessState.ExitCode()
+				want := "blobnom: interrupted; " + to + " holds an incomplete copy; run the same command again, it starts over\n"
+				expect(t, code == 1 && said.String() == want, "%s: code %d, %q, want %q", c.name, code, said, want)
 			}
 		}
-		out, err := start(c.next).CombinedOutput()
-		expect(t, err == nil && strings.Contains(string(out), "24 blobs") && len(verifyDir(t, to)) == 24 && !fileExists(filepath.Join(to, creatingFile)) && !fileExists(marker),
-			"%v: %s", err, out)
+		expect(t, hits > 0, "%s: no signal came in time", c.name)
+		cmd, said := start(c.next)
+		err := cmd.Wait()
+		expect(t, err == nil && strings.Contains(said.String(), "24 blobs"), "after %s: %v: %s", c.name, err, said)
+		expect(t, len(verifyDir(t, to)) == 24, "after %s: the copy is not whole", c.name)
+		expect(t, !fileExists(filepath.Join(to, creatingFile)) && !fileExists(marker), "after %s: a marker is left", c.name)
 		os.RemoveAll(to)
 	}
+}
+
+// An interrupted check says that nothing was changed.
+func TestCheckInterrupted(t *testing.T) {
+	dir := sampleDir(t).DataDir
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	var stdout, stderr bytes.Buffer
+	code := run(ctx, []string{"check", dir}, nil, &stdout, &stderr)
+	wantEnd(t, 1, "interrupted; nothing was changed; run the same command again")(code, stdout.String(), stderr.String())
+}
+
+// A person at a terminal sees every half second how far the work is, and output on lines of its own.
+func TestProgress(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var screen bytes.Buffer
+		cli := &call{stdout: &screen, stderr: &screen}
+		hide := cli.showProgressOn(&screen)
+		cli.progress.begin("checking", 0, 2)
+		time.Sleep(600 * time.Millisecond)
+		cli.progress.say("5 blobs")
+		time.Sleep(500 * time.Millisecond)
+		fmt.Fprintln(cli.stdout, "a result")
+		cli.progress.begin("checking", 1, 2)
+		time.Sleep(500 * time.Millisecond)
+		hide()
+		time.Sleep(time.Hour)
+		fmt.Fprintln(cli.stderr, "the end")
+		const clear = "\r\x1b[K"
+		want := clear + "checking shard 1 of 2, 0 s" +
+			clear + "checking shard 1 of 2, 5 blobs, 1 s" +
+			clear + "a result\n" +
+			clear + "checking shard 2 of 2, 2 s" +
+			clear + "the end\n"
+		expect(t, screen.String() == want, "it shows %q, want %q", &screen, want)
+	})
+	expect(t, !isTerminal(&bytes.Buffer{}), "a buffer is a terminal")
+	file, err := os.Create(filepath.Join(t.TempDir(), "f"))
+	fatal(t, err)
+	defer file.Close()
+	expect(t, !isTerminal(file), "a file is a terminal")
 }
 
 // A copy that finds no room fails, and says that it is incomplete.
@@ -4621,6 +5031,13 @@ func TestMigrateRust(t *testing.T) {
 				exec("INSERT INTO blobs VALUES ('same', 'x'), (CAST('same' AS BLOB), 'y')")
 			}
 		}, nil, []string{"2 blobs were copied, 1 are there"}},
+		{"a key that is NULL", func(i int, exec func(string, ...any)) {
+			table(exec)
+			exec("INSERT INTO blobs VALUES (?, 'x')", fmt.Sprint("good", i))
+			if i == 1 {
+				exec("INSERT INTO blobs VALUES (NULL, 'x')")
+			}
+		}, nil, []string{"shard 1: row 2: its key is NULL; give it a key, or delete the row", "it lacks 1 keys"}},
 		{"invalid keys", func(i int, exec func(string, ...any)) {
 			table(exec)
 			exec("INSERT INTO blobs VALUES ('', 'x'), (?, 'x'), (CAST(x'ff' AS TEXT), 'x'), (CAST(x'6100' AS TEXT), 'x'), (?, 'x')", strings.Repeat("k", maxKeyBytes+1), fmt.Sprint("good", i))
@@ -4705,10 +5122,13 @@ func TestReshard(t *testing.T) {
 	wantEnd(t, 0, fmt.Sprintf("%d blobs", len(want)))(copyDir(t, "migrate", from, last))
 	n := countRows(t, last, "SELECT count(*) FROM blobs WHERE expires_at = 1")
 	expect(t, n == 1, "%d expired blobs", n)
-	// What is damaged does not arrive as if it were whole.
-	exec1(t, filepath.Join(cfg.DataDir, shardName(int(hashes["fnv1a"]("blob/50")%4))), "UPDATE chunks SET data = zeroblob(length(data)) WHERE id & 1048575 = 1")
+	// Whatever is damaged does not arrive as if it were whole.
+	damaged := filepath.Join(cfg.DataDir, shardName(int(hashes["fnv1a"]("blob/50")%4)))
+	exec1(t, damaged, "UPDATE chunks SET data = zeroblob(length(data)) WHERE id & 1048575 = 1")
 	next := filepath.Join(t.TempDir(), "next")
-	wantEnd(t, 1, `key "blob/5`)(copyDir(t, "migrate", cfg.DataDir, next))
+	code, stdout, stderr := copyDir(t, "migrate", cfg.DataDir, next)
+	expect(t, code == 1 && strings.Contains(stdout, `key "blob/5`), "code %d, %q", code, stdout)
+	expect(t, strings.Contains(stderr, "damaged blobs, listed above"), "%q", stderr)
 	wantIncomplete(t, next)
 	os.RemoveAll(cfg.DataDir) // not for the check at the end
 }
