@@ -5249,7 +5249,7 @@ func cmdBackup(ctx context.Context, cli *call) error {
 	if err != nil {
 		return err
 	}
-	indexes, first, err := sourceShards(from)
+	indexes, first, err := cli.inspect(ctx, from, cli.args[0])
 	if err != nil {
 		return err
 	}
@@ -5327,10 +5327,6 @@ func (k *checker) compareShard(ctx context.Context, from string, i int, damaged 
 		return err
 	}
 	defer s.close()
-	// Chunks that a damaged table does not give are missing only in the copy.
-	if err := k.refuseStructure(ctx, s); err != nil {
-		return err
-	}
 	for _, row := range damaged {
 		_, err := s.verify(ctx, row.id) // VACUUM keeps the ids of rows
 		if ctx.Err() != nil || isInconclusive(err) {
@@ -5344,11 +5340,35 @@ func (k *checker) compareShard(ctx context.Context, from string, i int, damaged 
 	return nil
 }
 
-// refuseStructure reports what is wrong with s as a whole, and returns an error if anything is.
-func (cli *call) refuseStructure(ctx context.Context, s *source) error {
+// inspect returns what sourceShards does. It refuses a source that is damaged as a whole, because
+// SQLite reads a damaged table without an error and leaves rows out. It comes before beginCopy.
+func (cli *call) inspect(ctx context.Context, from, target string) ([]int, *record, error) {
+	indexes, first, err := sourceShards(from)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := refuseTarget(target); err != nil { // the rest may take long
+		return nil, nil, fmt.Errorf("cannot copy into %s: %w", target, err)
+	}
+	for n, i := range indexes {
+		cli.progress.begin("checking", n, len(indexes))
+		if err := cli.refuseDamaged(ctx, from, i); err != nil {
+			return nil, nil, err
+		}
+	}
+	return indexes, first, nil
+}
+
+// refuseDamaged reports what is wrong with shard i as a whole, and returns an error if anything is.
+func (cli *call) refuseDamaged(ctx context.Context, from string, i int) error {
+	s, err := openSource(from, i)
+	if err != nil {
+		return err
+	}
+	defer s.close()
 	defects, err := s.structureDefects(ctx)
 	for _, text := range defects {
-		cli.report(s.index, "%s", text)
+		cli.report(i, "%s", text)
 	}
 	if err != nil {
 		return fmt.Errorf("cannot check %s: %w", s.path, err)
@@ -5492,9 +5512,14 @@ func cmdMigrate(ctx context.Context, cli *call) error {
 		}
 		defer lock.Close()
 	}
-	m := &migration{call: cli, from: from}
-	if err := m.inspect(ctx, cfg.DataDir); err != nil {
+	indexes, first, err := cli.inspect(ctx, from, cfg.DataDir)
+	if err != nil {
 		return err
+	}
+	m := &migration{call: cli, from: from, indexes: indexes, hash: hashes["fnv1a"]}
+	if first != nil {
+		m.ours = true
+		m.hash = hashes[first.Hash]
 	}
 	dir, lock, err := cli.beginCopy(cfg.DataDir)
 	if err != nil {
@@ -5519,36 +5544,6 @@ func cmdMigrate(ctx context.Context, cli *call) error {
 		return err
 	}
 	copied.summarize("copied and verified in %s; found twice: %d", elapsed(start), m.twice)
-	return nil
-}
-
-// inspect refuses a source that is not whole, before anything is made at the target.
-func (m *migration) inspect(ctx context.Context, target string) error {
-	indexes, first, err := sourceShards(m.from)
-	if err != nil {
-		return err
-	}
-	m.indexes = indexes
-	m.hash = hashes["fnv1a"]
-	if first != nil {
-		m.ours = true
-		m.hash = hashes[first.Hash]
-	}
-	if err := refuseTarget(target); err != nil { // before the check, which may take long
-		return fmt.Errorf("cannot copy into %s: %w", target, err)
-	}
-	for n, i := range indexes {
-		m.progress.begin("checking", n, len(indexes))
-		s, err := openSource(m.from, i)
-		if err != nil {
-			return err
-		}
-		err = m.refuseStructure(ctx, s)
-		s.close()
-		if err != nil {
-			return err
-		}
-	}
 	return nil
 }
 

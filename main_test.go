@@ -4482,16 +4482,16 @@ func TestBackupOfDamage(t *testing.T) {
 	const cure = "restore it or delete it"
 	for _, c := range []struct {
 		name, key, damage string
-		complete          bool
+		leaves            string // in the place of the copy
 		says              string
 	}{
-		{"SHA-256", "small", "UPDATE blobs SET sha256 = zeroblob(32) WHERE key = 'small'", true, cure},
-		{"small content", "small", "UPDATE blobs SET data = zeroblob(5000) WHERE key = 'small'", true, cure},
-		{"a missing chunk", "large", "DELETE FROM chunks WHERE id & 1048575 = 1", true, cure},
-		{"half a SHA-256", "text", "UPDATE blobs SET sha256 = zeroblob(16) WHERE key = 'text'", true, cure},
-		{"an unreadable row", "text", "UPDATE blobs SET updated_at = 'x' WHERE key = 'text'", true, cure},
-		{"a stray chunk", "large", "INSERT INTO chunks VALUES (99 << 20, x'00')", false, "belongs to no blob"},
-		{"placement", "small", "UPDATE blobs SET key = 'smalls' WHERE key = 'small'", false, "it belongs to shard"},
+		{"SHA-256", "small", "UPDATE blobs SET sha256 = zeroblob(32) WHERE key = 'small'", "a copy", cure},
+		{"small content", "small", "UPDATE blobs SET data = zeroblob(5000) WHERE key = 'small'", "a copy", cure},
+		{"a missing chunk", "large", "DELETE FROM chunks WHERE id & 1048575 = 1", "a copy", cure},
+		{"half a SHA-256", "text", "UPDATE blobs SET sha256 = zeroblob(16) WHERE key = 'text'", "a copy", cure},
+		{"an unreadable row", "text", "UPDATE blobs SET updated_at = 'x' WHERE key = 'text'", "a copy", cure},
+		{"a stray chunk", "large", "INSERT INTO chunks VALUES (99 << 20, x'00')", "nothing", "belongs to no blob"},
+		{"placement", "small", "UPDATE blobs SET key = 'smalls' WHERE key = 'small'", "half a copy", "it belongs to shard"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			from, to := filepath.Join(t.TempDir(), "from"), filepath.Join(t.TempDir(), "to")
@@ -4500,7 +4500,11 @@ func TestBackupOfDamage(t *testing.T) {
 			code, stdout, stderr := copyDir(t, "backup", from, to)
 			expect(t, code == 1 && strings.Count(stderr, "\n") == 1, "code %d, %q", code, stderr)
 			expect(t, strings.Contains(stdout, c.says), "%q, want %q", stdout, c.says)
-			if !c.complete {
+			switch c.leaves {
+			case "nothing":
+				expect(t, !fileExists(to), "something was made")
+				return
+			case "half a copy":
 				wantIncomplete(t, to)
 				return
 			}
@@ -4580,8 +4584,7 @@ func TestDamagedPages(t *testing.T) {
 				said := stdout.String() + stderr.String()
 				expect(t, strings.Contains(said, "SQLite: ") || strings.Contains(said, "malformed"), "%s does not say what is damaged", said)
 				made := fileExists(filepath.Join(to, shardName(0)))
-				expect(t, !made || fileExists(filepath.Join(to, partialFile)), "a copy passes for whole")
-				expect(t, !made || !strings.HasPrefix(command, "migrate"), "migrate began")
+				expect(t, !made, "a copy was begun")
 			})
 		}
 	}
@@ -4623,8 +4626,21 @@ func TestBackupOfHiddenChunk(t *testing.T) {
 	})
 	code, stdout, stderr := copyDir(t, "backup", from, to)
 	expect(t, code == 1 && strings.Contains(stdout, "SQLite: "), "code %d, %q", code, stdout)
-	expect(t, strings.Contains(stderr, "stays incomplete") && strings.Contains(stderr, "is damaged, see above"), "%q", stderr)
-	wantIncomplete(t, to)
+	expect(t, strings.Contains(stderr, "is damaged, see above"), "%q", stderr)
+	expect(t, !fileExists(to), "something was made")
+}
+
+// A table whose root is that of an empty one is no empty table.
+func TestBackupOfSwappedTables(t *testing.T) {
+	from, to := filepath.Join(t.TempDir(), "from"), filepath.Join(t.TempDir(), "to")
+	fatal(t, os.CopyFS(from, os.DirFS(megabytes(t, 1, 1))))
+	shard := filepath.Join(from, shardName(0))
+	var empty []byte
+	changeLeaves(t, shard, "orphans", func(leaves [][]byte) { empty = bytes.Clone(leaves[0]) })
+	changeLeaves(t, shard, "blobs", func(leaves [][]byte) { copy(leaves[0], empty) })
+	code, stdout, stderr := copyDir(t, "backup", from, to)
+	expect(t, code == 1 && strings.Contains(stdout, "SQLite: "), "code %d, %q, %q", code, stdout, stderr)
+	expect(t, !fileExists(to), "something was made")
 }
 
 // A copy goes where nothing is, or what an interrupted one left.
