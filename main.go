@@ -279,7 +279,7 @@ type command struct {
 	summary          string
 	details          string // shown by COMMAND -h only
 	minArgs, maxArgs int
-	isLong           bool                                 // it shows its progress, and a signal ends it
+	isLong           bool                                 // see runLong
 	addFlags         func(cli *call, flags *flag.FlagSet) // nil: none of its own
 	run              func(ctx context.Context, cli *call) error
 }
@@ -311,7 +311,7 @@ func commands() []command {
 			name:    "migrate",
 			args:    "SRC",
 			summary: "copy every blob of SRC into the configured, new data directory",
-			details: "SRC may have another number of shards, hash or codec, or be of the Rust Blobnom.\n" +
+			details: "SRC may have other shards, another hash or codec, or be of the Rust Blobnom.\n" +
 				"No server may be using it. It stays as it is.",
 			minArgs: 1,
 			maxArgs: 1,
@@ -4894,7 +4894,9 @@ func (cli *call) check(ctx context.Context, dir string) (*checker, error) {
 func isInconclusive(err error) bool {
 	code, _ := sqliteCode(err)
 	switch code {
-	case 0, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR: // ERROR: no such table
+	case sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR:
+		return false // SQLITE_ERROR: a table is missing
+	case 0: // no error of SQLite
 		return errors.Is(err, errNewer)
 	}
 	return true
@@ -5233,7 +5235,8 @@ func sourceShards(dir string) (indexes []int, first *record, err error) {
 	}
 	missing := missingShards(indexes, count)
 	if len(missing) > 0 {
-		return nil, nil, fmt.Errorf("shard %d of %s is missing; restore it from a backup", missing[0], dir)
+		return nil, nil, fmt.Errorf("shard %d of %s is missing; restore it from a backup",
+			missing[0], dir)
 	}
 	return indexes, first, nil
 }
@@ -5283,7 +5286,8 @@ func cmdBackup(ctx context.Context, cli *call) error {
 		return nil
 	}
 	copied.summarize("copied in %s, %d damaged, as in the original", elapsed(start), damaged)
-	return fmt.Errorf("the copy is complete, but has the damaged blobs of %s; restore or delete them", from)
+	return fmt.Errorf("the copy is complete, but has the damaged blobs of %s; restore or delete them",
+		from)
 }
 
 // copyShard copies one consistent state of shard i.
@@ -5302,42 +5306,33 @@ func copyShard(ctx context.Context, from, to string, i int) error {
 }
 
 // compareDamage returns an error unless all defects of the copy are contents that are damaged in
-// the shards of the directory from as well. Then the copy is as good as the original.
+// the directory from as well. Then the copy is as good as the original.
 func (k *checker) compareDamage(ctx context.Context, from string) error {
 	if k.defects > len(k.damaged) {
 		return fmt.Errorf("it has %d defects, see above; check the original", k.defects)
 	}
-	for n, i := range k.indexes {
-		elsewhere := func(row storedRow) bool { return row.shard != i }
-		damaged := slices.DeleteFunc(slices.Clone(k.damaged), elsewhere)
-		if len(damaged) == 0 {
-			continue
-		}
-		k.progress.begin("comparing", n, len(k.indexes))
-		if err := k.compareShard(ctx, from, i, damaged); err != nil {
+	for _, row := range k.damaged {
+		if err := compareRow(ctx, from, row); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (k *checker) compareShard(ctx context.Context, from string, i int, damaged []storedRow) error {
-	s, err := openSource(from, i)
+func compareRow(ctx context.Context, from string, row storedRow) error {
+	s, err := openSource(from, row.shard)
 	if err != nil {
 		return err
 	}
 	defer s.close()
-	for _, row := range damaged {
-		_, err := s.verify(ctx, row.id) // VACUUM keeps the ids of rows
-		if ctx.Err() != nil || isInconclusive(err) {
-			return err
-		}
-		if err == nil || errors.Is(err, errNoBlob) {
-			return fmt.Errorf("key %q is not damaged in the original, or no longer; run backup again",
-				row.key)
-		}
+	_, err = s.verify(ctx, row.id) // VACUUM keeps the ids of rows
+	if err == nil || errors.Is(err, errNoBlob) {
+		return fmt.Errorf("key %q is whole in the original, or has changed; run backup again", row.key)
 	}
-	return nil
+	if errors.Is(err, errDamaged) {
+		return nil
+	}
+	return err
 }
 
 // inspect returns what sourceShards does. It refuses a source that is damaged as a whole, because
@@ -5570,7 +5565,8 @@ func (m *migration) copyInto(ctx context.Context, cfg *config, lock *sql.DB) err
 		return fmt.Errorf("it lacks %d keys, listed above; rename or delete them", m.refused)
 	}
 	if m.damaged > 0 {
-		return fmt.Errorf("it lacks %d damaged blobs, listed above; restore or delete them", m.damaged)
+		return fmt.Errorf("it lacks %d damaged blobs, listed above; restore or delete them",
+			m.damaged)
 	}
 	return nil
 }

@@ -4532,7 +4532,7 @@ func TestDamagedCopy(t *testing.T) {
 	copied, err := cli.check(t.Context(), to)
 	fatal(t, err)
 	err = copied.compareDamage(t.Context(), from)
-	expect(t, err != nil && strings.Contains(err.Error(), `key "small" is not damaged in the original`), "%v", err)
+	expect(t, err != nil && strings.Contains(err.Error(), `key "small" is whole in the original`), "%v", err)
 }
 
 // A database whose pages are damaged ends every command, and no blob of it is left out silently.
@@ -4768,24 +4768,6 @@ func TestRefusals(t *testing.T) {
 	gap, headless := foreign(t, 3, table), foreign(t, 3, table)
 	os.Remove(filepath.Join(gap, shardName(1)))
 	os.Remove(filepath.Join(headless, shardName(0)))
-	// Directories of ours, stopped.
-	sample, other := sampleDir(t).DataDir, sampleDir(t).DataDir
-	sampled := func(change func(dir string)) string {
-		dir := filepath.Join(t.TempDir(), "data")
-		fatal(t, os.CopyFS(dir, os.DirFS(sample)))
-		change(dir)
-		return dir
-	}
-	lacks := func(i int) string {
-		return sampled(func(dir string) { os.Remove(filepath.Join(dir, shardName(i))) })
-	}
-	mixed := sampled(func(dir string) { copyFile(t, filepath.Join(other, shardName(2)), filepath.Join(dir, shardName(2))) })
-	stray := sampled(func(dir string) { copyFile(t, filepath.Join(other, shardName(2)), filepath.Join(dir, shardName(7))) })
-	half := sampled(func(dir string) {
-		path := filepath.Join(dir, shardName(3))
-		os.Remove(path)
-		exec1(t, path, "CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)")
-	})
 	before := snapshot(t, rust)
 	for _, c := range []struct {
 		name          string
@@ -4805,22 +4787,12 @@ func TestRefusals(t *testing.T) {
 		{"backup into itself", 1, "not empty", ours, []string{"backup", ours}},
 		{"backup to nowhere", 2, "see: blobnom help", ours, []string{"backup"}},
 		{"backup to two", 2, "see: blobnom help", ours, []string{"backup", to, to}},
-		{"backup of a stray shard", 1, "shard 7 of " + stray + ": it does not belong here", stray, []string{"backup", to}},
-		{"backup of mixed shards", 1, "shard 2 of " + mixed + ": it does not belong here", mixed, []string{"backup", to}},
-		{"backup of half a directory", 1, "shard 3 of " + half + ": shard is corrupt: its header", half, []string{"backup", to}},
-		{"backup without the middle", 1, "shard 1 of ", lacks(1), []string{"backup", to}},
 		{"migrate of nothing", 1, "holds no shards", to, []string{"migrate", empty}},
 		{"migrate of a missing one", 1, "cannot read", to, []string{"migrate", missing}},
 		{"migrate while it is served", 1, "in use", to, []string{"migrate", ours}},
 		{"migrate of another program's", 1, "no such table: blobs", to, []string{"migrate", songs}},
 		{"migrate of the Rust server's without the middle", 1, "shard 1 of " + gap + " is missing", to, []string{"migrate", gap}},
 		{"migrate of the Rust server's without the first", 1, "shard 0 of " + headless + " is missing", to, []string{"migrate", headless}},
-		{"migrate without the first", 1, "shard 0 of ", to, []string{"migrate", lacks(0)}},
-		{"migrate without the middle", 1, "shard 2 of ", to, []string{"migrate", lacks(2)}},
-		{"migrate without the last", 1, "shard 3 of ", to, []string{"migrate", lacks(3)}},
-		{"migrate of a stray shard", 1, "shard 7 of " + stray + ": it does not belong here", to, []string{"migrate", stray}},
-		{"migrate of mixed shards", 1, "shard 2 of " + mixed + ": it does not belong here", to, []string{"migrate", mixed}},
-		{"migrate of half a directory", 1, "shard 3 of " + half + ": shard is corrupt: its header", to, []string{"migrate", half}},
 		{"migrate into itself", 1, "not empty", rust, []string{"migrate", rust}},
 		{"migrate from nowhere", 2, "see: blobnom help", to, []string{"migrate"}},
 		{"migrate with a flag", 2, "see: blobnom help", to, []string{"migrate", "-gunzip", rust}},
@@ -4833,6 +4805,46 @@ func TestRefusals(t *testing.T) {
 	code, _, stderr := copyDir(t, "migrate", rust, to, "BLOBNOM_NUM_SHARDS=0", "BLOBNOM_HASH=md5")
 	expect(t, code == 2 && strings.Contains(stderr, "md5") && !fileExists(to), "wrong configuration: code %d, %s", code, stderr)
 	wantUntouched(t, rust, before)
+}
+
+// Shards of ours that do not fit together are refused at once, by the number in the file's name.
+func TestCopyRefusesMixedShards(t *testing.T) {
+	to := filepath.Join(t.TempDir(), "to")
+	sample, other := sampleDir(t).DataDir, sampleDir(t).DataDir
+	sampled := func(change func(dir string)) string {
+		dir := filepath.Join(t.TempDir(), "data")
+		fatal(t, os.CopyFS(dir, os.DirFS(sample)))
+		change(dir)
+		return dir
+	}
+	lacks := func(i int) string {
+		return sampled(func(dir string) { os.Remove(filepath.Join(dir, shardName(i))) })
+	}
+	mixed := sampled(func(dir string) { copyFile(t, filepath.Join(other, shardName(2)), filepath.Join(dir, shardName(2))) })
+	stray := sampled(func(dir string) { copyFile(t, filepath.Join(other, shardName(2)), filepath.Join(dir, shardName(7))) })
+	half := sampled(func(dir string) {
+		path := filepath.Join(dir, shardName(3))
+		os.Remove(path)
+		exec1(t, path, "CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)")
+	})
+	for _, c := range []struct{ name, says, from, command string }{
+		{"stray", "shard 7 of " + stray + ": it does not belong here", stray, "backup"},
+		{"mixed", "shard 2 of " + mixed + ": it does not belong here", mixed, "backup"},
+		{"half", "shard 3 of " + half + ": shard is corrupt: its header", half, "backup"},
+		{"middle missing", "shard 1 of ", lacks(1), "backup"},
+		{"last missing", "shard 3 of ", lacks(3), "backup"},
+		{"first missing", "shard 0 of ", lacks(0), "migrate"},
+		{"middle missing", "shard 2 of ", lacks(2), "migrate"},
+		{"last missing", "shard 3 of ", lacks(3), "migrate"},
+		{"stray", "shard 7 of " + stray + ": it does not belong here", stray, "migrate"},
+		{"mixed", "shard 2 of " + mixed + ": it does not belong here", mixed, "migrate"},
+		{"half", "shard 3 of " + half + ": shard is corrupt: its header", half, "migrate"},
+	} {
+		t.Run(c.command+" "+c.name, func(t *testing.T) {
+			wantEnd(t, 1, c.says)(copyDir(t, c.command, c.from, to))
+			expect(t, !fileExists(to), "something was made")
+		})
+	}
 }
 
 // megabytes makes a directory with n blobs of one MiB.
