@@ -2302,6 +2302,10 @@ func openStore(
 		if err != nil {
 			return nil, err
 		}
+		// Look again: a copy may have been killed while this waited for the lock.
+		if err := refusePartial(dir); err != nil {
+			return nil, errors.Join(err, lock.Close())
+		}
 	}
 	st := &store{
 		dir:          dir,

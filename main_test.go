@@ -5550,7 +5550,7 @@ func Example() {
 	// GET: 200 "Hello, blob!\n"
 	// GET: 206 "blob"
 	// DELETE: 204 ""
-	// GET: 404 "not found: no blob under this key\n"
+	// GET: 404 "not found: no blob under this key; keys below it are listed by /blob/?prefix=greetings/hello.txt/\n"
 }
 
 // ============================================================================
