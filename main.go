@@ -1263,7 +1263,11 @@ func (s *server) answerError(w *response, r *http.Request, err error) bool {
 	isGone := errors.Is(err, errClientGone)
 	status, text := statusOf(err)
 	if status >= 500 && !isGone {
-		s.log.Error("request failed", "method", r.Method, "path", r.URL.EscapedPath(),
+		level := slog.LevelError
+		if errors.Is(err, errFull) {
+			level = slog.LevelDebug // reserve has told it, once for all requests
+		}
+		s.log.Log(r.Context(), level, "request failed", "method", r.Method, "path", r.URL.EscapedPath(),
 			"status", status, "error", err)
 	}
 	if isGone || w.status != 0 {

@@ -4808,6 +4808,9 @@ func TestQuota(t *testing.T) {
 			if n := strings.Count(s.log.String(), "disk full: only reads"); n != c.logged {
 				t.Errorf("logged %d times that the disk is full, want %d:\n%s", n, c.logged, s.log)
 			}
+			if n := strings.Count(s.log.String(), "status=507"); n != 0 {
+				t.Errorf("%d refused writes have a line each:\n%s", n, s.log)
+			}
 		})
 	}
 }
