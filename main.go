@@ -1791,16 +1791,23 @@ func listingOf(r *http.Request) (listing, error) {
 
 // readyz asks every shard. It names shards by number and failures by kind.
 func (s *server) readyz(w *response, _ *http.Request) error {
-	status, rows := http.StatusOK, []map[string]any{}
+	status := http.StatusOK
+	rows := []map[string]any{}
 	for i, sh := range s.store.shards {
-		row := map[string]any{"shard": i, "ready": true, "failed_background_writes": sh.failedWrites.Load()}
+		row := map[string]any{
+			"shard":                    i,
+			"ready":                    true,
+			"failed_background_writes": sh.failedWrites.Load(),
+		}
 		if err := sh.health(); err != nil {
-			status, row["ready"] = http.StatusServiceUnavailable, false
+			status = http.StatusServiceUnavailable
+			row["ready"] = false
 			_, row["error"] = statusOf(err)
 		}
 		rows = append(rows, row)
 	}
-	return writeJSON(w, status, map[string]any{"ready": status == http.StatusOK, "shards": rows})
+	isReady := status == http.StatusOK
+	return writeJSON(w, status, map[string]any{"ready": isReady, "shards": rows})
 }
 
 // ==== Pages =======================================================================================
@@ -2357,12 +2364,12 @@ func parseDigestList(list string) (digests []digest, err error) {
 		value, _, _ = strings.Cut(value, ";") // parameters
 		m := digestForms[algorithm].FindStringSubmatch(strings.TrimSpace(value))
 		if m == nil {
-			return nil, fmt.Errorf("a digest must look like %s=:BASE64:", algorithm)
+			return nil, fmt.Errorf("%s=:BASE64: is the form of this digest", algorithm)
 		}
 		digests = append(digests, digest{algorithm, m[1]})
 	}
 	if digests == nil {
-		return nil, errors.New("a digest must look like sha-256=:BASE64: or sha-512=:BASE64:")
+		return nil, errors.New("sha-256=:BASE64: or sha-512=:BASE64: is the form of a digest")
 	}
 	return digests, nil
 }

@@ -1606,8 +1606,8 @@ func TestDigests(t *testing.T) {
 		PUT /blob/k  Content-Digest: sha-512=:{sha-512 new}:   body  -> 400  ~does not match its digest: its sha-512 is
 		PUT /blob/k  Content-MD5: {md5 new}                    body  -> 400  ~does not match its digest: its md5 is
 		PUT /blob/k  Content-MD5: {sha-256 body}               body  -> 400  ~Content-MD5 must be the base64 of 16 bytes
-		PUT /blob/k  Repr-Digest: crc32c=:AAAA:                body  -> 400  ~must look like sha-256=:BASE64: or sha-512=:BASE64:
-		PUT /blob/k  Content-Digest: sha-256=AAAA              body  -> 400  ~must look like sha-256=:BASE64:
+		PUT /blob/k  Repr-Digest: crc32c=:AAAA:                body  -> 400  ~sha-256=:BASE64: or sha-512=:BASE64: is the form
+		PUT /blob/k  Content-Digest: sha-256=AAAA              body  -> 400  ~sha-256=:BASE64: is the form
 		GET /blob/k  -> 200  body  Blob-Version: 2
 
 		// All of them must match.
