@@ -3623,11 +3623,11 @@ func (sh *shard) upload(body io.Reader, current []byte, b *blob) (last []byte, e
 		ahead, readErr = readChunk(body, append(ahead[:0], current[chunkSize:]...), -1)
 		packed = b.pack(ahead[:min(len(ahead), chunkSize)])
 		<-o.done
+		if o.err != nil { // first: a full disk is what the client has to hear of
+			return nil, o.err
+		}
 		if readErr != nil {
 			return nil, readErr
-		}
-		if o.err != nil {
-			return nil, o.err
 		}
 		if len(ahead) <= chunkSize {
 			return packed, nil
