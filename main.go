@@ -123,11 +123,9 @@ const (
 	opOverhead   = 2 << 10 // bytes of a queued write besides key and content
 	reserveBytes = 6 << 20 // more than a shard's WAL: see Upkeep
 
-	// A shard's WAL is copied into the database once about checkpointBytes are in it. Half as many
-	// cost 3 % of the writes; twice as many a third of the 99th percentile. walOverhead is what a
-	// small write adds to the WAL besides its content: pages of the table and of the key index.
+	// A shard's WAL is copied into the database once checkpointBytes are in it. Half as many cost 3 %
+	// of the writes; twice as many a third of the 99th percentile.
 	checkpointBytes = 2 << 20
-	walOverhead     = 8 << 10
 
 	// cacheBytes bounds the committed contents kept for readers, over all shards: 20,000 of 4 KiB.
 	// A hit takes 25 µs, a read from SQLite 60 µs. cacheItem is the largest that is cached.
@@ -3143,8 +3141,10 @@ type shard struct {
 	prepared   map[string]*sql.Stmt // by text
 	syncFailed bool                 // nothing may be written or checkpointed any more: see state
 
-	// About how many bytes were written to the WAL: since the start, up to the last checkpoint, up to
-	// upkeep's last sample, and in the second before that.
+	pageBytes int64 // of the database
+
+	// Bytes that went into the WAL: since the start, up to the last checkpoint, up to upkeep's last
+	// sample, and in the second before that.
 	written, checkpointed, sampledBytes, recentBytes int64
 	sampledAt                                        time.Time
 
@@ -3229,6 +3229,9 @@ func (sh *shard) open() (*record, error) {
 		return nil, schemaError(err)
 	}
 	sh.nextID.Store(last)
+	if err := sh.writer.QueryRow("PRAGMA page_size").Scan(&sh.pageBytes); err != nil {
+		return nil, err
+	}
 	return r, schemaError(sh.prepare())
 }
 
@@ -3960,7 +3963,23 @@ func (sh *shard) inTransaction(f func(*tx) error) error {
 	if began && t.err != nil {
 		sh.writer.Exec("ROLLBACK") // fails if SQLite has rolled back already
 	}
+	sh.written += sh.newPages() * sh.pageBytes
 	return sh.wrote(t.err)
+}
+
+// newPages returns how many pages went into the WAL since the last call.
+func (sh *shard) newPages() (pages int64) {
+	conn, err := sh.writer.Conn(context.Background())
+	if err != nil {
+		return 0 // the next transaction fails, too
+	}
+	defer conn.Close()
+	conn.Raw(func(driverConn any) error {
+		n, _, err := driverConn.(sqlite.DBStatus).Status(sqlite.DBStatusCacheWrite, true)
+		pages = int64(n)
+		return err
+	})
+	return pages
 }
 
 // wrote takes the outcome of a transaction or a checkpoint, and returns it translated. It keeps the
@@ -4141,9 +4160,6 @@ func (sh *shard) finish(o *op, err error) {
 	sh.cache.drop(o.key)
 	if o.contentID != 0 {
 		sh.release(o.contentID)
-	}
-	if o.err == nil {
-		sh.written += int64(len(o.data)) + walOverhead
 	}
 	if o.err != nil && o.background {
 		sh.failedWrites.Add(1)
@@ -4880,8 +4896,8 @@ const (
 	spareBytes   = 1 << 20 // room besides the reserve, else the disk is full again at once
 
 	lookQuery = `SELECT EXISTS (SELECT 1 FROM blobs WHERE expires_at <= ?)
-		OR EXISTS (SELECT 1 FROM orphans), freelist_count, page_count, page_size
-		FROM pragma_freelist_count, pragma_page_count, pragma_page_size`
+		OR EXISTS (SELECT 1 FROM orphans), freelist_count, page_count
+		FROM pragma_freelist_count, pragma_page_count`
 	expiredQuery = `SELECT id, key, size FROM blobs WHERE expires_at <= ?
 		ORDER BY expires_at, id LIMIT ?`
 	sweepQuery = `DELETE FROM chunks WHERE id IN
@@ -4924,8 +4940,8 @@ func (sh *shard) reclaim(full bool) (more bool, err error) {
 	}
 	now := sh.store.now().UnixMilli()
 	var hasWork bool
-	var free, pages, pageSize int64
-	err = sh.writer.QueryRow(lookQuery, now).Scan(&hasWork, &free, &pages, &pageSize)
+	var free, pages int64
+	err = sh.writer.QueryRow(lookQuery, now).Scan(&hasWork, &free, &pages)
 	if err != nil {
 		return false, sh.wrote(err)
 	}
@@ -4943,7 +4959,7 @@ func (sh *shard) reclaim(full bool) (more bool, err error) {
 		sh.sampledBytes = sh.written
 		sh.sampledAt = time.Now()
 	}
-	isMuch := free > max(vacuumPages, pages/8) && free*pageSize > sh.recentBytes
+	isMuch := free > max(vacuumPages, pages/8) && free*sh.pageBytes > sh.recentBytes
 	if !isMuch && (!full || free == 0) {
 		return false, nil
 	}
@@ -4983,7 +4999,6 @@ func (sh *shard) deleteExpired(now int64) (bool, error) {
 		sh.cache.block(key)
 		defer sh.cache.drop(key)
 	}
-	sh.written += int64(len(expired)+chunksAtOnce) * walOverhead
 	err = sh.inTransaction(func(t *tx) error {
 		if orphan != 0 && t.exec(sweepQuery, orphan, chunksAtOnce) < chunksAtOnce {
 			t.exec(unorphanQuery, orphan)

@@ -4698,7 +4698,7 @@ func TestCheckpoint(t *testing.T) {
 	s := newTestServer(t, oneShard)
 	wal := s.store.shards[0].path + "-wal"
 	for _, size := range []int{10, 4 << 10, 200 << 10, 3 << 20} {
-		for i := range 20 << 20 / (size + walOverhead) {
+		for i := range 20 << 20 / (size + 8<<10) {
 			s.put(fmt.Sprint(size, "-", i%1000), noise(size, uint64(i)))
 			if n := sizeOf(wal); n > reserveBytes-spareBytes {
 				t.Fatalf("blobs of %d bytes: the WAL has %d bytes", size, n)
