@@ -501,15 +501,16 @@ func cmdServe(ctx context.Context, cli *call) error {
 	if err != nil {
 		return err
 	}
+	address := ln.Addr().(*net.TCPAddr)
 	log.Info("serving",
 		"version", version(),
-		"listen", ln.Addr().String(),
+		"listen", address.String(),
+		"url", urlOf(cfg, address),
 		"config", source,
 		"data_dir", cfg.DataDir,
 		"num_shards", cfg.NumShards,
 		"durability", cfg.Durability)
-	ip := ln.Addr().(*net.TCPAddr).IP
-	if cfg.AuthToken == "" && !ip.IsLoopback() {
+	if cfg.AuthToken == "" && !address.IP.IsLoopback() {
 		log.Warn("anyone who can reach this address can read and change every blob; " +
 			"set auth_token or a local addr")
 	}
@@ -523,6 +524,18 @@ func cmdServe(ctx context.Context, cli *call) error {
 	}
 	log.Info("stopped")
 	return nil
+}
+
+// urlOf returns what to open in a browser on this machine.
+func urlOf(cfg *config, address *net.TCPAddr) string {
+	u := url.URL{Scheme: "http", Host: address.String(), Path: "/"}
+	if cfg.TLSCert != "" {
+		u.Scheme = "https"
+	}
+	if address.IP.IsUnspecified() {
+		u.Host = fmt.Sprintf("localhost:%d", address.Port)
+	}
+	return u.String()
 }
 
 func signFlags(cli *call, flags *flag.FlagSet) {

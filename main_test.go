@@ -693,6 +693,24 @@ func TestServeRefusesPortInUse(t *testing.T) {
 	expect(t, !fileExists(dir), "a directory was created")
 }
 
+// The log says what to open in a browser.
+func TestURLOf(t *testing.T) {
+	for _, row := range []struct {
+		name, ip, cert, want string
+	}{
+		{"all addresses", "0.0.0.0", "", "http://localhost:3000/"},
+		{"all addresses, IPv6", "::", "", "http://localhost:3000/"},
+		{"loopback", "127.0.0.1", "", "http://127.0.0.1:3000/"},
+		{"IPv6", "::1", "", "http://[::1]:3000/"},
+		{"TLS", "10.0.0.1", "cert.pem", "https://10.0.0.1:3000/"},
+	} {
+		address := &net.TCPAddr{IP: net.ParseIP(row.ip), Port: 3000}
+		if got := urlOf(&config{TLSCert: row.cert}, address); got != row.want {
+			t.Errorf("%s: %s, want %s", row.name, got, row.want)
+		}
+	}
+}
+
 func TestServeEndsCleanly(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "data")
 	p := startProgram(t, dir, "BLOBNOM_BATCH_TIMEOUT_MS=60000")
