@@ -98,7 +98,7 @@ import (
 	sqlite3 "modernc.org/sqlite/lib"
 )
 
-// ==== Vocabulary ==================================================================================
+// ==== Vocabulary =================================================================================
 // The words the other chapters share: limits with the reason for their value,
 // the errors that mean something to a client, and the schema of a shard.
 
@@ -106,15 +106,16 @@ const (
 	applicationID = 0x426c6f62 // "Blob", in the SQLite header of our files: file(1) shows it
 	schemaVersion = 1          // the header's user_version
 
-	maxKeyBytes          = 1024               // of a key, decoded
-	maxTTL               = 876000 * time.Hour // just under a hundred years
-	maxShards            = 1000
-	defaultPage, maxPage = 1000, 10_000 // blobs in a page of the listing
+	maxKeyBytes = 1024               // of a key, decoded
+	maxTTL      = 876000 * time.Hour // just under a hundred years
+	maxShards   = 1000
+	defaultPage = 1000   // blobs in a page of the listing
+	maxPage     = 10_000 // the most that a client may ask for
 
 	// chunkSize is the largest content that is stored in its row; a larger one goes through the
 	// chunks table. An upload holds two chunks in memory, a download one and the driver's copy.
 	chunkSize   = 256 << 10
-	seqBits     = 20                   // of a chunk's id, for its sequence number
+	seqBits     = 20                   // low bits of a chunk's id, its sequence number
 	hardMaxBlob = chunkSize << seqBits // 256 GiB, even if max_blob_bytes is 0
 
 	// A batch ends at batchBytes. Larger ones would delay small writes and let the WAL outgrow the
@@ -123,34 +124,35 @@ const (
 	opOverhead   = 2 << 10 // bytes of a queued write besides key and content
 	reserveBytes = 6 << 20 // more than a shard's WAL: see Upkeep
 
-	// A shard's WAL is copied into the database once checkpointBytes are in it. Half as many cost 3 %
-	// of the writes; twice as many a third of the 99th percentile.
+	// A shard's WAL is copied into the database once checkpointBytes are in it. With half as much,
+	// 3 % fewer writes fit into a second; with twice as much, the 99th percentile of their time is
+	// a third longer.
 	checkpointBytes = 2 << 20
 
 	// cacheBytes bounds the committed contents kept for readers, over all shards: 20,000 of 4 KiB.
-	// A hit takes 25 µs, a read from SQLite 60 µs. cacheItem is the largest that is cached.
+	// A small GET takes 60 µs from SQLite and 25 µs from the cache. cacheItem is the largest
+	// content that is cached.
 	cacheBytes = 96 << 20
 	cacheItem  = 64 << 10
 
 	blobMethods = "GET, HEAD, PUT, POST, DELETE" // of a key
 	octetStream = "application/octet-stream"     // the type of a blob without one
-	minDeflate  = 256                            // bytes of the smallest content that is deflated at rest
-	minEncode   = 1 << 10                        // bytes of the smallest that is compressed for an answer
+	minDeflate  = 256                            // bytes; a smaller content is not deflated at rest
+	minEncode   = 1 << 10                        // bytes; a smaller one not for an answer either
 
 	stallTimeout  = 60 * time.Second // for a step of an upload: see Transport
 	drainTimeout  = 15 * time.Second // finishing requests after a signal
 	sweepInterval = time.Second      // between two looks of upkeep
 
-	// Whoever waits in the store is told within ten seconds that it is of no use: a writer that finds
-	// no room in the queue after queueTimeout; and if another process has locked a shard, everybody
-	// after two busyTimeouts, that of the attempt under way and that of the next one.
+	// Whoever waits in the store is told within ten seconds that it is of no use: a writer that
+	// finds no room in the queue after queueTimeout; and if another process has locked a shard,
+	// everybody after two busyTimeouts, that of the attempt under way and that of the next one.
 	queueTimeout = 9 * time.Second
 	busyTimeout  = 4 * time.Second
 )
 
-// statusError is an error that means something to a client, and the only source of error status
-// codes. An error may wrap one together with its cause. For a status of 500 and above the client
-// sees the statusError alone, and the log all of it.
+// statusError is an error that means something to a client. An error may wrap one together with its
+// cause. For a status of 500 and above the client sees the statusError alone, and the log all of it.
 type statusError struct {
 	status int
 	text   string
@@ -158,24 +160,34 @@ type statusError struct {
 
 func (e *statusError) Error() string { return e.text }
 
+func newError(status int, text string) *statusError { return &statusError{status, text} }
+
 var (
-	errBadRequest   = &statusError{http.StatusBadRequest, "bad request"}
-	errUnauthorized = &statusError{http.StatusUnauthorized, "unauthorized"} // gives a reason only for a signature
-	errReadOnly     = &statusError{http.StatusForbidden, "the read token opens GET and HEAD only"}
-	errForeign      = &statusError{http.StatusForbidden, "a page of another origin may not write, see cors_origin"}
-	errNotFound     = &statusError{http.StatusNotFound, "not found"}
-	errCondition    = &statusError{http.StatusPreconditionFailed, "precondition failed"}
-	errTooLarge     = &statusError{http.StatusRequestEntityTooLarge, "blob too large"}
-	errRange        = &statusError{http.StatusRequestedRangeNotSatisfiable, "range not satisfiable"}
-	errInternal     = &statusError{http.StatusInternalServerError, "internal error"} // any error without a status
-	errCorrupt      = &statusError{http.StatusInternalServerError, "shard is corrupt"}
-	errCannotOpen   = &statusError{http.StatusInternalServerError, "shard cannot be opened"}
-	errNotSynced    = &statusError{http.StatusInternalServerError, "a sync of the disk failed; restart the server"}
-	errDamaged      = &statusError{http.StatusInternalServerError, "the blob is damaged; restore it or delete it"}
-	errBusy         = &statusError{http.StatusServiceUnavailable, "too busy, try again"}
-	errStopping     = &statusError{http.StatusServiceUnavailable, "server is stopping"}
-	errNoFiles      = &statusError{http.StatusServiceUnavailable, "out of file descriptors"}
-	errFull         = &statusError{http.StatusInsufficientStorage, "disk full"}
+	errBadRequest = newError(http.StatusBadRequest, "bad request")
+
+	// errUnauthorized gives a reason only for a signature.
+	errUnauthorized = newError(http.StatusUnauthorized, "unauthorized")
+
+	errReadOnly = newError(http.StatusForbidden, "the read token opens GET and HEAD only")
+	errForeign  = newError(http.StatusForbidden,
+		"a page of another origin may not write, see cors_origin")
+	errNotFound  = newError(http.StatusNotFound, "not found")
+	errCondition = newError(http.StatusPreconditionFailed, "precondition failed")
+	errTooLarge  = newError(http.StatusRequestEntityTooLarge, "blob too large")
+	errRange     = newError(http.StatusRequestedRangeNotSatisfiable, "range not satisfiable")
+
+	// errInternal stands for any error without a status.
+	errInternal   = newError(http.StatusInternalServerError, "internal error")
+	errCorrupt    = newError(http.StatusInternalServerError, "shard is corrupt")
+	errCannotOpen = newError(http.StatusInternalServerError, "shard cannot be opened")
+	errNotSynced  = newError(http.StatusInternalServerError,
+		"a sync of the disk failed; restart the server")
+	errDamaged = newError(http.StatusInternalServerError,
+		"the blob is damaged; restore it or delete it")
+	errBusy     = newError(http.StatusServiceUnavailable, "too busy, try again")
+	errStopping = newError(http.StatusServiceUnavailable, "server is stopping")
+	errNoFiles  = newError(http.StatusServiceUnavailable, "out of file descriptors")
+	errFull     = newError(http.StatusInsufficientStorage, "disk full")
 
 	errNoBlob     = fmt.Errorf("%w: no blob under this key", errNotFound)
 	errNoRoute    = fmt.Errorf("%w: blobs are at /blob/KEY", errNotFound)
@@ -194,7 +206,7 @@ CREATE TABLE IF NOT EXISTS blobs (
 	sha256       BLOB NOT NULL,       -- of those bytes
 	codec        INTEGER NOT NULL,    -- of the stored content: 0 identity, 1 deflate
 	stored       INTEGER NOT NULL,    -- bytes of the stored content
-	crc32        INTEGER,             -- of the bytes the client sees, for the gzip trailer; NULL for identity
+	crc32        INTEGER,             -- of the client's bytes, if deflated: for the gzip trailer
 	content_type TEXT NOT NULL,
 	created_at   INTEGER NOT NULL,    -- Unix milliseconds, as are the next two
 	updated_at   INTEGER NOT NULL,
@@ -202,34 +214,50 @@ CREATE TABLE IF NOT EXISTS blobs (
 	version      INTEGER NOT NULL,    -- 0 at creation, +1 a replacement
 	data         BLOB                 -- NULL: in chunks; last, so that metadata reads skip it
 );
-CREATE INDEX IF NOT EXISTS expiring ON blobs (expires_at) WHERE expires_at IS NOT NULL; -- permanent blobs cost nothing here
-CREATE TABLE IF NOT EXISTS chunks  (id INTEGER PRIMARY KEY, data BLOB NOT NULL); -- id = content id << 20 | sequence number
-CREATE TABLE IF NOT EXISTS orphans (id INTEGER PRIMARY KEY); -- content ids that no blob refers to, not yet or not any more
-CREATE TABLE IF NOT EXISTS meta    (key TEXT PRIMARY KEY, value); -- num_shards, shard, hash, directory
+
+-- Permanent blobs cost nothing here.
+CREATE INDEX IF NOT EXISTS expiring ON blobs (expires_at) WHERE expires_at IS NOT NULL;
+
+CREATE TABLE IF NOT EXISTS chunks (
+	id   INTEGER PRIMARY KEY, -- content id << 20 | sequence number
+	data BLOB NOT NULL
+);
+
+-- Content ids that no blob refers to, not yet or not any more.
+CREATE TABLE IF NOT EXISTS orphans (id INTEGER PRIMARY KEY);
+
+-- num_shards, shard, hash, directory
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value);
 `
 
-// blob is one committed or soon to be committed content with its metadata. It is immutable once a
-// reader or the queue has it.
+// blob is a content and its metadata, committed or about to be. It is immutable once a reader or the
+// queue has it. Times are Unix milliseconds.
 type blob struct {
-	id               int64
-	size, stored     int64  // bytes, as the client sees them and as they are in the shard
-	deflated         bool   // stored so: see Codec
-	crc              uint32 // of the content the client sees, if it is deflated
-	sum              [sha256.Size]byte
-	contentType      string
-	created, updated int64      // Unix milliseconds, as is the next
-	expires, version int64      // expires 0: never
-	data             []byte     // stored content; of a chunked blob being written, its last chunk
-	header           [10]string // values of an answer's headers: see headerNames
+	id          int64
+	size        int64  // bytes, as the client sees them
+	stored      int64  // bytes, as they are in the shard
+	deflated    bool   // stored deflated: see Codec
+	crc         uint32 // of the content as the client sees it, if it is deflated
+	sum         [sha256.Size]byte
+	contentType string
+	created     int64
+	updated     int64
+	expires     int64 // 0: never
+	version     int64
+	data        []byte     // stored content; of a chunked blob being written, its last chunk
+	header      [10]string // values of an answer's headers: see headerNames
 }
 
-func (b *blob) chunked() bool  { return b.size > chunkSize } // in the chunks table: size alone decides
+// chunked reports whether the content is in the chunks table. The size alone decides that.
+func (b *blob) chunked() bool { return b.size > chunkSize }
+
+// lastSeq returns the sequence number of the last chunk.
 func (b *blob) lastSeq() int64 { return (b.size - 1) / chunkSize }
 
 // expired reports whether b's time has come at now, in Unix milliseconds.
 func (b *blob) expired(now int64) bool { return b.expires != 0 && b.expires <= now }
 
-// ==== Commands ====================================================================================
+// ==== Commands ===================================================================================
 // main is a shell around run. One table is both the dispatch and the help. Exit codes: 0 done, 1
 // failed or refused, 2 wrong usage or configuration. Results go to standard output, logs and
 // progress to standard error.
@@ -581,7 +609,7 @@ func cmdSign(_ context.Context, cli *call) error {
 	return nil
 }
 
-// ==== Configuration ===============================================================================
+// ==== Configuration ==============================================================================
 // One table lists the keys, with the check for each value. A value comes from the environment, else
 // from the file, else from the defaults. All problems are reported together, before anything is
 // opened or created.
@@ -1004,7 +1032,7 @@ func readLimit(file string) int64 {
 	return limit
 }
 
-// ==== HTTP server =================================================================================
+// ==== HTTP server ================================================================================
 // Routes, what every handler runs under, and the one place where an error becomes a status.
 // Each request has its own goroutine. Nothing here holds a lock or a database connection while it
 // waits for a client. How bytes and deadlines reach the connection is told in Transport.
@@ -1278,8 +1306,8 @@ func (s *server) answerError(w *response, r *http.Request, err error) bool {
 		if errors.Is(err, errFull) {
 			level = slog.LevelDebug // reserve has told it, once for all requests
 		}
-		s.log.Log(r.Context(), level, "request failed", "method", r.Method, "path", r.URL.EscapedPath(),
-			"status", status, "error", err)
+		s.log.Log(r.Context(), level, "request failed",
+			"method", r.Method, "path", r.URL.EscapedPath(), "status", status, "error", err)
 	}
 	if isGone || w.status != 0 {
 		return false
@@ -1394,7 +1422,7 @@ func (s *server) serve(ctx context.Context, ln net.Listener) error {
 	return err
 }
 
-// ==== Handlers ====================================================================================
+// ==== Handlers ===================================================================================
 // One function per request. A handler checks it, asks the store and describes
 // the result in headers. Whatever is not a success is an error, which server.answer answers.
 
@@ -1821,7 +1849,7 @@ func (s *server) readyz(w *response, _ *http.Request) error {
 	return writeJSON(w, status, map[string]any{"ready": isReady, "shards": rows})
 }
 
-// ==== Pages =======================================================================================
+// ==== Pages ======================================================================================
 // What a browser shows: the server itself, and folders to browse and to upload into. Tools that
 // follow links copy everything out over the folder pages. The pages work without JavaScript.
 
@@ -2132,7 +2160,7 @@ func humanSize(bytes int64) string {
 	return fmt.Sprintf("%.3g %s", size, units[0])
 }
 
-// ==== Fields ======================================================================================
+// ==== Fields =====================================================================================
 // What headers and queries ask for. Each parser refuses what it does not
 // understand: a write that ignored its precondition would not be the one the client wanted.
 
@@ -2487,7 +2515,7 @@ func (b *blob) isCompressible() bool {
 	return b.deflated || b.size >= minEncode && compressibleType.MatchString(b.contentType)
 }
 
-// ==== Access ======================================================================================
+// ==== Access =====================================================================================
 // Who may do what. Without auth_token everybody may do everything. auth_token opens all routes, and
 // read_token those that only read. A signed URL opens one method of one key until it expires. The
 // answer 401 gives no reason that helps to guess a token.
@@ -2603,10 +2631,10 @@ func sign(token, method, key, expires string) string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// ==== Store =======================================================================================
-// The data directory: who may use it, what it says of itself, and which shard has a key. A directory
-// whose record differs from the configuration is refused: keys would be looked for in the wrong
-// shard, and seem to be gone.
+// ==== Store ======================================================================================
+// The data directory: who may use it, what it says of itself, and which shard has a key. A
+// directory whose record differs from the configuration is refused: keys would be looked for in the
+// wrong shard, and seem to be gone.
 
 const (
 	lockFile     = "blobnom.lock"    // a SQLite file, exclusively locked while a server runs
@@ -2622,7 +2650,9 @@ var hashes = map[string]func(key string) uint64{
 		io.WriteString(h, key)
 		return h.Sum64()
 	},
-	"crc32c": func(key string) uint64 { return uint64(crc32.Checksum([]byte(key), crc32.MakeTable(crc32.Castagnoli))) },
+	"crc32c": func(key string) uint64 {
+		return uint64(crc32.Checksum([]byte(key), crc32.MakeTable(crc32.Castagnoli)))
+	},
 	"sha256": func(key string) uint64 {
 		sum := sha256.Sum256([]byte(key))
 		return binary.BigEndian.Uint64(sum[:])
@@ -2674,13 +2704,14 @@ type record struct {
 }
 
 func (r *record) String() string {
-	return fmt.Sprintf("shard %d of %d, placed by %s, of directory %s", r.Shard, r.NumShards, r.Hash, r.Directory)
+	return fmt.Sprintf("shard %d of %d, placed by %s, of directory %s",
+		r.Shard, r.NumShards, r.Hash, r.Directory)
 }
 
-// openStore opens the data directory of cfg, and creates it if nothing is there. It refuses one that
-// is in use, an incomplete copy, another program's, or of another record. A corrupt shard fails
-// alone, with errCorrupt. lock is not nil if the caller has locked dir, to copy into it. Nothing
-// writes to the shards before the whole directory is accepted.
+// openStore opens the data directory of cfg, and creates it if nothing is there. It refuses one
+// that is in use, an incomplete copy, another program's, or of another record. A corrupt shard
+// fails alone, with errCorrupt. lock is not nil if the caller has locked dir, to copy into it.
+// Nothing writes to the shards before the whole directory is accepted.
 func openStore(
 	ctx context.Context, cfg *config, lock *sql.DB, log *slog.Logger, now func() time.Time,
 ) (*store, error) {
@@ -2750,7 +2781,8 @@ func (st *store) open(cfg *config) error {
 }
 
 // lockDir locks dir, which it creates if it is not there, until the returned database is closed.
-// The lock is a SQLite file in an exclusive transaction: it works anywhere and ends with the process.
+// The lock is a SQLite file in an exclusive transaction: it works anywhere and ends with the
+// process.
 func lockDir(dir string) (*sql.DB, error) {
 	path := filepath.Join(dir, lockFile)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -2771,8 +2803,8 @@ func lockDir(dir string) (*sql.DB, error) {
 	}
 	lock.Close()
 	if errors.Is(translate(err), errBusy) {
-		return nil, fmt.Errorf("data directory %s is in use by another blobnom, or its file system has no locks: %w",
-			dir, err)
+		return nil, fmt.Errorf("data directory %s is in use by another blobnom, "+
+			"or its file system has no locks: %w", dir, err)
 	}
 	return nil, fmt.Errorf("cannot lock %s: %w", path, err)
 }
@@ -2780,7 +2812,8 @@ func lockDir(dir string) (*sql.DB, error) {
 // refusePartial returns an error if dir is a copy that is not complete.
 func refusePartial(dir string) error {
 	if fileExists(filepath.Join(dir, partialFile)) {
-		return fmt.Errorf("%s is an incomplete copy: run the interrupted backup or migrate again, or remove it", dir)
+		return fmt.Errorf("%s is an incomplete copy: "+
+			"run the interrupted backup or migrate again, or remove it", dir)
 	}
 	return nil
 }
@@ -2802,8 +2835,9 @@ func refuseForeign(dir string, i int) error {
 	if err != nil || id == applicationID {
 		return nil // opening it will say what is wrong
 	}
-	return fmt.Errorf("%s was written by the Rust Blobnom or by another program, and stays as it is; "+
-		"set data_dir to a new directory, and to copy the blobs into it run: blobnom migrate %s", path, dir)
+	return fmt.Errorf("%s was written by the Rust Blobnom or by another program, "+
+		"and stays as it is; set data_dir to a new directory, "+
+		"and to copy the blobs into it run: blobnom migrate %s", path, dir)
 }
 
 // refuseDir returns an error if dir is not one of ours, or an incomplete copy. If the lock file is
@@ -2838,9 +2872,9 @@ func shardFiles(dir string) (indexes []int, err error) {
 }
 
 // createShards makes the shards of a new directory, each in its place. The marker, creatingFile, is
-// written first and removed last: if it is there, an earlier start was killed, and this one completes
-// its work. Every step may be repeated, even after writes, because a power loss can bring a removed
-// file back.
+// written first and removed last: if it is there, an earlier start was killed, and this one
+// completes its work. Every step may be repeated, even after writes, because a power loss can bring
+// a removed file back.
 func (st *store) createShards(cfg *config) error {
 	marker := filepath.Join(st.dir, creatingFile)
 	indexes, _ := shardFiles(st.dir) // an error comes again in openShards
@@ -2932,7 +2966,8 @@ func (st *store) openShards(cfg *config) error {
 		st.shards = append(st.shards, sh)
 		if errors.Is(err, errCorrupt) && i < int(cfg.NumShards) {
 			sh.broken = err
-			st.log.Error("shard is corrupt, its keys are answered 500; restore it", "shard", i, "error", err)
+			st.log.Error("shard is corrupt, its keys are answered 500; restore it",
+				"shard", i, "error", err)
 			continue
 		}
 		if err != nil {
@@ -2952,7 +2987,8 @@ func (st *store) openShards(cfg *config) error {
 	if want.NumShards != cfg.NumShards || want.Hash != cfg.Hash {
 		return fmt.Errorf("data directory %s holds %d shards placed by %s, "+
 			"the configuration asks for num_shards = %d and hash = %q; "+
-			"set them as they were, or copy the blobs into a new data_dir with: blobnom migrate %[1]s",
+			"set them as they were, "+
+			"or copy the blobs into a new data_dir with: blobnom migrate %[1]s",
 			st.dir, want.NumShards, want.Hash, cfg.NumShards, cfg.Hash)
 	}
 	for i := range int(cfg.NumShards) {
@@ -3096,7 +3132,10 @@ func openDB(path, params string) *sql.DB {
 	return db
 }
 
-func busyPragma() string { return fmt.Sprintf("_pragma=busy_timeout(%d)", busyTimeout.Milliseconds()) }
+// busyPragma is the URI parameter that lets SQLite wait for another process's lock.
+func busyPragma() string {
+	return fmt.Sprintf("_pragma=busy_timeout(%d)", busyTimeout.Milliseconds())
+}
 
 func openReadOnly(path string) *sql.DB {
 	return openDB(path, "mode=ro&_pragma=cache_size(-512)&"+busyPragma())
@@ -3132,9 +3171,10 @@ func syncPath(path string) error {
 	return f.Sync()
 }
 
-// ==== Shard =======================================================================================
+// ==== Shard ======================================================================================
 // One database: a pool of readers, one writer behind a batcher, and the ids of contents in use.
-// Request goroutines run this. A write returns once it is committed, in async mode once it is queued.
+// Request goroutines run this. A write returns once it is committed, in async mode once it is
+// queued.
 
 type shard struct {
 	store   *store
@@ -3146,7 +3186,7 @@ type shard struct {
 	nextID  atomic.Int64 // content ids: each is handed out once in a run
 
 	readers                     *sql.DB
-	rowStmt, pageStmt, dataStmt *sql.Stmt // a row by key, rows by a range of keys, a chunk's data by its id
+	rowStmt, pageStmt, dataStmt *sql.Stmt // a row by key, rows by keys, a chunk's data by its id
 
 	// Once the shard is open, only the batcher's goroutine uses these.
 	writer     *sql.DB              // one connection
@@ -3168,7 +3208,8 @@ type shard struct {
 	heldMu  sync.Mutex
 	held    map[int64]int // use counts by content id; guarded by heldMu
 
-	// state is why the shard is not ready, nil if it is. setState sets it. Any goroutine may read it.
+	// state is why the shard is not ready, nil if it is. setState sets it. Any goroutine may read
+	// it.
 	stateMu sync.Mutex
 	state   error
 
@@ -3178,7 +3219,8 @@ type shard struct {
 	count        int64 // blobs, when they were counted
 }
 
-const blobColumns = `id, size, stored, codec, coalesce(crc32, 0), sha256, content_type, created_at, updated_at,
+const blobColumns = `id, size, stored, codec, coalesce(crc32, 0), sha256, content_type,
+	created_at, updated_at,
 	coalesce(expires_at, 0), version`
 
 const rowQuery = `SELECT ` + blobColumns + `, CASE WHEN ?2 THEN data END, key FROM blobs WHERE key = ?1`
@@ -3201,12 +3243,20 @@ func openShard(st *store, i int, cfg *config) (*shard, *record, error) {
 			blocked: map[string]bool{},
 		},
 	}
-	// A backup comes out of VACUUM INTO without WAL mode: here it gets it. The two fullfsync matter on
-	// macOS, where fsync alone does not reach the disk.
-	sh.writer = openDB(sh.path, fmt.Sprintf("mode=rw&%s&_pragma=journal_mode(wal)&_pragma=synchronous(%s)"+
-		"&_pragma=fullfsync(%[3]t)&_pragma=checkpoint_fullfsync(%[3]t)&_pragma=journal_size_limit(%[4]d)"+
-		"&_pragma=temp_store(memory)&_pragma=wal_autocheckpoint(0)",
-		busyPragma(), cfg.Durability, cfg.Durability == "full", reserveBytes))
+	// A backup comes out of VACUUM INTO without WAL mode: here it gets it. The two fullfsync matter
+	// on macOS, where fsync alone does not reach the disk.
+	isFull := cfg.Durability == "full"
+	sh.writer = openDB(sh.path, strings.Join([]string{
+		"mode=rw",
+		busyPragma(),
+		"_pragma=journal_mode(wal)",
+		fmt.Sprintf("_pragma=synchronous(%s)", cfg.Durability),
+		fmt.Sprintf("_pragma=fullfsync(%t)", isFull),
+		fmt.Sprintf("_pragma=checkpoint_fullfsync(%t)", isFull),
+		fmt.Sprintf("_pragma=journal_size_limit(%d)", reserveBytes),
+		"_pragma=temp_store(memory)",
+		"_pragma=wal_autocheckpoint(0)", // see checkpoint
+	}, "&"))
 	sh.writer.SetMaxOpenConns(1)
 	sh.readers = openReadOnly(sh.path)
 	sh.readers.SetMaxOpenConns(8) // a read takes microseconds
@@ -3249,8 +3299,8 @@ func (sh *shard) open() (*record, error) {
 }
 
 // tryOpen returns what the system says to opening a file of a shard, which SQLite keeps to itself.
-// An empty file that this user may not open it removes: a backup brings an empty WAL along, which is
-// not needed, and whoever restored it may have been another user.
+// An empty file that this user may not open it removes: a backup brings an empty WAL along, which
+// is not needed, and whoever restored it may have been another user.
 func tryOpen(path string) error {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if errors.Is(err, os.ErrNotExist) {
@@ -3316,7 +3366,8 @@ func (sh *shard) close() error {
 			walErr = sh.truncateWAL() // the reserve was given up
 		}
 		if walErr != nil {
-			sh.store.log.Warn("the WAL stays, the next start reads it", "shard", sh.index, "error", walErr)
+			sh.store.log.Warn("the WAL stays, the next start reads it",
+				"shard", sh.index, "error", walErr)
 		}
 	}
 	return errors.Join(err, sh.writer.Close())
@@ -3371,7 +3422,8 @@ func (sh *shard) health() error {
 		return errFull
 	}
 	var n int
-	return translate(sh.readers.QueryRow("SELECT count(*) FROM (SELECT 1 FROM blobs LIMIT 1)").Scan(&n))
+	row := sh.readers.QueryRow("SELECT count(*) FROM (SELECT 1 FROM blobs LIMIT 1)")
+	return translate(row.Scan(&n))
 }
 
 // read returns the content under key, or errNoBlob; headOnly leaves it on the disk. The caller
@@ -3436,7 +3488,8 @@ func scanBlob(row interface{ Scan(...any) error }) (*blob, string, error) {
 		return nil, "", err
 	}
 	if copy(b.sum[:], sum) != len(b.sum) || b.size < 0 {
-		err = fmt.Errorf("%w: a SHA-256 of %d bytes, a size of %d bytes", errDamaged, len(sum), b.size)
+		err = fmt.Errorf("%w: a SHA-256 of %d bytes, a size of %d bytes",
+			errDamaged, len(sum), b.size)
 	}
 	return b, key, err
 }
@@ -3620,11 +3673,12 @@ func (sh *shard) receive(body io.Reader, b *blob, p *putOptions) error {
 }
 
 // upload streams a body of more than one chunk into the chunks table, all but its last chunk, which
-// it returns packed. current is what was read already: a chunk and a byte of the next. upload gives b
-// an id and holds it; put or the operation that publishes b releases it.
+// it returns packed. current is what was read already: a chunk and a byte of the next. upload gives
+// b an id and holds it; put or the operation that publishes b releases it.
 //
-// While the batcher stores the chunk in current, the next one is read into ahead and packed. A chunk
-// that is not deflated lies in its buffer, so the buffers change places only after the commit.
+// While the batcher stores the chunk in current, the next one is read into ahead and packed. A
+// chunk that is not deflated lies in its buffer, so the buffers change places only after the
+// commit.
 func (sh *shard) upload(body io.Reader, current []byte, b *blob) (last []byte, err error) {
 	b.id = sh.nextID.Add(1)
 	sh.hold(b.id)
@@ -3693,7 +3747,7 @@ func readChunk(r io.Reader, buf []byte, length int64) ([]byte, error) {
 	return b.Bytes(), err
 }
 
-// ==== Batcher =====================================================================================
+// ==== Batcher ====================================================================================
 // Writes of a shard queue up and are committed in groups by one goroutine. A group is what is
 // queued, up to size operations: writers share a commit and its sync, and do not wait for one
 // another. A window adds a wait for more, counted from the group's first operation.
@@ -3892,7 +3946,8 @@ func (q *batcher) take() (batch []*op, wait time.Duration, ended bool) {
 }
 
 // acquire adds n bytes to pending; finish subtracts them. It returns errBusy if there is no room
-// within queueTimeout, and errStopping if the store is closing. A writer that needs less may overtake.
+// within queueTimeout, and errStopping if the store is closing. A writer that needs less may
+// overtake.
 func (st *store) acquire(n int64) error {
 	deadline := time.Now().Add(st.queueTimeout)
 	for {
@@ -3911,7 +3966,7 @@ func (st *store) acquire(n int64) error {
 	}
 }
 
-// ==== Writer ======================================================================================
+// ==== Writer =====================================================================================
 // The SQL of writes, on one connection with everything prepared: BEGIN and COMMIT too, because
 // database/sql's transactions prepare each statement again. Only the batcher's goroutine uses it.
 // No request's context comes here: a cancelled one would discard the connection.
@@ -4010,9 +4065,9 @@ func (sh *shard) wrote(err error) error {
 	return err
 }
 
-// explain translates an error of a write or of opening a file, and asks the system for the reason that
-// SQLite keeps to itself. A quota and a maximum size of files (ulimit -f) mean the same to a client as
-// a full disk.
+// explain translates an error of a write or of opening a file, and asks the system for the reason
+// that SQLite keeps to itself. A quota and a maximum size of files (ulimit -f) mean the same to a
+// client as a full disk.
 func (sh *shard) explain(err error) error {
 	err = translate(err)
 	_, extended := sqliteCode(err)
@@ -4043,7 +4098,12 @@ func (sh *shard) probeSpace() error {
 }
 
 func isNoSpace(err error) bool {
-	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.EFBIG)
+	for _, errno := range []error{syscall.ENOSPC, syscall.EDQUOT, syscall.EFBIG} {
+		if errors.Is(err, errno) {
+			return true
+		}
+	}
+	return false
 }
 
 // checkpoint copies what the WAL holds into the database, so that the next write can begin the WAL
@@ -4089,8 +4149,8 @@ func (sh *shard) commit(batch []*op) (again []*op) {
 	return again
 }
 
-// runBatch commits the operations of batch or finishes them with their errors. It returns those that
-// are to be tried again.
+// runBatch commits the operations of batch or finishes them with their errors. It returns those
+// that are to be tried again.
 func (sh *shard) runBatch(batch []*op) (again []*op) {
 	err := sh.tryBatch(batch)
 	if errors.Is(err, errBusy) {
@@ -4137,8 +4197,8 @@ func (sh *shard) retryDelete(batch []*op) error {
 	return sh.tryBatch(batch)
 }
 
-// tryBatch runs batch as one transaction. An operation whose precondition fails changes nothing, and
-// has its error in err.
+// tryBatch runs batch as one transaction. An operation whose precondition fails changes nothing,
+// and has its error in err.
 func (sh *shard) tryBatch(batch []*op) error {
 	for _, o := range batch {
 		sh.cache.block(o.key)
@@ -4199,8 +4259,8 @@ const (
 	unorphanQuery = `DELETE FROM orphans WHERE id = ?`
 )
 
-// putOp returns the operation that stores b under key, unless p's conditions refuse it. All chunks of
-// b but the last are in place.
+// putOp returns the operation that stores b under key, unless p's conditions refuse it. All chunks
+// of b but the last are in place.
 func (sh *shard) putOp(key string, b *blob, p *putOptions) *op {
 	do := func(t *tx) error { return t.putBlob(key, b, p) }
 	return &op{key: key, data: b.data, contentID: b.id, do: do}
@@ -4218,7 +4278,7 @@ func (sh *shard) deleteOp(key string, cond conditions) *op {
 // chunkOp returns the operation that stores one chunk of a content that is being uploaded.
 func (sh *shard) chunkOp(contentID, sequence int64, data []byte) *op {
 	do := func(t *tx) error {
-		if sequence == 0 { // with the first chunk, else a crash leaves chunks that nothing refers to
+		if sequence == 0 { // else a crash could leave chunks that nothing refers to
 			t.exec(orphanQuery, contentID)
 		}
 		t.exec(chunkQuery, contentID<<seqBits|sequence, data)
@@ -4334,7 +4394,7 @@ func schemaError(err error) error {
 	return err
 }
 
-// ==== Codec =======================================================================================
+// ==== Codec ======================================================================================
 // A content is stored as it is or deflated, chunk by chunk. Each deflated chunk has a dictionary of
 // its own and ends with a sync flush, so that it can be inflated alone. A gzip header, all the
 // chunks, an empty block, checksum and size are one gzip member: it is sent to clients that accept
@@ -4359,8 +4419,9 @@ func deflate(chunk []byte) []byte {
 
 // inflate returns the size bytes that were deflated to data, or an errDamaged.
 func inflate(data []byte, size int64) ([]byte, error) {
-	out := make([]byte, size+1)                                      // one byte more than there must be
-	n, _ := io.ReadFull(flate.NewReader(bytes.NewReader(data)), out) // fails: data has no final block
+	reader := flate.NewReader(bytes.NewReader(data))
+	out := make([]byte, size+1)      // one byte more than there must be
+	n, _ := io.ReadFull(reader, out) // always an error: data has no final block
 	if int64(n) != size {
 		return nil, fmt.Errorf("%w: inflated to %d bytes instead of %d", errDamaged, n, size)
 	}
@@ -4411,15 +4472,15 @@ const (
 	gzipOverhead = int64(len(gzipHeader) + len(gzipEnd) + 8)
 )
 
-// ==== Cache, reader ===============================================================================
+// ==== Cache, reader ==============================================================================
 // The cache keeps small committed contents in memory; a blobReader is one download's position.
 
 // cache maps keys to committed small blobs, at most limit bytes of them. The shard's one writer
 // blocks the keys of a batch before its transaction, and drops them after the COMMIT and before
 // anybody is told. A reader notes the generation before it reads a row, and puts the row only if
 // the generation is the same, and the key not blocked. So nothing gets in that a commit may have
-// replaced, and while a transaction may change a key, its readers see the database. Arbitrary entries
-// are evicted: there is nothing to maintain on a hit, and a long scan does not empty it.
+// replaced, and while a transaction may change a key, its readers see the database. Arbitrary
+// entries are evicted: there is nothing to maintain on a hit, and a long scan does not empty it.
 type cache struct {
 	limit      int
 	mu         sync.Mutex // guards the rest
@@ -4440,7 +4501,10 @@ func (c *cache) get(key string) (*blob, int64) {
 func (c *cache) put(key string, b *blob, generation int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if b.size > cacheItem || entryBytes(key, b) > c.limit || c.generation != generation || c.blocked[key] {
+	if b.size > cacheItem || entryBytes(key, b) > c.limit {
+		return
+	}
+	if c.generation != generation || c.blocked[key] {
 		return
 	}
 	c.remove(key) // another reader's
@@ -4643,7 +4707,7 @@ func (br *blobReader) gzipPiece(data []byte) (piece []byte) {
 	return piece
 }
 
-// ==== Metrics =====================================================================================
+// ==== Metrics ====================================================================================
 // What the server does, in the text format of Prometheus. Labels are bounded: routes, known
 // methods, status codes, shards. A scrape counts a shard's blobs at most once a minute.
 
@@ -4890,7 +4954,7 @@ func writeProcessMetrics(text io.Writer) {
 	writeMetric(text, "blobnom_build_info", "Constant 1; the labels tell the version.", sample{build, 1})
 }
 
-// ==== Upkeep ======================================================================================
+// ==== Upkeep =====================================================================================
 // Between two batches, once a second, each batcher's goroutine looks after its shard. It tries
 // whether the shard can be written to, so that a shard is ready again without a client's write. It
 // deletes blobs whose time has come and contents that nobody refers to or reads, and returns free
@@ -4941,10 +5005,10 @@ func (sh *shard) upkeep() time.Duration {
 	return sweepInterval
 }
 
-// reclaim deletes some of what has expired or is orphaned, or returns free pages to the file system,
-// and reports whether there is more to do. Free pages are returned if the disk is full, or if they
-// are an eighth of the file and more than the shard has written in a second: a busy shard uses them
-// again.
+// reclaim deletes some of what has expired or is orphaned, or returns free pages to the file
+// system, and reports whether there is more to do. Free pages are returned if the disk is full, or
+// if they are an eighth of the file and more than the shard has written in a second: a busy shard
+// uses them again.
 func (sh *shard) reclaim(full bool) (more bool, err error) {
 	if full {
 		// It makes room. Where a maximum size keeps the database from growing it fails, until the
@@ -5147,7 +5211,7 @@ func (r *reserve) write() error {
 	return nil
 }
 
-// ==== Maintenance =================================================================================
+// ==== Maintenance ================================================================================
 // check and backup look at a data directory that a server may be using. They read it as any other
 // SQLite client would, in a process of their own. check reads row by row, except in SQLite's own
 // check of its pages: a transaction over the whole work would keep the WAL from being used again.
@@ -5613,8 +5677,8 @@ func (s *source) blobByID(id int64) (*blob, error) {
 	return b, err
 }
 
-// content returns the blob in the row with this id and its content. Of a row of the Rust server only
-// the content is known, at most 30 MB, because that server took no more.
+// content returns the blob in the row with this id and its content. Of a row of the Rust server
+// only the content is known, at most 30 MB, because that server took no more.
 func (s *source) content(id int64) (*blob, io.Reader, error) {
 	if s.record != nil {
 		b, err := s.blobByID(id)
@@ -5940,7 +6004,7 @@ func (k *checker) complete() error {
 	return syncPath(k.dir)
 }
 
-// ==== Migrate =====================================================================================
+// ==== Migrate ====================================================================================
 // migrate copies the blobs of a directory, ours or the Rust server's, into the configured one,
 // which is new. First it copies the rows that are in the shard of their hash, and then the others,
 // unless their key is there already: of a key that is found twice the right copy is taken.
@@ -6112,7 +6176,7 @@ func (m *migration) copyContent(ctx context.Context, s *source, row storedRow, a
 	return translate(err)
 }
 
-// ==== Transport ===================================================================================
+// ==== Transport ==================================================================================
 // What lies between net/http and a connection: deadlines, the gathering of small answers, the
 // certificate. Deadlines have one rule. A client has a fixed time for each step, and a step is up
 // to pieceBytes of a body sent or taken. The time that the server itself needs between two steps,
