@@ -5111,11 +5111,11 @@ func (sh *shard) expired(now int64) (map[string]*blob, error) {
 }
 
 // unusedOrphan returns the id of an orphan that is not in use, 0 if there is none. No upload is
-// published meanwhile, because this is the batcher's goroutine. Once lookups has been free, every
-// reader that found the content before it became an orphan holds it, and no other can find it.
+// published meanwhile, because this is the batcher's goroutine. While it has lookups, every reader
+// that found a content before that became an orphan holds it, and no other can find it.
 func (sh *shard) unusedOrphan() (int64, error) {
 	sh.lookups.Lock()
-	sh.lookups.Unlock()
+	defer sh.lookups.Unlock()
 	rows, err := sh.writer.Query("SELECT id FROM orphans ORDER BY id")
 	if err != nil {
 		return 0, err
