@@ -4143,7 +4143,11 @@ func (sh *shard) truncateWAL() error {
 // commit is the batcher's: it runs a batch, and a checkpoint when that is due.
 func (sh *shard) commit(batch []*op) (again []*op) {
 	again = sh.runBatch(batch)
-	if sh.written-sh.checkpointed >= checkpointBytes {
+	most := int64(checkpointBytes)
+	if sh.store.reserve.isFull() {
+		most = spareBytes // the shards share the reserve's room
+	}
+	if sh.written-sh.checkpointed >= most {
 		sh.checkpoint()
 	}
 	return again
@@ -4202,9 +4206,6 @@ func (sh *shard) retryDelete(batch []*op) error {
 func (sh *shard) tryBatch(batch []*op) error {
 	for _, o := range batch {
 		sh.cache.block(o.key)
-	}
-	if sh.store.reserve.isFull() && sizeOf(sh.path+"-wal") > spareBytes {
-		sh.truncateWAL() // it makes room; an error comes again in the transaction
 	}
 	start := time.Now()
 	err := sh.inTransaction(func(t *tx) error {
