@@ -20,25 +20,33 @@ the environment, as BLOBNOM_<KEY>.
 
 This file is meant to be read from top to bottom. It follows one PUT from the socket to the disk:
 
-	Vocabulary      limits, errors, the schema of a shard
-	Commands        main, the command line
+	Vocabulary      limits, the schema of a shard, a blob
+	Errors          what can go wrong, and what a client is told
+	Commands        main, the command line, serve, sign
 	Configuration   file, environment, defaults
-	HTTP server     routes, errors as status codes, shutdown
+	HTTP server     routes, errors as answers, shutdown
 	Handlers        one function per request
 	Pages           what a browser shows
 	Fields          what headers and queries ask for
 	Access          who may do what: tokens, signed URLs
-	Store           the data directory: which shard has a key; listings
-	Shard           one database as a request sees it: read, put, remove
+	Store           which shard has a key; listings
+	Directory       locking, creating, opening and refusing a data directory
+	Shard           one database: its connections, and whether it is well
+	Reads           looking for a row
+	Writes          receiving a content and queueing its write
 	Batcher         one goroutine per shard groups writes into transactions
-	Writer          the SQL of those writes, and what a failed commit means
+	Writer          the SQL of those writes, and what a failure means
 	Codec           deflated content, and how it becomes a gzip answer
-	Cache, reader   committed contents in memory; one download's position
+	Cache           small committed contents in memory
+	Reader          the position of one download
 	Metrics         what Prometheus is told
 	Upkeep          expiry, reclaiming space, surviving a full disk
 	Maintenance     check, backup
 	Migrate         copying blobs between directories
 	Transport       deadlines, connections, certificate
+
+To work on it: .ci/run is the gate; "go test -run TestCrash -soak 100" kills the server a hundred
+times; "go test -run xxx -bench ." measures; "go test -fuzz FuzzKeys" fuzzes, as do the others.
 */
 package main
 
@@ -151,8 +159,75 @@ const (
 	busyTimeout  = 4 * time.Second
 )
 
+// schema is a shard. A content of at most one chunk is stored in its row; a larger one in chunks,
+// whose ids begin with the blob's id. At every instant each content id in chunks is also in blobs
+// or in orphans. So a crash leaves the old content or the new one, and orphans is what is swept.
+const schema = `
+CREATE TABLE IF NOT EXISTS blobs (
+	id           INTEGER PRIMARY KEY, -- of the content; a new one whenever chunks come or go
+	key          TEXT NOT NULL UNIQUE,
+	size         INTEGER NOT NULL,    -- bytes, as the client sees them
+	sha256       BLOB NOT NULL,       -- of those bytes
+	codec        INTEGER NOT NULL,    -- of the stored content: 0 identity, 1 deflate
+	stored       INTEGER NOT NULL,    -- bytes of the stored content
+	crc32        INTEGER,             -- of the client's bytes, if deflated: for the gzip trailer
+	content_type TEXT NOT NULL,
+	created_at   INTEGER NOT NULL,    -- Unix milliseconds, as are the next two
+	updated_at   INTEGER NOT NULL,
+	expires_at   INTEGER,             -- NULL: never
+	version      INTEGER NOT NULL,    -- 0 at creation, +1 a replacement
+	data         BLOB                 -- NULL: in chunks; last, so that metadata reads skip it
+);
+
+-- Permanent blobs cost nothing here.
+CREATE INDEX IF NOT EXISTS expiring ON blobs (expires_at) WHERE expires_at IS NOT NULL;
+
+CREATE TABLE IF NOT EXISTS chunks (
+	id   INTEGER PRIMARY KEY, -- content id << 20 | sequence number
+	data BLOB NOT NULL
+);
+
+-- Content ids that no blob refers to, not yet or not any more.
+CREATE TABLE IF NOT EXISTS orphans (id INTEGER PRIMARY KEY);
+
+-- num_shards, shard, hash, directory
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value);
+`
+
+// blob is a content and its metadata, committed or about to be. It is immutable once a reader or
+// the queue has it. Times are Unix milliseconds.
+type blob struct {
+	id          int64
+	size        int64  // bytes, as the client sees them
+	stored      int64  // bytes, as they are in the shard
+	deflated    bool   // stored deflated: see Codec
+	crc         uint32 // of the content as the client sees it, if it is deflated
+	sum         [sha256.Size]byte
+	contentType string
+	created     int64
+	updated     int64
+	expires     int64 // 0: never
+	version     int64
+	data        []byte     // stored content; of a chunked blob being written, its last chunk
+	header      [10]string // values of an answer's headers: see headerNames
+}
+
+// chunked reports whether the content is in the chunks table. The size alone decides that.
+func (b *blob) chunked() bool { return b.size > chunkSize }
+
+// lastSeq returns the sequence number of the last chunk.
+func (b *blob) lastSeq() int64 { return (b.size - 1) / chunkSize }
+
+// expired reports whether b's time has come at now, in Unix milliseconds.
+func (b *blob) expired(now int64) bool { return b.expires != 0 && b.expires <= now }
+
+// ==== Errors =====================================================================================
+// What can go wrong, as the other chapters test for it and as a client is told. Errors of the
+// driver and of files are translated where the driver is called.
+
 // statusError is an error that means something to a client. An error may wrap one together with its
-// cause. For a status of 500 and above the client sees the statusError alone, and the log all of it.
+// cause. For a status of 500 and above the client sees the statusError alone, and the log all of
+// it.
 type statusError struct {
 	status int
 	text   string
@@ -195,67 +270,83 @@ var (
 	errNewer      = errors.New("written by a newer version of this server; use that one")
 )
 
-// schema is a shard. A content of at most one chunk is stored in its row; a larger one in chunks,
-// whose ids begin with the blob's id. At every instant each content id in chunks is also in blobs
-// or in orphans. So a crash leaves the old content or the new one, and orphans is what is swept.
-const schema = `
-CREATE TABLE IF NOT EXISTS blobs (
-	id           INTEGER PRIMARY KEY, -- of the content; a new one whenever chunks come or go
-	key          TEXT NOT NULL UNIQUE,
-	size         INTEGER NOT NULL,    -- bytes, as the client sees them
-	sha256       BLOB NOT NULL,       -- of those bytes
-	codec        INTEGER NOT NULL,    -- of the stored content: 0 identity, 1 deflate
-	stored       INTEGER NOT NULL,    -- bytes of the stored content
-	crc32        INTEGER,             -- of the client's bytes, if deflated: for the gzip trailer
-	content_type TEXT NOT NULL,
-	created_at   INTEGER NOT NULL,    -- Unix milliseconds, as are the next two
-	updated_at   INTEGER NOT NULL,
-	expires_at   INTEGER,             -- NULL: never
-	version      INTEGER NOT NULL,    -- 0 at creation, +1 a replacement
-	data         BLOB                 -- NULL: in chunks; last, so that metadata reads skip it
-);
-
--- Permanent blobs cost nothing here.
-CREATE INDEX IF NOT EXISTS expiring ON blobs (expires_at) WHERE expires_at IS NOT NULL;
-
-CREATE TABLE IF NOT EXISTS chunks (
-	id   INTEGER PRIMARY KEY, -- content id << 20 | sequence number
-	data BLOB NOT NULL
-);
-
--- Content ids that no blob refers to, not yet or not any more.
-CREATE TABLE IF NOT EXISTS orphans (id INTEGER PRIMARY KEY);
-
--- num_shards, shard, hash, directory
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value);
-`
-
-// blob is a content and its metadata, committed or about to be. It is immutable once a reader or the
-// queue has it. Times are Unix milliseconds.
-type blob struct {
-	id          int64
-	size        int64  // bytes, as the client sees them
-	stored      int64  // bytes, as they are in the shard
-	deflated    bool   // stored deflated: see Codec
-	crc         uint32 // of the content as the client sees it, if it is deflated
-	sum         [sha256.Size]byte
-	contentType string
-	created     int64
-	updated     int64
-	expires     int64 // 0: never
-	version     int64
-	data        []byte     // stored content; of a chunked blob being written, its last chunk
-	header      [10]string // values of an answer's headers: see headerNames
+// statusOf returns the status of err and what its client is told: all of a 4xx, which is about the
+// request, but only the kind of a 5xx.
+func statusOf(err error) (status int, text string) {
+	kind := errInternal
+	errors.As(err, &kind) // leaves errInternal for an error without a status
+	if kind.status >= 500 {
+		return kind.status, kind.text
+	}
+	return kind.status, err.Error()
 }
 
-// chunked reports whether the content is in the chunks table. The size alone decides that.
-func (b *blob) chunked() bool { return b.size > chunkSize }
+func badRequest(format string, args ...any) error {
+	return fmt.Errorf("%w: %s", errBadRequest, fmt.Sprintf(format, args...))
+}
 
-// lastSeq returns the sequence number of the last chunk.
-func (b *blob) lastSeq() int64 { return (b.size - 1) / chunkSize }
+// translate maps an error of the driver or of a file to the error that the other chapters test for.
+func translate(err error) error {
+	if err == nil || errors.As(err, new(*statusError)) { // translated already
+		return err
+	}
+	code, extended := sqliteCode(err)
+	meaning := (*statusError)(nil)
+	switch {
+	case code == sqlite3.SQLITE_FULL, extended == sqlite3.SQLITE_IOERR_SHMSIZE, isNoSpace(err):
+		meaning = errFull // SHMSIZE: the -shm file could not grow
+	case code == sqlite3.SQLITE_CORRUPT, code == sqlite3.SQLITE_NOTADB:
+		meaning = errCorrupt
+	case code == sqlite3.SQLITE_BUSY, code == sqlite3.SQLITE_LOCKED:
+		meaning = errBusy
+	case extended == sqlite3.SQLITE_IOERR_FSYNC, extended == sqlite3.SQLITE_IOERR_DIR_FSYNC:
+		meaning = errNotSynced
+	case isOutOfFiles(err), code == sqlite3.SQLITE_CANTOPEN && outOfFiles():
+		return fmt.Errorf("%w: raise the limit with ulimit -n or LimitNOFILE: %w", errNoFiles, err)
+	case code == sqlite3.SQLITE_CANTOPEN, code == sqlite3.SQLITE_READONLY, code == sqlite3.SQLITE_PERM:
+		meaning = errCannotOpen
+	default:
+		return err
+	}
+	return fmt.Errorf("%w: %w", meaning, err)
+}
 
-// expired reports whether b's time has come at now, in Unix milliseconds.
-func (b *blob) expired(now int64) bool { return b.expires != 0 && b.expires <= now }
+// sqliteCode returns the result code in err and the extended one, or zeros if err is not SQLite's.
+func sqliteCode(err error) (code, extended int) {
+	if e, ok := errors.AsType[*sqlite.Error](err); ok {
+		return e.Code() & 0xff, e.Code()
+	}
+	return 0, 0
+}
+
+// schemaError returns err as errCorrupt if SQLite did not understand a query: then the tables in
+// the file are not those of a shard.
+func schemaError(err error) error {
+	if code, _ := sqliteCode(err); code == sqlite3.SQLITE_ERROR {
+		return fmt.Errorf("%w: %w", errCorrupt, err)
+	}
+	return err
+}
+
+func isNoSpace(err error) bool {
+	for _, errno := range []error{syscall.ENOSPC, syscall.EDQUOT, syscall.EFBIG} {
+		if errors.Is(err, errno) {
+			return true
+		}
+	}
+	return false
+}
+
+func isOutOfFiles(err error) bool {
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
+}
+
+// outOfFiles reports whether nothing more can be opened. SQLite does not say why it could not.
+func outOfFiles() bool {
+	f, err := os.Open(".")
+	f.Close()
+	return isOutOfFiles(err)
+}
 
 // ==== Commands ===================================================================================
 // main is a shell around run. One table is both the dispatch and the help. Exit codes: 0 done, 1
@@ -607,6 +698,54 @@ func cmdSign(_ context.Context, cli *call) error {
 	signature := sign(cfg.AuthToken, cli.method, key, expires)
 	fmt.Fprintf(cli.stdout, "/blob/%s?expires=%s&sig=%s\n", sent, expires, signature)
 	return nil
+}
+
+const noLimit = 1 << 60 // bytes; version 1 of control groups has a larger number for "none"
+
+// limitMemory keeps Go's memory below half of what the container or service may have. The rest is
+// for SQLite, which Go does not count, and for what comes while Go collects. Without the limit the
+// heap may double before it is collected, and the kernel ends the process. With GOMEMLIMIT in the
+// environment Go has set its limit itself. It is called before openStore, which asks cacheLimit.
+func limitMemory(log *slog.Logger) {
+	most := cgroupLimit("/")
+	if most == noLimit || os.Getenv("GOMEMLIMIT") != "" {
+		return
+	}
+	debug.SetMemoryLimit(most / 2)
+	log.Info("memory is limited by the control group", "bytes", most, "go_memory_limit", most/2)
+}
+
+// cgroupLimit returns the least memory limit, in bytes, of the control groups that the process is
+// in, and noLimit without one. /proc/self/cgroup has lines such as 0::/system.slice/x.service
+// (version 2) or 4:memory:/docker/x (version 1). In a container that path may be the host's, and
+// the limit lies at the top, where the search up from the path ends. root is "/" except in tests.
+func cgroupLimit(root string) int64 {
+	least := int64(noLimit)
+	mount := filepath.Join(root, "sys/fs/cgroup")
+	groups, _ := os.ReadFile(filepath.Join(root, "proc/self/cgroup")) // only Linux has it
+	for line := range strings.Lines(string(groups)) {
+		_, rest, _ := strings.Cut(strings.TrimSpace(line), ":")
+		_, group, _ := strings.Cut(rest, ":")
+		for ; ; group = path.Dir(group) {
+			version2 := filepath.Join(mount, group, "memory.max")
+			version1 := filepath.Join(mount, "memory", group, "memory.limit_in_bytes")
+			least = min(least, readLimit(version2), readLimit(version1))
+			if group == "/" || group == "." {
+				break
+			}
+		}
+	}
+	return least
+}
+
+// readLimit returns the number in a file, and noLimit if there is none, or the word "max".
+func readLimit(file string) int64 {
+	text, _ := os.ReadFile(file)
+	limit, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+	if err != nil {
+		return noLimit
+	}
+	return limit
 }
 
 // ==== Configuration ==============================================================================
@@ -977,61 +1116,6 @@ func (cfg *config) checkTLS(names map[string]string, found *problems) {
 	}
 }
 
-const noLimit = 1 << 60 // bytes; version 1 of control groups has a larger number for "none"
-
-// limitMemory keeps Go's memory below half of what the container or service may have. The rest is
-// for SQLite, which Go does not count, and for what comes while Go collects. Without the limit the
-// heap may double before it is collected, and the kernel ends the process. With GOMEMLIMIT in the
-// environment Go has set its limit itself. It is called before openStore, which asks cacheLimit.
-func limitMemory(log *slog.Logger) {
-	most := cgroupLimit("/")
-	if most == noLimit || os.Getenv("GOMEMLIMIT") != "" {
-		return
-	}
-	debug.SetMemoryLimit(most / 2)
-	log.Info("memory is limited by the control group", "bytes", most, "go_memory_limit", most/2)
-}
-
-// cacheLimit returns the maximum of the cache in bytes, over all shards. It is less than cacheBytes
-// if Go's memory is limited: uploads and the collector need most of that.
-func cacheLimit() int {
-	const current = -1 // asks for the limit
-	return int(min(cacheBytes, debug.SetMemoryLimit(current)/8))
-}
-
-// cgroupLimit returns the least memory limit, in bytes, of the control groups that the process is
-// in, and noLimit without one. /proc/self/cgroup has lines such as 0::/system.slice/x.service
-// (version 2) or 4:memory:/docker/x (version 1). In a container that path may be the host's, and
-// the limit lies at the top, where the search up from the path ends. root is "/" except in tests.
-func cgroupLimit(root string) int64 {
-	least := int64(noLimit)
-	mount := filepath.Join(root, "sys/fs/cgroup")
-	groups, _ := os.ReadFile(filepath.Join(root, "proc/self/cgroup")) // only Linux has it
-	for line := range strings.Lines(string(groups)) {
-		_, rest, _ := strings.Cut(strings.TrimSpace(line), ":")
-		_, group, _ := strings.Cut(rest, ":")
-		for ; ; group = path.Dir(group) {
-			version2 := filepath.Join(mount, group, "memory.max")
-			version1 := filepath.Join(mount, "memory", group, "memory.limit_in_bytes")
-			least = min(least, readLimit(version2), readLimit(version1))
-			if group == "/" || group == "." {
-				break
-			}
-		}
-	}
-	return least
-}
-
-// readLimit returns the number in a file, and noLimit if there is none, or the word "max".
-func readLimit(file string) int64 {
-	text, _ := os.ReadFile(file)
-	limit, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
-	if err != nil {
-		return noLimit
-	}
-	return limit
-}
-
 // ==== HTTP server ================================================================================
 // Routes, what every handler runs under, and the one place where an error becomes a status.
 // Each request has its own goroutine. Nothing here holds a lock or a database connection while it
@@ -1195,21 +1279,6 @@ func cleanPath(u *url.URL) error {
 
 // escapeAll encodes a key as one path segment that nobody resolves.
 func escapeAll(key string) string { return strings.ReplaceAll(url.PathEscape(key), ".", "%2E") }
-
-// statusOf returns the status of err and what its client is told: all of a 4xx, which is about the
-// request, but only the kind of a 5xx.
-func statusOf(err error) (status int, text string) {
-	kind := errInternal
-	errors.As(err, &kind) // leaves errInternal for an error without a status
-	if kind.status >= 500 {
-		return kind.status, kind.text
-	}
-	return kind.status, err.Error()
-}
-
-func badRequest(format string, args ...any) error {
-	return fmt.Errorf("%w: %s", errBadRequest, fmt.Sprintf(format, args...))
-}
 
 // handler answers one request, or returns why not: then server.answer answers the error.
 type handler func(w *response, r *http.Request) error
@@ -2632,16 +2701,7 @@ func sign(token, method, key, expires string) string {
 }
 
 // ==== Store ======================================================================================
-// The data directory: who may use it, what it says of itself, and which shard has a key. A
-// directory whose record differs from the configuration is refused: keys would be looked for in the
-// wrong shard, and seem to be gone.
-
-const (
-	lockFile     = "blobnom.lock"    // a SQLite file, exclusively locked while a server runs
-	reserveFile  = "blobnom.reserve" // head-room for a full disk, given up when needed
-	creatingFile = "blobnom.new"     // the directory's id, while its shards are being created
-	partialFile  = "blobnom.partial" // in a copy that backup or migrate has not completed
-)
+// The shards as one store: which shard has a key, and listings over all of them.
 
 // hashes are the placement functions. A key's shard is the value modulo num_shards.
 var hashes = map[string]func(key string) uint64{
@@ -2695,17 +2755,6 @@ func checkKey(key string) error {
 func (st *store) shardOf(key string) (*shard, error) {
 	sh := st.shards[st.hash(key)%uint64(len(st.shards))]
 	return sh, cmp.Or(checkKey(key), sh.broken)
-}
-
-// record is what each shard knows of its directory.
-type record struct {
-	NumShards, Shard int64
-	Hash, Directory  string // the directory's id is random
-}
-
-func (r *record) String() string {
-	return fmt.Sprintf("shard %d of %d, placed by %s, of directory %s",
-		r.Shard, r.NumShards, r.Hash, r.Directory)
 }
 
 // openStore opens the data directory of cfg, and creates it if nothing is there. It refuses one
@@ -2780,6 +2829,143 @@ func (st *store) open(cfg *config) error {
 	return err
 }
 
+// close commits what is queued and closes everything. Nothing may call the store any more.
+func (st *store) close() error { return errors.Join(st.closeShards(), st.lock.Close()) }
+
+// closeShards commits what is queued and closes the databases. The lock and the reserve are kept.
+func (st *store) closeShards() (err error) {
+	for _, sh := range st.shards {
+		if sh.batcher != nil {
+			sh.batcher.close()
+		}
+	}
+	for _, sh := range st.shards {
+		err = errors.Join(err, sh.close())
+	}
+	return err
+}
+
+// listing asks for a page: up to limit keys that begin with prefix and are above after. Keys that
+// contain the delimiter after the prefix are grouped: they give one row, a folder, whose key ends
+// with the delimiter.
+type listing struct {
+	prefix, after, delimiter string
+	limit                    int
+}
+
+// folderOf returns the folder that groups key, or "" if key is a row of its own.
+func (l *listing) folderOf(key string) string {
+	rest, isBelow := strings.CutPrefix(key, l.prefix)
+	if !isBelow || l.delimiter == "" {
+		return ""
+	}
+	name, _, isGrouped := strings.Cut(rest, l.delimiter)
+	if !isGrouped {
+		return ""
+	}
+	return l.prefix + name + l.delimiter
+}
+
+// listed is a row of a listing. A folder has only a key.
+type listed struct {
+	Key         string `json:"key"`
+	Size        int64  `json:"size"` // bytes, as the client sees them
+	ContentType string `json:"content_type"`
+	ETag        string `json:"etag"`
+	Created     string `json:"created"`
+	Updated     string `json:"updated"`
+	Version     int64  `json:"version"`
+	Expires     string `json:"expires,omitempty"`
+}
+
+func (row listed) isFolder() bool { return row.ETag == "" }
+
+func compareKeys(a, b listed) int  { return strings.Compare(a.Key, b.Key) }
+func haveSameKey(a, b listed) bool { return a.Key == b.Key }
+
+// A key has no NUL and no byte 0xff. So nothing lies between a key and the key with afterKey, and
+// every key that begins with a prefix is below the prefix with afterPrefix.
+const (
+	afterKey    = "\x00"
+	afterPrefix = "\xff"
+)
+
+// list returns a page in key order over all shards, and whether more rows follow. It waits for the
+// writes that were queued before it, and is no snapshot of the store.
+func (st *store) list(l listing) (page []listed, more bool, err error) {
+	from := max(l.prefix, l.after+afterKey)
+	if l.after != "" && l.folderOf(l.after) == l.after {
+		from = l.after + afterPrefix // the last page ended with this folder: skip its keys
+	}
+	to := l.prefix + afterPrefix
+	for _, sh := range st.shards {
+		if sh.broken != nil {
+			return nil, false, sh.broken // a listing without the shard's keys would be a lie
+		}
+		rows, err := sh.list(l, from, to)
+		if err != nil {
+			return nil, false, err
+		}
+		page = append(page, rows...)
+		slices.SortFunc(page, compareKeys)
+		page = slices.CompactFunc(page, haveSameKey) // several shards may have keys of one folder
+		if len(page) > l.limit {
+			page = page[:l.limit+1]
+			to = page[l.limit].Key // what the other shards have above this key is not needed
+		}
+	}
+	if len(page) > l.limit {
+		return page[:l.limit], true, nil
+	}
+	return page, false, nil
+}
+
+// rows returns all rows of l, however many. They are read page by page, and an error ends them.
+func (st *store) rows(l listing) iter.Seq2[listed, error] {
+	return func(yield func(listed, error) bool) {
+		rest := l
+		for {
+			page, more, err := st.list(rest)
+			if err != nil {
+				yield(listed{}, err)
+				return
+			}
+			for _, row := range page {
+				if !yield(row, nil) {
+					return
+				}
+			}
+			if !more {
+				return
+			}
+			rest.after = page[len(page)-1].Key
+		}
+	}
+}
+
+// hasPrefix reports whether a committed blob's key begins with prefix. It leaves out shards that
+// cannot be read.
+func (st *store) hasPrefix(prefix string) bool {
+	for _, sh := range st.shards {
+		if sh.broken == nil && sh.hasPrefix(prefix) {
+			return true
+		}
+	}
+	return false
+}
+
+// ==== Directory ==================================================================================
+// The data directory: who may use it, what it says of itself, how it is created and opened. A
+// directory whose record differs from the configuration is refused: keys would be looked for in the
+// wrong shard, and seem to be gone.
+
+const (
+	lockFile     = "blobnom.lock"    // a SQLite file, exclusively locked while a server runs
+	reserveFile  = "blobnom.reserve" // head-room for a full disk, given up when needed
+	creatingFile = "blobnom.new"     // the directory's id, while its shards are being created
+	partialFile  = "blobnom.partial" // in a copy that backup or migrate has not completed
+)
+
 // lockDir locks dir, which it creates if it is not there, until the returned database is closed.
 // The lock is a SQLite file in an exclusive transaction: it works anywhere and ends with the
 // process.
@@ -2807,6 +2993,15 @@ func lockDir(dir string) (*sql.DB, error) {
 			"or its file system has no locks: %w", dir, err)
 	}
 	return nil, fmt.Errorf("cannot lock %s: %w", path, err)
+}
+
+// refuseDir returns an error if dir is not one of ours, or an incomplete copy. If the lock file is
+// there, the directory is ours, and perhaps open in this very process.
+func refuseDir(dir string) error {
+	if err := refusePartial(dir); err != nil || fileExists(filepath.Join(dir, lockFile)) {
+		return err
+	}
+	return refuseForeign(dir, 0)
 }
 
 // refusePartial returns an error if dir is a copy that is not complete.
@@ -2840,15 +3035,6 @@ func refuseForeign(dir string, i int) error {
 		"and to copy the blobs into it run: blobnom migrate %s", path, dir)
 }
 
-// refuseDir returns an error if dir is not one of ours, or an incomplete copy. If the lock file is
-// there, the directory is ours, and perhaps open in this very process.
-func refuseDir(dir string) error {
-	if err := refusePartial(dir); err != nil || fileExists(filepath.Join(dir, lockFile)) {
-		return err
-	}
-	return refuseForeign(dir, 0)
-}
-
 func shardName(i int) string { return fmt.Sprintf("shard_%d.db", i) }
 
 // shardFiles returns the indexes of the shards in dir, in order; it is an error if there are none.
@@ -2869,6 +3055,43 @@ func shardFiles(dir string) (indexes []int, err error) {
 	}
 	slices.Sort(indexes)
 	return indexes, nil
+}
+
+// record is what each shard knows of its directory.
+type record struct {
+	NumShards, Shard int64
+	Hash, Directory  string // the directory's id is random
+}
+
+func (r *record) String() string {
+	return fmt.Sprintf("shard %d of %d, placed by %s, of directory %s",
+		r.Shard, r.NumShards, r.Hash, r.Directory)
+}
+
+// recordOf reads what a shard of ours knows of its directory. It returns errCorrupt if the file is
+// not a shard, and errNewer if a newer version of this program wrote it.
+func recordOf(db *sql.DB) (*record, error) {
+	r := &record{}
+	var application, version int64
+	err := db.QueryRow(`SELECT application_id, user_version, n.value, s.value, h.value, d.value
+		FROM pragma_application_id, pragma_user_version, meta n, meta s, meta h, meta d
+		WHERE n.key = 'num_shards' AND s.key = 'shard' AND h.key = 'hash' AND d.key = 'directory'`).
+		Scan(&application, &version, &r.NumShards, &r.Shard, &r.Hash, &r.Directory)
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, fmt.Errorf("%w: meta is incomplete", errCorrupt)
+	}
+	if err != nil {
+		return nil, schemaError(err)
+	}
+	if version > schemaVersion {
+		return nil, fmt.Errorf("schema version %d is %w", version, errNewer)
+	}
+	if application != applicationID || version != schemaVersion || hashes[r.Hash] == nil ||
+		r.NumShards < 1 || r.NumShards > maxShards {
+		return nil, fmt.Errorf("%w: application id %#x, schema version %d, and it says: %v",
+			errCorrupt, application, version, r)
+	}
+	return r, nil
 }
 
 // createShards makes the shards of a new directory, each in its place. The marker, creatingFile, is
@@ -3000,147 +3223,6 @@ func (st *store) openShards(cfg *config) error {
 	return nil
 }
 
-// listing asks for a page: up to limit keys that begin with prefix and are above after. Keys that
-// contain the delimiter after the prefix are grouped: they give one row, a folder, whose key ends
-// with the delimiter.
-type listing struct {
-	prefix, after, delimiter string
-	limit                    int
-}
-
-// folderOf returns the folder that groups key, or "" if key is a row of its own.
-func (l *listing) folderOf(key string) string {
-	rest, isBelow := strings.CutPrefix(key, l.prefix)
-	if !isBelow || l.delimiter == "" {
-		return ""
-	}
-	name, _, isGrouped := strings.Cut(rest, l.delimiter)
-	if !isGrouped {
-		return ""
-	}
-	return l.prefix + name + l.delimiter
-}
-
-// listed is a row of a listing. A folder has only a key.
-type listed struct {
-	Key         string `json:"key"`
-	Size        int64  `json:"size"` // bytes, as the client sees them
-	ContentType string `json:"content_type"`
-	ETag        string `json:"etag"`
-	Created     string `json:"created"`
-	Updated     string `json:"updated"`
-	Version     int64  `json:"version"`
-	Expires     string `json:"expires,omitempty"`
-}
-
-func (row listed) isFolder() bool { return row.ETag == "" }
-
-func compareKeys(a, b listed) int  { return strings.Compare(a.Key, b.Key) }
-func haveSameKey(a, b listed) bool { return a.Key == b.Key }
-
-// A key has no NUL and no byte 0xff. So nothing lies between a key and the key with afterKey, and
-// every key that begins with a prefix is below the prefix with afterPrefix.
-const (
-	afterKey    = "\x00"
-	afterPrefix = "\xff"
-)
-
-// list returns a page in key order over all shards, and whether more rows follow. It waits for the
-// writes that were queued before it, and is no snapshot of the store.
-func (st *store) list(l listing) (page []listed, more bool, err error) {
-	from := max(l.prefix, l.after+afterKey)
-	if l.after != "" && l.folderOf(l.after) == l.after {
-		from = l.after + afterPrefix // the last page ended with this folder: skip its keys
-	}
-	to := l.prefix + afterPrefix
-	for _, sh := range st.shards {
-		if sh.broken != nil {
-			return nil, false, sh.broken // a listing without the shard's keys would be a lie
-		}
-		rows, err := sh.list(l, from, to)
-		if err != nil {
-			return nil, false, err
-		}
-		page = append(page, rows...)
-		slices.SortFunc(page, compareKeys)
-		page = slices.CompactFunc(page, haveSameKey) // several shards may have keys of one folder
-		if len(page) > l.limit {
-			page = page[:l.limit+1]
-			to = page[l.limit].Key // what the other shards have above this key is not needed
-		}
-	}
-	if len(page) > l.limit {
-		return page[:l.limit], true, nil
-	}
-	return page, false, nil
-}
-
-// rows returns all rows of l, however many. They are read page by page, and an error ends them.
-func (st *store) rows(l listing) iter.Seq2[listed, error] {
-	return func(yield func(listed, error) bool) {
-		rest := l
-		for {
-			page, more, err := st.list(rest)
-			if err != nil {
-				yield(listed{}, err)
-				return
-			}
-			for _, row := range page {
-				if !yield(row, nil) {
-					return
-				}
-			}
-			if !more {
-				return
-			}
-			rest.after = page[len(page)-1].Key
-		}
-	}
-}
-
-// hasPrefix reports whether a committed blob's key begins with prefix. It leaves out shards that
-// cannot be read.
-func (st *store) hasPrefix(prefix string) bool {
-	for _, sh := range st.shards {
-		if sh.broken == nil && sh.hasPrefix(prefix) {
-			return true
-		}
-	}
-	return false
-}
-
-// close commits what is queued and closes everything. Nothing may call the store any more.
-func (st *store) close() error { return errors.Join(st.closeShards(), st.lock.Close()) }
-
-// closeShards commits what is queued and closes the databases. The lock and the reserve are kept.
-func (st *store) closeShards() (err error) {
-	for _, sh := range st.shards {
-		if sh.batcher != nil {
-			sh.batcher.close()
-		}
-	}
-	for _, sh := range st.shards {
-		err = errors.Join(err, sh.close())
-	}
-	return err
-}
-
-// openDB returns a pool for the database at path; nothing is opened yet. params are URI parameters.
-func openDB(path, params string) *sql.DB {
-	uri := url.URL{Scheme: "file", Path: path, RawQuery: params}
-	db, _ := sql.Open("sqlite", uri.String()) // fails only for an unknown driver
-	return db
-}
-
-// busyPragma is the URI parameter that lets SQLite wait for another process's lock.
-func busyPragma() string {
-	return fmt.Sprintf("_pragma=busy_timeout(%d)", busyTimeout.Milliseconds())
-}
-
-func openReadOnly(path string) *sql.DB {
-	return openDB(path, "mode=ro&_pragma=cache_size(-512)&"+busyPragma())
-}
-
 // sizeOf returns the size of a file, negative if there is none.
 func sizeOf(name string) int64 {
 	info, err := os.Stat(name)
@@ -3172,9 +3254,7 @@ func syncPath(path string) error {
 }
 
 // ==== Shard ======================================================================================
-// One database: a pool of readers, one writer behind a batcher, and the ids of contents in use.
-// Request goroutines run this. A write returns once it is committed, in async mode once it is
-// queued.
+// One database: a pool of readers, one writer behind a batcher, and whether it is well.
 
 type shard struct {
 	store   *store
@@ -3218,14 +3298,6 @@ type shard struct {
 	counted      time.Time
 	count        int64 // blobs, when they were counted
 }
-
-const blobColumns = `id, size, stored, codec, coalesce(crc32, 0), sha256, content_type,
-	created_at, updated_at,
-	coalesce(expires_at, 0), version`
-
-const rowQuery = `SELECT ` + blobColumns + `, CASE WHEN ?2 THEN data END, key FROM blobs WHERE key = ?1`
-const pageQuery = `SELECT ` + blobColumns + `, NULL, key FROM blobs
-	WHERE key >= ?1 AND key < ?2 AND (expires_at IS NULL OR expires_at > ?3) ORDER BY key LIMIT ?4`
 
 // openShard opens one database file. On an error the shard is returned all the same, closed. Its
 // error is an errCorrupt only if SQLite finds the file damaged, or if the file is not a shard: what
@@ -3313,6 +3385,22 @@ func tryOpen(path string) error {
 		return err
 	}
 	return f.Close()
+}
+
+// openDB returns a pool for the database at path; nothing is opened yet. params are URI parameters.
+func openDB(path, params string) *sql.DB {
+	uri := url.URL{Scheme: "file", Path: path, RawQuery: params}
+	db, _ := sql.Open("sqlite", uri.String()) // fails only for an unknown driver
+	return db
+}
+
+func openReadOnly(path string) *sql.DB {
+	return openDB(path, "mode=ro&_pragma=cache_size(-512)&"+busyPragma())
+}
+
+// busyPragma is the URI parameter that lets SQLite wait for another process's lock.
+func busyPragma() string {
+	return fmt.Sprintf("_pragma=busy_timeout(%d)", busyTimeout.Milliseconds())
 }
 
 func (sh *shard) prepare() error {
@@ -3426,6 +3514,18 @@ func (sh *shard) health() error {
 	return translate(row.Scan(&n))
 }
 
+// ==== Reads ======================================================================================
+// Looking for a row, or for rows of the listing. Request goroutines run this. A read waits for the
+// writes of its key that were answered 202.
+
+const blobColumns = `id, size, stored, codec, coalesce(crc32, 0), sha256, content_type,
+	created_at, updated_at,
+	coalesce(expires_at, 0), version`
+
+const rowQuery = `SELECT ` + blobColumns + `, CASE WHEN ?2 THEN data END, key FROM blobs WHERE key = ?1`
+const pageQuery = `SELECT ` + blobColumns + `, NULL, key FROM blobs
+	WHERE key >= ?1 AND key < ?2 AND (expires_at IS NULL OR expires_at > ?3) ORDER BY key LIMIT ?4`
+
 // read returns the content under key, or errNoBlob; headOnly leaves it on the disk. The caller
 // closes it.
 func (sh *shard) read(key string, headOnly bool) (*blobReader, error) {
@@ -3455,6 +3555,28 @@ func (sh *shard) read(key string, headOnly bool) (*blobReader, error) {
 		sh.hold(b.id)
 	}
 	return &blobReader{shard: sh, blob: b}, nil
+}
+
+// hold adds a use of a content: a content in use is not swept. release takes it back.
+func (sh *shard) hold(contentID int64) {
+	sh.heldMu.Lock()
+	defer sh.heldMu.Unlock()
+	sh.held[contentID]++
+}
+
+func (sh *shard) release(contentID int64) {
+	sh.heldMu.Lock()
+	defer sh.heldMu.Unlock()
+	sh.held[contentID]--
+	if sh.held[contentID] == 0 {
+		delete(sh.held, contentID)
+	}
+}
+
+func (sh *shard) isHeld(contentID int64) bool {
+	sh.heldMu.Lock()
+	defer sh.heldMu.Unlock()
+	return sh.held[contentID] > 0
 }
 
 // precheck returns an errCondition if cond does not hold now; it saves reading a body in vain.
@@ -3559,72 +3681,9 @@ func (sh *shard) hasPrefix(prefix string) bool {
 	return err == nil
 }
 
-// translate maps an error of the driver or of a file to the error that the other chapters test for.
-func translate(err error) error {
-	if err == nil || errors.As(err, new(*statusError)) { // translated already
-		return err
-	}
-	code, extended := sqliteCode(err)
-	meaning := (*statusError)(nil)
-	switch {
-	case code == sqlite3.SQLITE_FULL, extended == sqlite3.SQLITE_IOERR_SHMSIZE, isNoSpace(err):
-		meaning = errFull // SHMSIZE: the -shm file could not grow
-	case code == sqlite3.SQLITE_CORRUPT, code == sqlite3.SQLITE_NOTADB:
-		meaning = errCorrupt
-	case code == sqlite3.SQLITE_BUSY, code == sqlite3.SQLITE_LOCKED:
-		meaning = errBusy
-	case extended == sqlite3.SQLITE_IOERR_FSYNC, extended == sqlite3.SQLITE_IOERR_DIR_FSYNC:
-		meaning = errNotSynced
-	case isOutOfFiles(err), code == sqlite3.SQLITE_CANTOPEN && outOfFiles():
-		return fmt.Errorf("%w: raise the limit with ulimit -n or LimitNOFILE: %w", errNoFiles, err)
-	case code == sqlite3.SQLITE_CANTOPEN, code == sqlite3.SQLITE_READONLY, code == sqlite3.SQLITE_PERM:
-		meaning = errCannotOpen
-	default:
-		return err
-	}
-	return fmt.Errorf("%w: %w", meaning, err)
-}
-
-// sqliteCode returns the result code in err and the extended one, or zeros if err is not SQLite's.
-func sqliteCode(err error) (code, extended int) {
-	if e, ok := errors.AsType[*sqlite.Error](err); ok {
-		return e.Code() & 0xff, e.Code()
-	}
-	return 0, 0
-}
-
-func isOutOfFiles(err error) bool {
-	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
-}
-
-// outOfFiles reports whether nothing more can be opened. SQLite does not say why it could not.
-func outOfFiles() bool {
-	f, err := os.Open(".")
-	f.Close()
-	return isOutOfFiles(err)
-}
-
-// hold adds a use of a content: a content in use is not swept. release takes it back.
-func (sh *shard) hold(contentID int64) {
-	sh.heldMu.Lock()
-	defer sh.heldMu.Unlock()
-	sh.held[contentID]++
-}
-
-func (sh *shard) release(contentID int64) {
-	sh.heldMu.Lock()
-	defer sh.heldMu.Unlock()
-	sh.held[contentID]--
-	if sh.held[contentID] == 0 {
-		delete(sh.held, contentID)
-	}
-}
-
-func (sh *shard) isHeld(contentID int64) bool {
-	sh.heldMu.Lock()
-	defer sh.heldMu.Unlock()
-	return sh.held[contentID] > 0
-}
+// ==== Writes =====================================================================================
+// Receiving a content and queueing its write. Request goroutines run this. A write returns once it
+// is committed, in async mode once it is queued.
 
 type putOptions struct {
 	contentType string
@@ -3745,6 +3804,27 @@ func readChunk(r io.Reader, buf []byte, length int64) ([]byte, error) {
 	b.Grow(int(min(max(length, 0), 16<<10)) + bytes.MinRead)
 	_, err := b.ReadFrom(io.LimitReader(r, int64(chunkSize+1-len(buf))))
 	return b.Bytes(), err
+}
+
+// acquire adds n bytes to pending; finish subtracts them. It returns errBusy if there is no room
+// within queueTimeout, and errStopping if the store is closing. A writer that needs less may
+// overtake.
+func (st *store) acquire(n int64) error {
+	deadline := time.Now().Add(st.queueTimeout)
+	for {
+		if st.pending.Add(n) <= st.maxPending {
+			return nil
+		}
+		st.pending.Add(-n)
+		if time.Now().After(deadline) {
+			return errBusy
+		}
+		select {
+		case <-st.stopping.Done():
+			return errStopping
+		case <-time.After(5 * time.Millisecond): // about what a batch takes
+		}
+	}
 }
 
 // ==== Batcher ====================================================================================
@@ -3945,27 +4025,6 @@ func (q *batcher) take() (batch []*op, wait time.Duration, ended bool) {
 	return batch, 0, n == 0 && q.closed
 }
 
-// acquire adds n bytes to pending; finish subtracts them. It returns errBusy if there is no room
-// within queueTimeout, and errStopping if the store is closing. A writer that needs less may
-// overtake.
-func (st *store) acquire(n int64) error {
-	deadline := time.Now().Add(st.queueTimeout)
-	for {
-		if st.pending.Add(n) <= st.maxPending {
-			return nil
-		}
-		st.pending.Add(-n)
-		if time.Now().After(deadline) {
-			return errBusy
-		}
-		select {
-		case <-st.stopping.Done():
-			return errStopping
-		case <-time.After(5 * time.Millisecond): // about what a batch takes
-		}
-	}
-}
-
 // ==== Writer =====================================================================================
 // The SQL of writes, on one connection with everything prepared: BEGIN and COMMIT too, because
 // database/sql's transactions prepare each statement again. Only the batcher's goroutine uses it.
@@ -4095,15 +4154,6 @@ func (sh *shard) probeSpace() error {
 	end := max(sizeOf(sh.path), sizeOf(sh.path+"-wal"))
 	_, err = probe.WriteAt(make([]byte, 64<<10), end)
 	return err
-}
-
-func isNoSpace(err error) bool {
-	for _, errno := range []error{syscall.ENOSPC, syscall.EDQUOT, syscall.EFBIG} {
-		if errors.Is(err, errno) {
-			return true
-		}
-	}
-	return false
 }
 
 // checkpoint copies what the WAL holds into the database, so that the next write can begin the WAL
@@ -4360,41 +4410,6 @@ func (t *tx) vacate(key string, now int64, cond conditions) (*blob, error) {
 	return live, t.err
 }
 
-// recordOf reads what a shard of ours knows of its directory. It returns errCorrupt if the file is
-// not a shard, and errNewer if a newer version of this program wrote it.
-func recordOf(db *sql.DB) (*record, error) {
-	r := &record{}
-	var application, version int64
-	err := db.QueryRow(`SELECT application_id, user_version, n.value, s.value, h.value, d.value
-		FROM pragma_application_id, pragma_user_version, meta n, meta s, meta h, meta d
-		WHERE n.key = 'num_shards' AND s.key = 'shard' AND h.key = 'hash' AND d.key = 'directory'`).
-		Scan(&application, &version, &r.NumShards, &r.Shard, &r.Hash, &r.Directory)
-	if errors.Is(err, sql.ErrNoRows) {
-		return nil, fmt.Errorf("%w: meta is incomplete", errCorrupt)
-	}
-	if err != nil {
-		return nil, schemaError(err)
-	}
-	if version > schemaVersion {
-		return nil, fmt.Errorf("schema version %d is %w", version, errNewer)
-	}
-	if application != applicationID || version != schemaVersion || hashes[r.Hash] == nil ||
-		r.NumShards < 1 || r.NumShards > maxShards {
-		return nil, fmt.Errorf("%w: application id %#x, schema version %d, and it says: %v",
-			errCorrupt, application, version, r)
-	}
-	return r, nil
-}
-
-// schemaError returns err as errCorrupt if SQLite did not understand a query: then the tables in
-// the file are not those of a shard.
-func schemaError(err error) error {
-	if code, _ := sqliteCode(err); code == sqlite3.SQLITE_ERROR {
-		return fmt.Errorf("%w: %w", errCorrupt, err)
-	}
-	return err
-}
-
 // ==== Codec ======================================================================================
 // A content is stored as it is or deflated, chunk by chunk. Each deflated chunk has a dictionary of
 // its own and ends with a sync flush, so that it can be inflated alone. A gzip header, all the
@@ -4473,8 +4488,8 @@ const (
 	gzipOverhead = int64(len(gzipHeader) + len(gzipEnd) + 8)
 )
 
-// ==== Cache, reader ==============================================================================
-// The cache keeps small committed contents in memory; a blobReader is one download's position.
+// ==== Cache ======================================================================================
+// Small committed contents in memory.
 
 // cache maps keys to committed small blobs, at most limit bytes of them. The shard's one writer
 // blocks the keys of a batch before its transaction, and drops them after the COMMIT and before
@@ -4519,6 +4534,13 @@ func (c *cache) put(key string, b *blob, generation int64) {
 	c.entries[key] = b
 }
 
+// cacheLimit returns the maximum of the cache in bytes, over all shards. It is less than cacheBytes
+// if Go's memory is limited: uploads and the collector need most of that.
+func cacheLimit() int {
+	const current = -1 // asks for the limit
+	return int(min(cacheBytes, debug.SetMemoryLimit(current)/8))
+}
+
 // block forgets key and keeps readers from putting it until drop.
 func (c *cache) block(key string) {
 	c.mu.Lock()
@@ -4551,6 +4573,9 @@ func (c *cache) remove(key string) {
 
 // entryBytes is about what an entry holds. Blob, header and the map's share come to 600 bytes.
 func entryBytes(key string, b *blob) int { return len(key) + len(b.data) + len(b.contentType) + 600 }
+
+// ==== Reader =====================================================================================
+// The position of one download.
 
 // blobReader reads a blob for one request. Of a chunked blob it has one chunk in memory and takes
 // the next by a query of its own, so that a slow client holds neither a connection nor a
