@@ -3199,7 +3199,8 @@ func (st *store) openShards(cfg *config) error {
 		if want == nil {
 			want = r
 		}
-		if *r != (record{want.NumShards, int64(i), want.Hash, want.Directory}) {
+		isOfOurs := *r == record{want.NumShards, int64(i), want.Hash, want.Directory}
+		if !isOfOurs || int64(i) >= want.NumShards {
 			return fmt.Errorf("%s does not belong here: it is %v, another is %v; "+
 				"restore the right file from a backup", sh.path, r, want)
 		}
@@ -3470,7 +3471,10 @@ func (sh *shard) setState(err error) {
 	sh.stateMu.Lock()
 	defer sh.stateMu.Unlock()
 	old := sh.state
-	if errors.Is(old, errNotSynced) || errors.Is(old, errCorrupt) && !errors.Is(err, errNotSynced) {
+	if errors.Is(old, errNotSynced) {
+		return
+	}
+	if errors.Is(old, errCorrupt) && !errors.Is(err, errNotSynced) {
 		return
 	}
 	sh.state = err
@@ -3724,7 +3728,10 @@ func (sh *shard) receive(body io.Reader, b *blob, p *putOptions) error {
 	}
 	if len(first) <= chunkSize {
 		b.data = b.pack(first)
-	} else if b.data, err = sh.upload(body, first, b); err != nil {
+	} else {
+		b.data, err = sh.upload(body, first, b)
+	}
+	if err != nil {
 		return err
 	}
 	hash.Sum(b.sum[:0])
@@ -3871,7 +3878,7 @@ type batcher struct {
 	size     int
 	window   time.Duration        // only run uses it
 	stopping <-chan struct{}      // closed when no batch is to wait any more
-	commit   func([]*op) []*op    // calls finish for each, or returns it, to be tried again
+	commit   func([]*op) []*op    // calls answer for each, or returns it, to be tried again
 	upkeep   func() time.Duration // runs between two batches; returns when to run again
 	wake     chan struct{}        // capacity 1: queue or closed has changed, or an op is urgent
 	ended    chan struct{}        // closed by run
@@ -3939,8 +3946,8 @@ func (q *batcher) putBack(again []*op) {
 	q.stuck = make(chan struct{})
 }
 
-// finish is called by commit for each operation of the batch.
-func (q *batcher) finish(o *op) {
+// answer tells whoever waits for o that it has ended. commit calls it for each operation.
+func (q *batcher) answer(o *op) {
 	q.mu.Lock()
 	for _, key := range []string{o.key, allKeys} {
 		if q.newest[key] == o { // it was answered 202
@@ -3983,7 +3990,8 @@ func (q *batcher) run() {
 		case wait > 0:
 			timeout = time.After(wait)
 		case len(batch) > 0:
-			if again := q.commit(batch); len(again) > 0 {
+			again := q.commit(batch)
+			if len(again) > 0 {
 				q.putBack(again)
 			}
 			clear(batch) // the queue's array must not keep contents alive
@@ -4031,7 +4039,8 @@ func (q *batcher) take() (batch []*op, wait time.Duration, ended bool) {
 // No request's context comes here: a cancelled one would discard the connection.
 //
 // Three levels: runBatch decides what follows a failure, tryBatch is one attempt at a batch, and
-// inTransaction is one transaction.
+// inTransaction is one transaction. An attempt may be repeated after any failure: nothing of it is
+// left, because a failed COMMIT is rolled back.
 
 // tx is one transaction on a shard's write connection, and lives as long as it. After the first
 // statement that fails, err is its error and exec does nothing any more.
@@ -4079,19 +4088,18 @@ func (sh *shard) inTransaction(f func(*tx) error) error {
 	}
 	t := &tx{shard: sh}
 	t.exec("BEGIN IMMEDIATE")
-	began := t.err == nil
-	if began {
+	if t.err == nil {
 		err := f(t)
 		if t.err == nil {
 			t.err = err
 		}
-		t.exec("COMMIT")
-	}
-	if began && t.err != nil {
-		sh.writer.Exec("ROLLBACK") // fails if SQLite has rolled back already
+		t.exec("COMMIT") // does nothing after an error
+		if t.err != nil {
+			sh.writer.Exec("ROLLBACK") // fails if SQLite has rolled back already
+		}
 	}
 	sh.written += sh.newPages() * sh.pageBytes
-	return sh.wrote(t.err)
+	return sh.recordOutcome(t.err)
 }
 
 // newPages returns how many pages went into the WAL since the last call.
@@ -4109,9 +4117,9 @@ func (sh *shard) newPages() (pages int64) {
 	return pages
 }
 
-// wrote takes the outcome of a transaction or a checkpoint, and returns it translated. It keeps the
+// recordOutcome takes the outcome of a transaction or a checkpoint, and returns it translated. It keeps the
 // shard's state, and gives up the reserve if the disk is full.
-func (sh *shard) wrote(err error) error {
+func (sh *shard) recordOutcome(err error) error {
 	err = sh.explain(err)
 	switch {
 	case errors.Is(err, errDamaged): // says nothing of the shard
@@ -4170,7 +4178,7 @@ func (sh *shard) checkpoint() {
 		return
 	}
 	_, err := sh.writer.Exec("PRAGMA wal_checkpoint(PASSIVE)")
-	sh.wrote(err)
+	sh.recordOutcome(err)
 }
 
 // truncateWAL copies the WAL into the database and empties it, unless a reader is in the way. The
@@ -4187,7 +4195,7 @@ func (sh *shard) truncateWAL() error {
 	if err == nil {
 		err = resetErr
 	}
-	return sh.wrote(err)
+	return sh.recordOutcome(err)
 }
 
 // commit is the batcher's: it runs a batch, and a checkpoint when that is due.
@@ -4203,33 +4211,32 @@ func (sh *shard) commit(batch []*op) (again []*op) {
 	return again
 }
 
-// runBatch commits the operations of batch or finishes them with their errors. It returns those
-// that are to be tried again.
+// runBatch commits the operations of batch, or finishes them with their errors. It returns those that
+// are to be tried again.
 func (sh *shard) runBatch(batch []*op) (again []*op) {
-	err := sh.tryBatch(batch)
-	if errors.Is(err, errBusy) {
-		return sh.answerBusy(batch, err)
-	}
-	if err != nil && len(batch) > 1 { // each again, so that a bad one fails alone
-		for i := range batch {
-			again = append(again, sh.runBatch(batch[i:i+1])...)
+	if len(batch) > 1 {
+		err := sh.tryBatch(batch)
+		if err == nil || errors.Is(err, errBusy) {
+			return sh.endBatch(batch, err)
 		}
-		return again
 	}
-	if errors.Is(err, errFull) && batch[0].frees {
-		err = sh.retryDelete(batch)
-	}
-	for _, o := range batch {
-		sh.finish(o, err)
+	// Each alone, so that a bad one fails alone.
+	for i := range batch {
+		err := sh.tryAlone(batch[i : i+1])
+		if errors.Is(err, errBusy) { // those behind it must not overtake it
+			return sh.endBatch(batch[i:], err)
+		}
+		sh.finish(batch[i], err)
 	}
 	return nil
 }
 
-// answerBusy tells the clients of batch that another process has locked the shard. It returns the
-// operations that were answered 202, which are tried until they are in or the server stops.
-func (sh *shard) answerBusy(batch []*op, err error) (again []*op) {
+// endBatch finishes the operations of batch. If another process has locked the shard, those that were
+// answered 202 are not finished but returned: they are tried until they are in or the server stops.
+func (sh *shard) endBatch(batch []*op, err error) (again []*op) {
+	mayRetry := errors.Is(err, errBusy) && sh.store.stopping.Err() == nil
 	for _, o := range batch {
-		if o.background && sh.store.stopping.Err() == nil {
+		if mayRetry && o.background {
 			again = append(again, o)
 		} else {
 			sh.finish(o, err)
@@ -4238,14 +4245,19 @@ func (sh *shard) answerBusy(batch []*op, err error) (again []*op) {
 	return again
 }
 
-// retryDelete tries a delete again that found the disk full. It frees more than it takes, so it may
-// have the room of the reserve, which is given up by now, and then that of the WAL.
-func (sh *shard) retryDelete(batch []*op) error {
+// tryAlone is an attempt at a batch of one. A delete that finds the disk full frees more than it
+// takes: it may have the room of the reserve, which is given up by now, and then that of the WAL.
+func (sh *shard) tryAlone(batch []*op) error {
 	err := sh.tryBatch(batch)
+	if !batch[0].frees || !errors.Is(err, errFull) {
+		return err
+	}
+	err = sh.tryBatch(batch)
 	if !errors.Is(err, errFull) {
 		return err
 	}
-	if err := sh.truncateWAL(); err != nil {
+	err = sh.truncateWAL()
+	if err != nil {
 		return err
 	}
 	return sh.tryBatch(batch)
@@ -4255,7 +4267,9 @@ func (sh *shard) retryDelete(batch []*op) error {
 // and has its error in err.
 func (sh *shard) tryBatch(batch []*op) error {
 	for _, o := range batch {
-		sh.cache.block(o.key)
+		if o.key != "" {
+			sh.cache.block(o.key)
+		}
 	}
 	start := time.Now()
 	err := sh.inTransaction(func(t *tx) error {
@@ -4281,7 +4295,9 @@ func (sh *shard) finish(o *op, err error) {
 	if err != nil {
 		o.err = err
 	}
-	sh.cache.drop(o.key)
+	if o.key != "" {
+		sh.cache.drop(o.key)
+	}
 	if o.contentID != 0 {
 		sh.release(o.contentID)
 	}
@@ -4291,7 +4307,7 @@ func (sh *shard) finish(o *op, err error) {
 			"key", o.key, "shard", sh.index, "error", o.err)
 	}
 	sh.store.pending.Add(-o.cost)
-	sh.batcher.finish(o)
+	sh.batcher.answer(o)
 }
 
 const (
@@ -5020,7 +5036,7 @@ func (sh *shard) upkeep() time.Duration {
 	full := sh.store.reserve.isFull()
 	more, err := sh.reclaim(full)
 	if err != nil {
-		return sweepInterval // wrote has told
+		return sweepInterval // recordOutcome has logged it
 	}
 	if full {
 		sh.store.reserve.take() // on an error: again in a second
@@ -5046,7 +5062,7 @@ func (sh *shard) reclaim(full bool) (more bool, err error) {
 	var free, pages int64
 	err = sh.writer.QueryRow(lookQuery, now).Scan(&hasWork, &free, &pages)
 	if err != nil {
-		return false, sh.wrote(err)
+		return false, sh.recordOutcome(err)
 	}
 	if hasWork {
 		more, err := sh.deleteExpired(now)
@@ -5067,7 +5083,7 @@ func (sh *shard) reclaim(full bool) (more bool, err error) {
 		return false, nil
 	}
 	_, err = sh.writer.Exec(fmt.Sprintf("PRAGMA incremental_vacuum(%d)", vacuumPages))
-	if err := sh.wrote(err); err != nil {
+	if err := sh.recordOutcome(err); err != nil {
 		return false, err
 	}
 	return true, sh.truncateWAL() // the file shrinks with the checkpoint
@@ -5089,11 +5105,11 @@ func (sh *shard) tryWrite() error {
 func (sh *shard) deleteExpired(now int64) (bool, error) {
 	expired, err := sh.expired(now)
 	if err != nil {
-		return false, sh.wrote(err)
+		return false, sh.recordOutcome(err)
 	}
 	orphan, err := sh.unusedOrphan() // now: a reader may still find what expires below
 	if err != nil {
-		return false, sh.wrote(err)
+		return false, sh.recordOutcome(err)
 	}
 	if len(expired) == 0 && orphan == 0 {
 		return false, nil

@@ -4219,6 +4219,38 @@ func TestBadOperationFailsAlone(t *testing.T) {
 	}
 }
 
+// Writes of one key stay in their order if the first of them has to be tried again, alone.
+func TestRetryKeepsOrder(t *testing.T) {
+	s := newTestServer(t, oneShard)
+	sh := s.store.shards[0]
+	var committed []string
+	attempts := 0
+	first := &op{key: "k", background: true, do: func(*tx) error {
+		attempts++
+		switch attempts {
+		case 1:
+			return errors.New("the batch fails")
+		case 2:
+			return errBusy // the operation alone meets a foreign lock
+		}
+		committed = append(committed, "first")
+		return nil
+	}}
+	second := &op{key: "k", background: true, do: func(*tx) error {
+		committed = append(committed, "second")
+		return nil
+	}}
+	open := gate(sh)
+	fatal(t, sh.batcher.add(first))
+	fatal(t, sh.batcher.add(second))
+	open()
+	<-first.done
+	<-second.done
+	if got := strings.Join(committed, " "); got != "first second" {
+		t.Errorf("committed %s", got)
+	}
+}
+
 func TestAsync(t *testing.T) {
 	// The window is long: a reader that did not hurry the batch would wait for it.
 	cfg := testConfig(t, func(c *config) { c.AsyncWrite, c.BatchTimeoutMS, c.NumShards = true, 60_000, 2 })
@@ -4848,7 +4880,7 @@ func fakeBatcher(size, window, takes int, stopping chan struct{}, upkeep func() 
 		entry := fmt.Sprintf("%d:", time.Since(start).Milliseconds())
 		for _, o := range batch {
 			entry += o.key
-			defer b.finish(o)
+			defer b.answer(o)
 		}
 		*batches = append(*batches, entry)
 		time.Sleep(ms(takes))
