@@ -18,7 +18,8 @@ write is queued, and a later read of the key waits for it.
 The configuration is one TOML file, described in config.toml.example. Every key can also be given in
 the environment, as BLOBNOM_<KEY>.
 
-This file is meant to be read from top to bottom. It follows one PUT from the socket to the disk:
+This file is meant to be read from top to bottom. The chapters from HTTP server to Writer follow one
+PUT from the socket to the disk; the others stand beside its way:
 
 	Vocabulary      limits, the schema of a shard, a blob
 	Errors          what can go wrong, and what a client is told
@@ -152,9 +153,9 @@ const (
 	drainTimeout  = 15 * time.Second // finishing requests after a signal
 	sweepInterval = time.Second      // between two looks of upkeep
 
-	// Whoever waits in the store is told within ten seconds that it is of no use: a writer that
-	// finds no room in the queue after queueTimeout; and if another process has locked a shard,
-	// everybody after two busyTimeouts, that of the attempt under way and that of the next one.
+	// No request waits in the store for longer than ten seconds. A writer waits for room in the
+	// queue at most queueTimeout. If another process has locked a shard, everybody waits at most
+	// two busyTimeouts: that of the attempt under way, and that of the next one.
 	queueTimeout = 9 * time.Second
 	busyTimeout  = 4 * time.Second
 )
@@ -218,7 +219,7 @@ func (b *blob) chunked() bool { return b.size > chunkSize }
 // lastSeq returns the sequence number of the last chunk.
 func (b *blob) lastSeq() int64 { return (b.size - 1) / chunkSize }
 
-// expired reports whether b's time has come at now, in Unix milliseconds.
+// expired reports whether b has expired at now, in Unix milliseconds.
 func (b *blob) expired(now int64) bool { return b.expires != 0 && b.expires <= now }
 
 // ==== Errors =====================================================================================
@@ -2829,7 +2830,8 @@ func (st *store) open(cfg *config) error {
 	return err
 }
 
-// close commits what is queued and closes everything. Nothing may call the store any more.
+// close commits what is queued and closes everything. Whatever a request still asks of the store
+// fails.
 func (st *store) close() error { return errors.Join(st.closeShards(), st.lock.Close()) }
 
 // closeShards commits what is queued and closes the databases. The lock and the reserve are kept.
@@ -2974,11 +2976,11 @@ func lockDir(dir string) (*sql.DB, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("cannot create data_dir: %w", err)
 	}
-	if err := createFile(path); err != nil { // its words are the system's, SQLite's are not
+	if err := createFile(path); err != nil { // for the system's words; SQLite's hide the reason
 		return nil, fmt.Errorf("cannot lock data_dir: %w", err)
 	}
-	// A full disk has no room for a journal, so that is in memory. 300 ms is longer than another
-	// start holds the lock while it tests it.
+	// The journal is in memory, because a full disk has no room for it. Another server that is
+	// starting may hold the lock for a moment: wait 300 ms.
 	lock := openDB(path, "_pragma=journal_mode(memory)&_pragma=busy_timeout(300)")
 	lock.SetMaxOpenConns(1) // kept open: the transaction is the lock
 	// The transaction changes something and is never committed: for a file that it may not write,
@@ -3014,7 +3016,7 @@ func refusePartial(dir string) error {
 }
 
 // refuseForeign returns an error if shard i in dir is another program's database. Nothing in this
-// process may have it open: SQLite's locks would be lost with the file that is closed here.
+// process may have it open: to close a file drops all locks that the process has on it.
 func refuseForeign(dir string, i int) error {
 	path := filepath.Join(dir, shardName(i))
 	if sizeOf(path) <= 0 {
@@ -3100,7 +3102,7 @@ func recordOf(db *sql.DB) (*record, error) {
 // a removed file back.
 func (st *store) createShards(cfg *config) error {
 	marker := filepath.Join(st.dir, creatingFile)
-	indexes, _ := shardFiles(st.dir) // an error comes again in openShards
+	indexes, _ := shardFiles(st.dir) // if dir cannot be read, createShard fails
 	if len(indexes) > 0 && !fileExists(marker) {
 		return nil
 	}
@@ -3117,7 +3119,8 @@ func (st *store) createShards(cfg *config) error {
 			return fmt.Errorf("cannot create %s: %w", path, translate(err))
 		}
 	}
-	// The names before the marker's removal, else a power loss could take acknowledged writes.
+	// The names are on the disk before the marker goes, else a power loss could remove shards that
+	// have acknowledged writes.
 	for _, dir := range []string{st.dir, filepath.Dir(st.dir)} {
 		if err := syncPath(dir); err != nil {
 			return fmt.Errorf("cannot create the shards: %w", err)
@@ -3136,7 +3139,8 @@ func creationID(marker string) (string, error) {
 	if err == nil && len(id) > 0 {
 		return string(id), nil
 	}
-	// On the disk before the first shard, else two starts could give two ids.
+	// It is on the disk before the first shard is made, else a second start could choose another
+	// id.
 	id = []byte(rand.Text())
 	if err := os.WriteFile(marker, id, 0o600); err != nil {
 		return "", err
@@ -3269,11 +3273,12 @@ type shard struct {
 	readers                     *sql.DB
 	rowStmt, pageStmt, dataStmt *sql.Stmt // a row by key, rows by keys, a chunk's data by its id
 
-	// Once the shard is open, only the batcher's goroutine uses these.
+	// While the batcher runs, only its goroutine uses these and the next two groups. open uses them
+	// before it, and close after it.
 	writer     *sql.DB              // one connection
 	findStmt   *sql.Stmt            // a row by key
 	prepared   map[string]*sql.Stmt // by text
-	syncFailed bool                 // nothing may be written or checkpointed any more: see state
+	syncFailed bool                 // nothing may be written or checkpointed any more
 
 	pageBytes int64 // of the database
 
@@ -3332,7 +3337,7 @@ func openShard(st *store, i int, cfg *config) (*shard, *record, error) {
 	}, "&"))
 	sh.writer.SetMaxOpenConns(1)
 	sh.readers = openReadOnly(sh.path)
-	sh.readers.SetMaxOpenConns(8) // a read takes microseconds
+	sh.readers.SetMaxOpenConns(8) // enough: a read takes microseconds, and each has a page cache
 	sh.readers.SetMaxIdleConns(8)
 	r, err := sh.open()
 	if err != nil {
@@ -3424,7 +3429,7 @@ func (sh *shard) prepare() error {
 	return nil
 }
 
-// startBatcher lets the shard write. Upkeep begins, too.
+// startBatcher starts the goroutine that writes and does upkeep.
 func (sh *shard) startBatcher(cfg *config) {
 	const longest = math.MaxInt64 / int64(time.Millisecond)
 	sh.batcher = &batcher{
@@ -3493,7 +3498,8 @@ func (sh *shard) currentState() error {
 	return sh.state
 }
 
-// note translates an error of a read. What SQLite says of the file is the shard's state, too.
+// note translates an error of a read. Damage that SQLite finds in the file is the shard's state,
+// too. Writes use recordOutcome.
 func (sh *shard) note(err error) error {
 	err = translate(err)
 	if errors.Is(err, errCorrupt) {
@@ -3884,7 +3890,7 @@ type batcher struct {
 	ended    chan struct{}        // closed by run
 
 	mu     sync.Mutex     // guards what follows
-	queue  []*op          // a channel as long would cost each garbage collection a scan of its buffer
+	queue  []*op          // not a channel: the collector would scan all of its buffer
 	newest map[string]*op // background operations not yet committed
 	closed bool
 	stuck  chan struct{} // closed, and replaced, when operations have to be tried again
@@ -3979,8 +3985,8 @@ func (q *batcher) run() {
 	defer close(q.ended)
 	idle, stopping := time.NewTimer(0), q.stopping
 	for {
-		// One that adds is often followed by others that are ready to: let them run, else batches
-		// are of one when cores are few. Measured: 1.6 times the writes.
+		// Let the writers that are ready add their operations first. Else, on few cores, each batch
+		// has one operation. Measured: 1.6 times the writes.
 		runtime.Gosched()
 		batch, wait, ended := q.take()
 		var timeout <-chan time.Time // nil: none
@@ -4102,7 +4108,7 @@ func (sh *shard) inTransaction(f func(*tx) error) error {
 	return sh.recordOutcome(t.err)
 }
 
-// newPages returns how many pages went into the WAL since the last call.
+// newPages returns how many pages have gone into the WAL since the last call.
 func (sh *shard) newPages() (pages int64) {
 	conn, err := sh.writer.Conn(context.Background())
 	if err != nil {
@@ -4117,8 +4123,8 @@ func (sh *shard) newPages() (pages int64) {
 	return pages
 }
 
-// recordOutcome takes the outcome of a transaction or a checkpoint, and returns it translated. It keeps the
-// shard's state, and gives up the reserve if the disk is full.
+// recordOutcome takes the outcome of a transaction or a checkpoint, and returns it translated. It
+// keeps the shard's state, and gives up the reserve if the disk is full.
 func (sh *shard) recordOutcome(err error) error {
 	err = sh.explain(err)
 	switch {
@@ -4188,6 +4194,7 @@ func (sh *shard) truncateWAL() error {
 	if sh.syncFailed {
 		return errNotSynced
 	}
+	// No wait for a reader: the next attempt is soon, and other shards wait for the lock.
 	sh.store.reserve.mu.Lock()
 	_, err := sh.writer.Exec("PRAGMA busy_timeout = 0; PRAGMA wal_checkpoint(TRUNCATE)")
 	sh.store.reserve.mu.Unlock()
@@ -4211,8 +4218,8 @@ func (sh *shard) commit(batch []*op) (again []*op) {
 	return again
 }
 
-// runBatch commits the operations of batch, or finishes them with their errors. It returns those that
-// are to be tried again.
+// runBatch commits the operations of batch, or finishes them with their errors. It returns those
+// that are to be tried again.
 func (sh *shard) runBatch(batch []*op) (again []*op) {
 	if len(batch) > 1 {
 		err := sh.tryBatch(batch)
@@ -4231,8 +4238,9 @@ func (sh *shard) runBatch(batch []*op) (again []*op) {
 	return nil
 }
 
-// endBatch finishes the operations of batch. If another process has locked the shard, those that were
-// answered 202 are not finished but returned: they are tried until they are in or the server stops.
+// endBatch finishes the operations of batch. If another process has locked the shard, those that
+// were answered 202 are not finished but returned: they are tried until they are in or the server
+// stops.
 func (sh *shard) endBatch(batch []*op, err error) (again []*op) {
 	mayRetry := errors.Is(err, errBusy) && sh.store.stopping.Err() == nil
 	for _, o := range batch {
@@ -4999,7 +5007,7 @@ func writeProcessMetrics(text io.Writer) {
 // ==== Upkeep =====================================================================================
 // Between two batches, once a second, each batcher's goroutine looks after its shard. It tries
 // whether the shard can be written to, so that a shard is ready again without a client's write. It
-// deletes blobs whose time has come and contents that nobody refers to or reads, and returns free
+// deletes blobs that have expired and contents that nobody refers to or reads, and returns free
 // pages to the file system. It does a small piece at a time, and pauses as long as the piece took.
 //
 // It also keeps the reserve, a file that makes a full disk survivable. A delete has to write to the
@@ -5107,7 +5115,8 @@ func (sh *shard) deleteExpired(now int64) (bool, error) {
 	if err != nil {
 		return false, sh.recordOutcome(err)
 	}
-	orphan, err := sh.unusedOrphan() // now: a reader may still find what expires below
+	// Before the transaction: what it makes an orphan may still be found by a reader.
+	orphan, err := sh.unusedOrphan()
 	if err != nil {
 		return false, sh.recordOutcome(err)
 	}
@@ -5133,7 +5142,7 @@ func (sh *shard) deleteExpired(now int64) (bool, error) {
 	return true, err
 }
 
-// expired returns some of the blobs whose time has come, by key, with id and size alone.
+// expired returns some of the blobs that have expired, by key, with id and size alone.
 func (sh *shard) expired(now int64) (map[string]*blob, error) {
 	rows, err := sh.writer.Query(expiredQuery, now, expireAtOnce)
 	if err != nil {
@@ -5215,7 +5224,7 @@ func (r *reserve) giveUp(cause error) {
 	}
 	r.full.Store(true)
 	r.tried = time.Now() // the room is for deletes first
-	os.Remove(r.path)    // a missing one is as good
+	os.Remove(r.path)    // it may be missing already
 }
 
 // take writes the file again, if there is room for it and some more; then the disk is not full any
@@ -5241,7 +5250,7 @@ func (r *reserve) take() error {
 // write makes the file, or returns an errFull. r.mu is held.
 func (r *reserve) write() error {
 	noise := make([]byte, reserveBytes+spareBytes)
-	rand.Read(noise) // no file system makes a hole of it
+	rand.Read(noise) // random, so that no file system stores it as a hole
 	err := os.WriteFile(r.path, noise, 0o600)
 	if err == nil {
 		err = os.Truncate(r.path, reserveBytes)
