@@ -4,11 +4,11 @@ key chooses the shard. "blobnom help" lists its commands: serve, check, backup, 
 
 A session, with the server started by "go run ." in another terminal:
 
-	$ curl -T cat.jpg -H 'Content-Type: image/jpeg' localhost:3000/blob/photos/cat.jpg
-	$ curl -o copy.jpg localhost:3000/blob/photos/cat.jpg
-	$ curl 'localhost:3000/blob/?prefix=photos/&limit=100'
-	$ curl -T note.txt -H 'If-None-Match: *' 'localhost:3000/blob/note.txt?ttl=1h'
-	$ curl -X DELETE localhost:3000/blob/photos/cat.jpg
+	$ curl --fail-with-body -T cat.jpg localhost:3000/blob/photos/cat.jpg
+	$ curl -f -o copy.jpg localhost:3000/blob/photos/cat.jpg
+	$ curl -f 'localhost:3000/blob/?prefix=photos/&limit=100'
+	$ curl --fail-with-body -T note.txt -H 'If-None-Match: *' 'localhost:3000/blob/note.txt?ttl=1h'
+	$ curl -f -X DELETE localhost:3000/blob/photos/cat.jpg
 
 A key is the rest of the path after /blob/, percent-decoded: 1 to 1,024 bytes of UTF-8 without NUL.
 Slashes and empty segments are part of the key. The answer 201 or 204 means that the write is
