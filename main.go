@@ -338,15 +338,26 @@ func isNoSpace(err error) bool {
 	return false
 }
 
+// isCorrupt reports whether SQLite or this program finds a file damaged. SQLite says so of a read, too,
+// that has failed with EIO: whoever asks tries again before it believes that.
+func isCorrupt(err error) bool { return errors.Is(translate(err), errCorrupt) }
+
 func isOutOfFiles(err error) bool {
 	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
 }
 
-// outOfFiles reports whether nothing more can be opened. SQLite does not say why it could not.
+// outOfFiles reports whether SQLite cannot open the files of a connection. It does not say why it
+// could not, and closes those that it had opened.
 func outOfFiles() bool {
-	f, err := os.Open(".")
-	f.Close()
-	return isOutOfFiles(err)
+	const needed = 6 // the database, its WAL, its shared memory, the directory, and some to spare
+	for range needed {
+		f, err := os.Open(".")
+		if err != nil {
+			return isOutOfFiles(err)
+		}
+		defer f.Close()
+	}
+	return false
 }
 
 // ==== Commands ===================================================================================
@@ -2736,6 +2747,8 @@ type store struct {
 	queueTimeout time.Duration   // how long a writer waits for room in pending
 	stopping     context.Context // ended by stop: nobody waits any more
 	stop         func()
+	drainTimeout time.Duration // how long after stop a write is tried that was answered 202
+	isOverdue    atomic.Bool   // drainTimeout is over: such a write is given up
 	reserve      *reserve
 
 	batches, operations, commitNanos atomic.Int64 // of the transactions so far
@@ -2794,12 +2807,16 @@ func openStore(
 		lock:         lock,
 		maxPending:   cfg.MaxPendingBytes,
 		queueTimeout: queueTimeout,
+		drainTimeout: drainTimeout,
 		reserve:      &reserve{path: filepath.Join(dir, reserveFile), log: log},
 	}
 	if cfg.MaxBlobBytes > 0 {
 		st.maxBlob = min(cfg.MaxBlobBytes, hardMaxBlob)
 	}
 	st.stopping, st.stop = context.WithCancel(ctx)
+	context.AfterFunc(st.stopping, func() {
+		time.AfterFunc(st.drainTimeout, func() { st.isOverdue.Store(true) })
+	})
 	if err := st.open(cfg); err != nil {
 		return nil, errors.Join(err, st.close())
 	}
@@ -2832,7 +2849,13 @@ func (st *store) open(cfg *config) error {
 
 // close commits what is queued and closes everything. Whatever a request still asks of the store
 // fails.
-func (st *store) close() error { return errors.Join(st.closeShards(), st.lock.Close()) }
+func (st *store) close() error {
+	err := st.closeShards()
+	if st.reserve.isFull() {
+		st.reserve.take() // closing may have made room, which the next start needs
+	}
+	return errors.Join(err, st.lock.Close())
+}
 
 // closeShards commits what is queued and closes the databases. The lock and the reserve are kept.
 func (st *store) closeShards() (err error) {
@@ -3278,6 +3301,7 @@ type shard struct {
 	writer     *sql.DB              // one connection
 	findStmt   *sql.Stmt            // a row by key
 	prepared   map[string]*sql.Stmt // by text
+	damageSeen int                  // outcomes in a row that called the file damaged
 	syncFailed bool                 // nothing may be written or checkpointed any more
 
 	pageBytes int64 // of the database
@@ -3340,12 +3364,41 @@ func openShard(st *store, i int, cfg *config) (*shard, *record, error) {
 	sh.readers.SetMaxOpenConns(8) // enough: a read takes microseconds, and each has a page cache
 	sh.readers.SetMaxIdleConns(8)
 	r, err := sh.open()
+	if isCorrupt(err) {
+		r, err = sh.open() // SQLite may have said so of one read that failed
+	}
 	if err != nil {
 		sh.readers.Close()
 		sh.writer.Close()
-		return sh, nil, fmt.Errorf("cannot open %s: %w", sh.path, sh.explain(err))
+		err = sh.explain(err)
+	}
+	if isCorrupt(err) {
+		// A disk that cannot be read must not be taken for a shard to restore.
+		for _, path := range []string{sh.path, sh.path + "-wal"} {
+			if readErr := readAll(path); readErr != nil {
+				err = readErr
+			}
+		}
+	}
+	if err != nil {
+		return sh, nil, fmt.Errorf("cannot open %s: %w", sh.path, err)
 	}
 	return sh, r, nil
+}
+
+// readAll returns the system's error if a file cannot be read. The process must not have it open in
+// SQLite: to close a file drops all locks that the process has on it.
+func readAll(path string) error {
+	f, err := os.Open(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = io.Copy(io.Discard, io.NewSectionReader(f, 0, math.MaxInt64))
+	return err
 }
 
 // open reads the shard's record and prepares its statements.
@@ -3549,6 +3602,9 @@ func (sh *shard) read(key string, headOnly bool) (*blobReader, error) {
 		defer sh.lookups.RUnlock()
 		var err error
 		b, _, err = scanBlob(sh.rowStmt.QueryRow(key, !headOnly))
+		if isCorrupt(err) {
+			b, _, err = scanBlob(sh.rowStmt.QueryRow(key, !headOnly))
+		}
 		if err != nil {
 			return nil, sh.note(err)
 		}
@@ -3633,6 +3689,7 @@ func (sh *shard) list(l listing, from, to string) ([]listed, error) {
 		return nil, err
 	}
 	var page []listed
+	isAgain := false
 	for from != "" && len(page) <= l.limit {
 		now := sh.store.now().UnixMilli()
 		left := l.limit + 1 - len(page)
@@ -3641,6 +3698,10 @@ func (sh *shard) list(l listing, from, to string) ([]listed, error) {
 			return nil, sh.note(err)
 		}
 		some, next, err := scanToFolder(rows, l)
+		if isCorrupt(err) && !isAgain {
+			isAgain = true
+			continue
+		}
 		if err != nil {
 			return nil, sh.note(err)
 		}
@@ -3784,9 +3845,9 @@ func (sh *shard) remove(key string, cond conditions) (queued bool, err error) {
 }
 
 // write queues o and waits for its commit, or, in async mode, returns at once. A request with a
-// precondition waits for its outcome. A full disk turns async mode off: its writers must be told.
+// precondition waits for its outcome.
 func (sh *shard) write(o *op, cond conditions) (queued bool, err error) {
-	o.background = sh.store.async && cond == conditions{} && !sh.store.reserve.isFull()
+	o.background = sh.store.async && cond == conditions{} && sh.mayAnswerEarly()
 	if err := sh.submit(o); err != nil {
 		if o.contentID != 0 {
 			sh.release(o.contentID)
@@ -3798,6 +3859,14 @@ func (sh *shard) write(o *op, cond conditions) (queued bool, err error) {
 	}
 	<-o.done
 	return false, o.err
+}
+
+// mayAnswerEarly reports whether a write may be answered 202. If the disk is full or the shard does not
+// recover by itself, async mode is off: its writers must be told.
+func (sh *shard) mayAnswerEarly() bool {
+	err := sh.currentState()
+	isLost := errors.Is(err, errNotSynced) || errors.Is(err, errCorrupt)
+	return !isLost && !sh.store.reserve.isFull()
 }
 
 // submit queues o once there is room for it. One operation always fits.
@@ -4131,7 +4200,10 @@ func (sh *shard) recordOutcome(err error) error {
 	case errors.Is(err, errDamaged): // says nothing of the shard
 	case errors.Is(err, errFull):
 		sh.store.reserve.giveUp(err)
+	case errors.Is(err, errCorrupt) && sh.damageSeen == 0:
+		sh.damageSeen++ // perhaps a read that failed: see isCorrupt
 	default:
+		sh.damageSeen = 0
 		sh.syncFailed = sh.syncFailed || errors.Is(err, errNotSynced)
 		sh.setState(err)
 	}
@@ -4239,10 +4311,10 @@ func (sh *shard) runBatch(batch []*op) (again []*op) {
 }
 
 // endBatch finishes the operations of batch. If another process has locked the shard, those that
-// were answered 202 are not finished but returned: they are tried until they are in or the server
-// stops.
+// were answered 202 are not finished but returned: they are tried until they are in, or until
+// drainTimeout after a stop.
 func (sh *shard) endBatch(batch []*op, err error) (again []*op) {
-	mayRetry := errors.Is(err, errBusy) && sh.store.stopping.Err() == nil
+	mayRetry := errors.Is(err, errBusy) && !sh.store.isOverdue.Load()
 	for _, o := range batch {
 		if mayRetry && o.background {
 			again = append(again, o)
@@ -4257,6 +4329,9 @@ func (sh *shard) endBatch(batch []*op, err error) (again []*op) {
 // takes: it may have the room of the reserve, which is given up by now, and then that of the WAL.
 func (sh *shard) tryAlone(batch []*op) error {
 	err := sh.tryBatch(batch)
+	if isCorrupt(err) {
+		return sh.tryBatch(batch)
+	}
 	if !batch[0].frees || !errors.Is(err, errFull) {
 		return err
 	}
@@ -4704,6 +4779,9 @@ func (br *blobReader) fetch() ([]byte, error) {
 	if b.chunked() {
 		id := b.id<<seqBits | br.next
 		err := br.shard.dataStmt.QueryRow(id).Scan(&br.buf)
+		if isCorrupt(err) {
+			err = br.shard.dataStmt.QueryRow(id).Scan(&br.buf)
+		}
 		if errors.Is(err, sql.ErrNoRows) {
 			const text = "%w: chunk %d of content %d is missing"
 			return nil, fmt.Errorf(text, errDamaged, br.next, b.id)

@@ -2794,23 +2794,48 @@ func TestHealth(t *testing.T) {
 }
 
 // A write that waits for another process does not hold up a stop.
+// A stop waits for a foreign lock, and loses nothing that was answered 202 if the lock goes in time.
+// A lock that stays does not keep the server from ending.
 func TestStopDespiteForeignLock(t *testing.T) {
 	t.Parallel() // it mostly waits
-	s := newTestServer(t, func(c *config) { c.AsyncWrite, c.NumShards = true, 1 })
-	defer s.lockShard()()
-	s.put("k", []byte("v"))
-	var read sync.WaitGroup
-	read.Go(func() { s.do("GET", "/blob/k", nil) })
-	eventually(t, "the read waits for the write", func() bool {
-		q := s.store.shards[0].batcher
-		q.mu.Lock()
-		defer q.mu.Unlock()
-		return q.newest["k"] != nil && q.newest["k"].urgent
-	})
-	start, err := time.Now(), s.stop()
-	read.Wait()
-	took := time.Since(start)
-	expect(t, err == nil && took <= drainTimeout && strings.Contains(s.log.String(), "answered 202 failed"), "stopped after %v: %v\n%s", took, err, s.log)
+	for _, row := range []struct {
+		name    string
+		lockFor time.Duration // from the stop on; 0: for ever
+		isLost  bool
+	}{
+		{"the lock goes", 2 * time.Second, false},
+		{"the lock stays", 0, true},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			cfg := testConfig(t, func(c *config) { c.AsyncWrite, c.NumShards = true, 1 })
+			s := serveConfig(t, cfg, stallTimeout)
+			s.store.drainTimeout = 4 * time.Second
+			unlock := s.lockShard()
+			for i := range 20 {
+				s.put(fmt.Sprint("k", i), []byte("v"))
+			}
+			if row.lockFor > 0 {
+				time.AfterFunc(row.lockFor, unlock)
+			} else {
+				defer unlock()
+			}
+			start := time.Now()
+			fatal(t, s.stop())
+			if took := time.Since(start); took > drainTimeout {
+				t.Errorf("stopped after %v", took)
+			}
+			isLost := strings.Contains(s.log.String(), "answered 202 failed")
+			if isLost != row.isLost {
+				t.Errorf("lost: %v, want %v\n%s", isLost, row.isLost, s.log)
+			}
+			if !row.isLost {
+				s = serveConfig(t, cfg, stallTimeout)
+				for i := range 20 {
+					s.wantBlob(fmt.Sprint("k", i), []byte("v"))
+				}
+			}
+		})
+	}
 }
 
 // access is a request and its answer. Without authorization the header is not sent.
@@ -4623,6 +4648,36 @@ func TestFailedSync(t *testing.T) {
 	}
 }
 
+// After a failed sync a write is not answered 202 any more: it cannot come true.
+func TestFailedSyncOfAsync(t *testing.T) {
+	s := newTestServer(t, oneShard, func(c *config) { c.AsyncWrite, c.Durability = true, "full" })
+	s.put("k", []byte("v"))
+	s.wantBlob("k", []byte("v"))
+	breakDisk(t, s.store.shards[0], syscall.EIO, "fsync", "fdatasync")
+	s.status("PUT", "/blob/lost", strings.NewReader("x")) // 202: nobody knows yet
+	eventually(t, "the failure is known", func() bool { return !s.ready() })
+	s.wantLine(500, "PUT", "/blob/k", []byte("w"))
+	s.wantLine(500, "DELETE", "/blob/k", nil)
+	s.wantBlob("k", []byte("v"))
+}
+
+// SQLite calls a file damaged when one read fails. Such a read is tried again, and nothing stays.
+func TestReadThatFailsOnce(t *testing.T) {
+	s := newTestServer(t, oneShard)
+	sh := s.store.shards[0]
+	corrupt := fmt.Errorf("%w: as SQLite says", errCorrupt)
+	sh.recordOutcome(corrupt)
+	s.want(200, "GET", "/readyz", nil)
+	s.put("k", []byte("v"))
+	sh.recordOutcome(corrupt)
+	s.want(200, "GET", "/readyz", nil)
+	sh.recordOutcome(corrupt)
+	_, body := s.want(503, "GET", "/readyz", nil)
+	if !strings.Contains(string(body), errCorrupt.text) {
+		t.Errorf("readyz says %s", body)
+	}
+}
+
 // What the disk does not let be read at a start is not called corrupt: a restore would lose data.
 func TestUnreadableAtStart(t *testing.T) {
 	for _, c := range []struct {
@@ -6349,9 +6404,16 @@ func TestFileDescriptors(t *testing.T) {
 		t.Skip("no limits")
 	}
 	dir := filepath.Join(t.TempDir(), "data")
-	out, err := asBlobnom(t, exec.Command("sh", "-c", `ulimit -n 30; exec "$0"`, os.Args[0]), dir, "BLOBNOM_NUM_SHARDS=20").CombinedOutput()
-	expect(t, err != nil && strings.Contains(string(out), "ulimit -n") && bytes.Count(out, []byte("\n")) == 1, "%v %s", err, out)
-	os.RemoveAll(dir)
+	for most := 20; most <= 36; most += 2 {
+		limited := fmt.Sprintf(`ulimit -n %d; exec "$0"`, most)
+		cmd := asBlobnom(t, exec.Command("sh", "-c", limited, os.Args[0]), dir, "BLOBNOM_NUM_SHARDS=20")
+		out, err := cmd.CombinedOutput()
+		isLine := bytes.Count(out, []byte("\n")) == 1
+		if err == nil || !isLine || !strings.Contains(string(out), "ulimit -n") {
+			t.Errorf("with %d descriptors: %v %s", most, err, out)
+		}
+		os.RemoveAll(dir)
+	}
 	p := startBy(t, exec.Command("sh", "-c", `ulimit -n 40; exec "$0"`, os.Args[0]), dir)
 	p.put("k", []byte("x"))
 	var conns []net.Conn
