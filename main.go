@@ -4839,15 +4839,16 @@ func (br *blobReader) gzipPiece(data []byte) (piece []byte) {
 // What the server does, in the text format of Prometheus. Labels are bounded: routes, known
 // methods, status codes, shards. A scrape counts a shard's blobs at most once a minute.
 
-// durationBounds are the upper bounds of the histogram in seconds, from a cached GET to the drain.
+// durationBounds are the upper bounds of the histogram in seconds: from a cached GET to
+// drainTimeout, and one for what takes longer, such as a large upload.
 var durationBounds = [...]float64{
-	.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 15,
+	.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05,
+	.1, .25, .5, 1, 2.5, 5, 10, 15, math.Inf(1),
 }
 
 // histogram counts durations: each count is of those up to its bound and above the bound before it.
-// The last count is of those above all bounds.
 type histogram struct {
-	counts [len(durationBounds) + 1]int64
+	counts [len(durationBounds)]int64
 	sum    float64 // seconds
 }
 
@@ -4906,129 +4907,104 @@ func routeOf(w *response, r *http.Request) string {
 	return r.Pattern[strings.Index(r.Pattern, "/"):]
 }
 
-// sample is one line of a metric.
-type sample struct {
-	labels string // such as {shard="0"}, or empty
-	value  float64
+func (s *server) exposeMetrics(w *response, _ *http.Request) error {
+	text := new(bytes.Buffer)
+	s.metrics.write(text)
+	s.store.writeMetrics(text)
+	s.store.writeShardMetrics(text)
+	writeProcessMetrics(text)
+	return write(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", text.Bytes())
 }
 
-// number is a sample without labels.
-func number[N int | int64 | uint64 | float64](value N) sample {
-	return sample{"", float64(value)}
-}
-
-// writeMetric writes a metric and its samples. A name that ends in _total is a counter.
-func writeMetric(text io.Writer, name, help string, samples ...sample) {
+// writeHelp begins a metric. A name that ends in _total is a counter.
+func writeHelp(text io.Writer, name, help string) {
 	kind := "gauge"
 	if strings.HasSuffix(name, "_total") {
 		kind = "counter"
 	}
 	fmt.Fprintf(text, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
-	for _, s := range samples {
-		value := strconv.FormatFloat(s.value, 'f', -1, 64)
-		fmt.Fprintf(text, "%s%s %s\n", name, s.labels, value)
-	}
 }
 
-func (s *server) exposeMetrics(w *response, _ *http.Request) error {
-	text := new(bytes.Buffer)
-	s.metrics.write(text)
-	s.store.writeMetrics(text)
-	writeProcessMetrics(text)
-	return write(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", text.Bytes())
+// writeMetric writes a metric that has one value, a number, and no labels.
+func writeMetric(text io.Writer, name, help string, value any) {
+	writeHelp(text, name, help)
+	fmt.Fprintln(text, name, value)
 }
 
-// write writes the metrics of the requests.
 func (m *metrics) write(text io.Writer) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	var requests []sample
-	for kind, n := range m.requests {
-		labels := fmt.Sprintf(`{route=%q,method=%q,code="%d"}`, kind.route, kind.method, kind.status)
-		requests = append(requests, sample{labels, float64(n)})
+	const requests = "blobnom_http_requests_total"
+	writeHelp(text, requests, "Requests by route, method and status code; code 0 was cut off.")
+	for kind, count := range m.requests {
+		const line = "%s{route=%q,method=%q,code=\"%d\"} %d\n"
+		fmt.Fprintf(text, line, requests, kind.route, kind.method, kind.status, count)
 	}
-	const help = "Requests by route, method and status code; code 0 was cut off."
-	writeMetric(text, "blobnom_http_requests_total", help, requests...)
-	const name = "blobnom_http_request_duration_seconds"
-	fmt.Fprintf(text, "# HELP %s Time from a request's header to the end of its answer.\n", name)
-	fmt.Fprintf(text, "# TYPE %s histogram\n", name)
+	const duration = "blobnom_http_request_duration_seconds"
+	fmt.Fprintf(text, "# HELP %s Time from a request's header to the end of its answer.\n", duration)
+	fmt.Fprintf(text, "# TYPE %s histogram\n", duration)
 	for key, h := range m.durations {
 		labels := fmt.Sprintf("route=%q,method=%q", key.route, key.method)
-		count := int64(0) // of all durations up to the bound
+		total := int64(0) // of all durations up to the bound
 		for i, bound := range durationBounds {
-			count += h.counts[i]
-			fmt.Fprintf(text, "%s_bucket{%s,le=\"%v\"} %d\n", name, labels, bound, count)
+			total += h.counts[i]
+			fmt.Fprintf(text, "%s_bucket{%s,le=\"%v\"} %d\n", duration, labels, bound, total)
 		}
-		count += h.counts[len(durationBounds)]
-		fmt.Fprintf(text, "%s_bucket{%s,le=\"+Inf\"} %d\n", name, labels, count)
-		fmt.Fprintf(text, "%s_sum{%s} %g\n", name, labels, h.sum)
-		fmt.Fprintf(text, "%s_count{%s} %d\n", name, labels, count)
+		fmt.Fprintf(text, "%s_sum{%s} %g\n", duration, labels, h.sum)
+		fmt.Fprintf(text, "%s_count{%s} %d\n", duration, labels, total)
 	}
-	received := number(m.received)
-	writeMetric(text, "blobnom_http_received_bytes_total", "Bytes of uploaded bodies.", received)
-	writeMetric(text, "blobnom_http_sent_bytes_total", "Bytes of answered bodies.", number(m.sent))
+	writeMetric(text, "blobnom_http_received_bytes_total", "Bytes of uploaded bodies.", m.received)
+	writeMetric(text, "blobnom_http_sent_bytes_total", "Bytes of answered bodies.", m.sent)
 }
 
-// writeMetrics writes the metrics of the store and its shards.
 func (st *store) writeMetrics(text io.Writer) {
-	writeMetric(text, "blobnom_batches_total", "Transactions of writes.", number(st.batches.Load()))
-	operations := number(st.operations.Load())
+	writeMetric(text, "blobnom_batches_total", "Transactions of writes.", st.batches.Load())
+	operations := st.operations.Load()
 	writeMetric(text, "blobnom_batch_operations_total", "Writes in transactions.", operations)
-	seconds := number(float64(st.commitNanos.Load()) / 1e9)
+	seconds := float64(st.commitNanos.Load()) / 1e9
 	writeMetric(text, "blobnom_commit_seconds_total", "Time that transactions took.", seconds)
-	pending := number(st.pending.Load())
+	pending := st.pending.Load()
 	writeMetric(text, "blobnom_queue_bytes", "Bytes of writes queued or being committed.", pending)
 	var disk syscall.Statfs_t
 	if syscall.Statfs(st.dir, &disk) == nil {
-		free := number(float64(disk.Bavail) * float64(disk.Bsize))
+		free := int64(disk.Bavail) * int64(disk.Bsize)
 		writeMetric(text, "blobnom_disk_free_bytes", "Free bytes of the data's disk.", free)
 	}
+}
+
+// writeShardMetrics writes a sample per shard. One that could not be opened is only not ready.
+func (st *store) writeShardMetrics(text io.Writer) {
+	const line = "%s{shard=\"%d\"} %d\n"
+	const ready = "blobnom_shard_ready"
+	writeHelp(text, ready, "1 if the shard is ready, else 0, as /readyz.")
+	for _, sh := range st.shards {
+		value := 1
+		if sh.health() != nil {
+			value = 0
+		}
+		fmt.Fprintf(text, line, ready, sh.index, value)
+	}
+	queued := func(sh *shard) int64 { return int64(sh.batcher.depth()) }
+	failed := func(sh *shard) int64 { return sh.failedWrites.Load() }
+	fileBytes := func(sh *shard) int64 { return max(0, sizeOf(sh.path)) }
+	walBytes := func(sh *shard) int64 { return max(0, sizeOf(sh.path+"-wal")) }
 	for _, m := range []struct {
 		name, help string
 		value      func(*shard) int64
 	}{
-		{"blobnom_shard_ready", "1 if the shard is ready, else 0, as /readyz.", (*shard).readiness},
-		{"blobnom_queue_operations", "Queued writes.", (*shard).queued},
-		{"blobnom_failed_background_writes_total", "Writes that failed after a 202.", (*shard).failed},
+		{"blobnom_queue_operations", "Queued writes.", queued},
+		{"blobnom_failed_background_writes_total", "Writes that failed after a 202.", failed},
 		{"blobnom_shard_blobs", "Blobs, expired ones too, at most a minute ago.", (*shard).blobs},
-		{"blobnom_shard_file_bytes", "Size of the database file.", (*shard).fileBytes},
-		{"blobnom_shard_wal_bytes", "Size of the write-ahead log.", (*shard).walBytes},
+		{"blobnom_shard_file_bytes", "Size of the database file.", fileBytes},
+		{"blobnom_shard_wal_bytes", "Size of the write-ahead log.", walBytes},
 	} {
-		var samples []sample
+		writeHelp(text, m.name, m.help)
 		for _, sh := range st.shards {
-			if sh.broken != nil && m.name != "blobnom_shard_ready" {
-				continue // a shard that was not opened has no other figures
+			if sh.broken == nil {
+				fmt.Fprintf(text, line, m.name, sh.index, m.value(sh))
 			}
-			labels := fmt.Sprintf(`{shard="%d"}`, sh.index)
-			samples = append(samples, sample{labels, float64(m.value(sh))})
 		}
-		writeMetric(text, m.name, m.help, samples...)
 	}
-}
-
-// The figures of a shard for its metrics.
-
-func (sh *shard) readiness() int64 {
-	if sh.health() != nil {
-		return 0
-	}
-	return 1
-}
-
-func (sh *shard) queued() int64 {
-	return int64(sh.batcher.depth())
-}
-
-func (sh *shard) failed() int64 {
-	return sh.failedWrites.Load()
-}
-
-func (sh *shard) fileBytes() int64 {
-	return max(0, sizeOf(sh.path))
-}
-
-func (sh *shard) walBytes() int64 {
-	return max(0, sizeOf(sh.path+"-wal"))
 }
 
 // blobs counts the shard's blobs, at most once a minute: that reads the whole index of keys. After
@@ -5046,40 +5022,39 @@ func (sh *shard) blobs() int64 {
 
 var processStart = time.Now()
 
-// writeProcessMetrics writes the standard metrics of a process, as far as the system tells them,
-// and of Go.
+// writeProcessMetrics writes the standard metrics of a process and of Go, and the build's. What the
+// system does not tell is left out.
 func writeProcessMetrics(text io.Writer) {
 	start := float64(processStart.UnixMilli()) / 1e3
 	const startHelp = "Start time in seconds since the Unix epoch."
-	writeMetric(text, "process_start_time_seconds", startHelp, number(start))
+	writeMetric(text, "process_start_time_seconds", startHelp, start)
 	var usage syscall.Rusage
 	if syscall.Getrusage(syscall.RUSAGE_SELF, &usage) == nil {
 		seconds := float64(usage.Utime.Nano()+usage.Stime.Nano()) / 1e9
-		writeMetric(text, "process_cpu_seconds_total", "User and system CPU time.", number(seconds))
+		writeMetric(text, "process_cpu_seconds_total", "User and system CPU time.", seconds)
 	}
 	var files syscall.Rlimit
 	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files) == nil {
-		most := number(files.Cur)
-		writeMetric(text, "process_max_fds", "Maximum number of open file descriptors.", most)
+		writeMetric(text, "process_max_fds", "Maximum number of open file descriptors.", files.Cur)
 	}
 	if open, err := os.ReadDir("/proc/self/fd"); err == nil { // Linux, like the next file
-		count := number(len(open) - 1) // without the one that reads the directory
+		count := len(open) - 1 // without the one that reads the directory
 		writeMetric(text, "process_open_fds", "Number of open file descriptors.", count)
 	}
-	var virtual, resident int64 // pages
+	var virtual, resident int // pages
 	statm, _ := os.ReadFile("/proc/self/statm")
 	if _, err := fmt.Sscan(string(statm), &virtual, &resident); err == nil {
-		bytes := number(resident * int64(os.Getpagesize()))
-		writeMetric(text, "process_resident_memory_bytes", "Resident memory size.", bytes)
+		resident *= os.Getpagesize()
+		writeMetric(text, "process_resident_memory_bytes", "Resident memory size.", resident)
 	}
 	var memory runtime.MemStats
 	runtime.ReadMemStats(&memory)
-	heap := number(memory.HeapAlloc)
-	writeMetric(text, "go_goroutines", "Goroutines that exist.", number(runtime.NumGoroutine()))
-	writeMetric(text, "go_memstats_heap_alloc_bytes", "Bytes of heap objects.", heap)
-	writeMetric(text, "go_memstats_sys_bytes", "Bytes obtained from the system.", number(memory.Sys))
-	build := fmt.Sprintf("{version=%q,goversion=%q}", version(), runtime.Version())
-	writeMetric(text, "blobnom_build_info", "Constant 1; the labels tell the version.", sample{build, 1})
+	writeMetric(text, "go_goroutines", "Goroutines that exist.", runtime.NumGoroutine())
+	writeMetric(text, "go_memstats_heap_alloc_bytes", "Bytes of heap objects.", memory.HeapAlloc)
+	writeMetric(text, "go_memstats_sys_bytes", "Bytes obtained from the system.", memory.Sys)
+	const build = "blobnom_build_info"
+	writeHelp(text, build, "Constant 1; the labels tell the version.")
+	fmt.Fprintf(text, "%s{version=%q,goversion=%q} 1\n", build, version(), runtime.Version())
 }
 
 // ==== Upkeep =====================================================================================
