@@ -2242,11 +2242,11 @@ func humanSize(bytes int64) string {
 }
 
 // ==== Fields =====================================================================================
-// What headers and queries ask for. Each parser refuses what it does not
-// understand: a write that ignored its precondition would not be the one the client wanted.
+// What headers and queries ask for. Each parser refuses what it does not understand. Otherwise the
+// server could ignore a precondition and do a write that the client did not want.
 
-// plainName is a parameter's name that an answer may quote. Another one may be a secret, such as a
-// whole query that was encoded once too often.
+// plainName is a parameter's name that an answer may quote. Other names are not quoted. They may
+// contain a secret: a signed query that was encoded twice is one long name.
 var plainName = regexp.MustCompile(`^[A-Za-z_-]{1,20}$`)
 
 // queryOf parses the query of r. It may have each of the known parameters once, and no other. An
@@ -2311,7 +2311,7 @@ func parseTTL(text string) (time.Duration, error) {
 }
 
 // contentTypeOf returns the type to store for an upload: the one it names, else that of the key's
-// file extension. It refuses what could not be given back as it came.
+// file extension. It refuses uploads that a GET could not give back as they came.
 func contentTypeOf(r *http.Request) (string, error) {
 	sent := r.Header.Get("Content-Type")
 	media, _, _ := strings.Cut(sent, ";")
@@ -2326,7 +2326,7 @@ func contentTypeOf(r *http.Request) (string, error) {
 	case len(sent) > 255, !utf8.ValidString(sent):
 		return "", badRequest("the Content-Type is longer than 255 bytes or not UTF-8")
 	}
-	const anything = "application/x-www-form-urlencoded" // what curl --data-binary says of any file
+	const anything = "application/x-www-form-urlencoded" // sent by curl --data-binary for every file
 	if media != "" && media != anything {
 		return sent, nil
 	}
@@ -2354,7 +2354,7 @@ video/x-matroska mkv;
 font/woff woff; font/woff2 woff2; font/ttf ttf; font/otf otf
 `
 
-// typesByExtension is typeTable by extension. It does not change.
+// typesByExtension is typeTable with the extension as its key. It does not change.
 var typesByExtension = func() map[string]string {
 	types := map[string]string{}
 	for row := range strings.SplitSeq(typeTable, ";") {
@@ -2388,7 +2388,7 @@ var (
 		`^[ \t,]*(?:\*|(?:` + tagPattern + `[ \t]*(?:,[ \t,]*|$))+)[ \t,]*$`)
 )
 
-// conditionsOf returns the preconditions in h. It refuses dates: two writes may have the same one.
+// conditionsOf returns the preconditions in h. It refuses dates: two writes may have the same date.
 func conditionsOf(h http.Header) (conditions, error) {
 	for _, name := range []string{"If-Match", "If-None-Match"} {
 		list := strings.Join(h[name], ",")
@@ -2407,22 +2407,29 @@ func conditionsOf(h http.Header) (conditions, error) {
 	}, nil
 }
 
-func isAnyTag(list string) bool { return strings.Trim(list, " \t,") == "*" }
-
-func (b *blob) isTag(tag string) bool {
-	plain, zipped := b.etags()
-	return tag == plain || tag == zipped
+// hasTag reports whether a list of entity tags is "*" or has one of tags.
+func hasTag(list string, tags ...string) bool {
+	if strings.Trim(list, " \t,") == "*" {
+		return true
+	}
+	for _, tag := range entityTag.FindAllString(list, -1) {
+		if slices.Contains(tags, tag) {
+			return true
+		}
+	}
+	return false
 }
 
 // matchesStrongly reports whether a list names b's content. A weak tag names nothing.
 func (b *blob) matchesStrongly(list string) bool {
-	return isAnyTag(list) || slices.ContainsFunc(entityTag.FindAllString(list, -1), b.isTag)
+	plain, zipped := b.etags()
+	return hasTag(list, plain, zipped)
 }
 
 // matchesWeakly reports whether a list names b's content. A weak tag counts like a strong one.
 func (b *blob) matchesWeakly(list string) bool {
-	isEither := func(tag string) bool { return b.isTag(strings.TrimPrefix(tag, "W/")) }
-	return isAnyTag(list) || slices.ContainsFunc(entityTag.FindAllString(list, -1), isEither)
+	plain, zipped := b.etags()
+	return hasTag(list, plain, zipped, "W/"+plain, "W/"+zipped)
 }
 
 // refuse returns an errCondition unless the conditions hold for b, or for nothing if b is nil.
@@ -2443,11 +2450,15 @@ type digest struct {
 	sum       string // in base64 without padding
 }
 
-// digestForms are what the algorithms' values look like. A recipient may find no padding.
-var digestForms = map[string]*regexp.Regexp{
-	"sha-256": regexp.MustCompile(`^:([A-Za-z0-9+/]{43})=?:$`),
-	"sha-512": regexp.MustCompile(`^:([A-Za-z0-9+/]{86})(?:==)?:$`),
-	"md5":     regexp.MustCompile(`^([A-Za-z0-9+/]{22})(?:==)?$`),
+// digestAlgorithms are the known checksums by name: what a value looks like, which may leave out the
+// padding of its base64, and the hash.
+var digestAlgorithms = map[string]struct {
+	form *regexp.Regexp
+	hash func() hash.Hash
+}{
+	"sha-256": {regexp.MustCompile(`^:([A-Za-z0-9+/]{43})=?:$`), sha256.New},
+	"sha-512": {regexp.MustCompile(`^:([A-Za-z0-9+/]{86})(?:==)?:$`), sha512.New},
+	"md5":     {regexp.MustCompile(`^([A-Za-z0-9+/]{22})(?:==)?$`), md5.New},
 }
 
 // parseDigests returns the digests in Repr-Digest and Content-Digest (RFC 9530) and Content-MD5.
@@ -2463,11 +2474,11 @@ func parseDigests(h http.Header) (digests []digest, err error) {
 		digests = append(digests, found...)
 	}
 	for _, value := range h["Content-Md5"] {
-		m := digestForms["md5"].FindStringSubmatch(value)
-		if m == nil {
+		parts := digestAlgorithms["md5"].form.FindStringSubmatch(value)
+		if parts == nil {
 			return nil, badRequest("Content-MD5 must be the base64 of 16 bytes")
 		}
-		digests = append(digests, digest{"md5", m[1]})
+		digests = append(digests, digest{"md5", parts[1]})
 	}
 	return digests, nil
 }
@@ -2482,11 +2493,12 @@ func parseDigestList(list string) (digests []digest, err error) {
 			continue
 		}
 		value, _, _ = strings.Cut(value, ";") // parameters
-		m := digestForms[algorithm].FindStringSubmatch(strings.TrimSpace(value))
-		if m == nil {
+		form := digestAlgorithms[algorithm].form
+		parts := form.FindStringSubmatch(strings.TrimSpace(value))
+		if parts == nil {
 			return nil, fmt.Errorf("%s=:BASE64: is the form of this digest", algorithm)
 		}
-		digests = append(digests, digest{algorithm, m[1]})
+		digests = append(digests, digest{algorithm, parts[1]})
 	}
 	if digests == nil {
 		return nil, errors.New("sha-256=:BASE64: or sha-512=:BASE64: is the form of a digest")
@@ -2497,9 +2509,8 @@ func parseDigestList(list string) (digests []digest, err error) {
 // bodyDigests compares one upload with the digests that its client sent.
 type bodyDigests struct {
 	sent    []digest
-	trailer http.Header // more of them, once the body is read
-	sha512  hash.Hash   // nil unless a digest needs it, or the trailer may
-	md5     hash.Hash   // likewise
+	trailer http.Header          // more of them, once the body is read
+	hashes  map[string]hash.Hash // by algorithm; not sha-256, which every upload computes
 }
 
 func digestsOf(r *http.Request) (*bodyDigests, error) {
@@ -2507,44 +2518,35 @@ func digestsOf(r *http.Request) (*bodyDigests, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &bodyDigests{sent: sent, trailer: r.Trailer}
-	needs := func(algorithm string) bool {
-		is := func(each digest) bool { return each.algorithm == algorithm }
-		return len(r.Trailer) > 0 || slices.ContainsFunc(sent, is)
+	hashes := map[string]hash.Hash{}
+	for name, algorithm := range digestAlgorithms {
+		isSent := func(d digest) bool { return d.algorithm == name }
+		isNeeded := len(r.Trailer) > 0 || slices.ContainsFunc(sent, isSent)
+		if isNeeded && name != "sha-256" {
+			hashes[name] = algorithm.hash()
+		}
 	}
-	if needs("sha-512") {
-		d.sha512 = sha512.New()
-	}
-	if needs("md5") {
-		d.md5 = md5.New()
-	}
-	return d, nil
+	return &bodyDigests{sent, r.Trailer, hashes}, nil
 }
 
 // tee returns a reader of body that feeds the hashes.
 func (d *bodyDigests) tee(body io.Reader) io.Reader {
-	if d.sha512 != nil {
-		body = io.TeeReader(body, d.sha512)
-	}
-	if d.md5 != nil {
-		body = io.TeeReader(body, d.md5)
+	for _, each := range d.hashes {
+		body = io.TeeReader(body, each)
 	}
 	return body
 }
 
 // verify compares the digests with the body, which is read and has the SHA-256 sum.
 func (d *bodyDigests) verify(sum []byte) error {
-	late, err := parseDigests(d.trailer)
+	fromTrailer, err := parseDigests(d.trailer)
 	if err != nil {
 		return err
 	}
-	for _, each := range slices.Concat(d.sent, late) {
+	for _, each := range slices.Concat(d.sent, fromTrailer) {
 		actual := sum
-		switch each.algorithm {
-		case "sha-512":
-			actual = d.sha512.Sum(nil)
-		case "md5":
-			actual = d.md5.Sum(nil)
+		if each.algorithm != "sha-256" {
+			actual = d.hashes[each.algorithm].Sum(nil)
 		}
 		if each.sum != base64.RawStdEncoding.EncodeToString(actual) {
 			const text = "the body does not match its digest: its %s is %x"
@@ -2557,41 +2559,28 @@ func (d *bodyDigests) verify(sum []byte) error {
 // acceptsGzip reports whether an Accept-Encoding accepts gzip and does not prefer the content as it
 // is. Without the header the answer is no. A malformed element has the weight 0.
 func acceptsGzip(h http.Header) bool {
-	weights := map[string]float64{}
+	weights := map[string]float64{} // by coding
 	for element := range strings.SplitSeq(strings.Join(h["Accept-Encoding"], ","), ",") {
-		coding, weight := parseCoding(element)
+		coding, params, err := mime.ParseMediaType(element) // the form is the same: gzip;q=0.5
+		weight, badWeight := strconv.ParseFloat(cmp.Or(params["q"], "1"), 64)
+		if err != nil || badWeight != nil || weight > 1 {
+			weight = 0
+		}
 		weights[coding] = weight
 	}
-	gzip, isNamed := weights["gzip"]
+	weight, isNamed := weights["gzip"]
 	if !isNamed {
-		gzip = weights["*"]
+		weight = weights["*"]
 	}
-	return gzip > 0 && gzip >= weights["identity"]
-}
-
-// parseCoding parses an element such as "gzip;q=0.5".
-func parseCoding(element string) (coding string, weight float64) {
-	coding, params, err := mime.ParseMediaType(element)
-	if err != nil {
-		return coding, 0
-	}
-	q, isSent := params["q"]
-	if !isSent {
-		return coding, 1
-	}
-	weight, err = strconv.ParseFloat(q, 64)
-	if err != nil || weight > 1 {
-		return coding, 0
-	}
-	return coding, weight
+	return weight > 0 && weight >= weights["identity"]
 }
 
 var compressibleType = regexp.MustCompile(
 	`(?i)^ *(text/[^;]*|application/(json|x-ndjson|javascript|xml|yaml|toml|sql|wasm|` +
 		`rtf|graphql|[^;]*\+(json|xml|yaml))|font/[ot]tf)\s*(;|$)`)
 
-// isCompressible reports whether clients that accept gzip get b as gzip: it is stored deflated, or
-// is worth deflating.
+// isCompressible reports whether clients that accept gzip get b as gzip: b is stored deflated, or
+// deflating it is worth the time.
 func (b *blob) isCompressible() bool {
 	return b.deflated || b.size >= minEncode && compressibleType.MatchString(b.contentType)
 }
