@@ -361,9 +361,9 @@ func outOfFiles() bool {
 }
 
 // ==== Commands ===================================================================================
-// main is a shell around run. One table is both the dispatch and the help. Exit codes: 0 done, 1
-// failed or refused, 2 wrong usage or configuration. Results go to standard output, logs and
-// progress to standard error.
+// main only calls run, which tests call as well. The table of commands drives both the dispatch and
+// the help. Exit codes: 0 done, 1 failed or refused, 2 wrong usage or configuration. Results go to
+// standard output, logs and progress to standard error.
 
 func main() {
 	os.Exit(run(context.Background(), os.Args[1:], os.Environ(), os.Stdout, os.Stderr))
@@ -391,7 +391,7 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 	return 1
 }
 
-// usageError is what is wrong with a command line or a configuration.
+// usageError describes a mistake in a command line or in a configuration.
 type usageError string
 
 func (e usageError) Error() string { return string(e) + "; see: blobnom help" }
@@ -474,7 +474,6 @@ func commands() []command {
 	}
 }
 
-// commandNamed returns the row of the table with this name.
 func commandNamed(name string) (command, error) {
 	for _, row := range commands() {
 		if row.name == name {
@@ -521,8 +520,8 @@ func (cli *call) dispatch(ctx context.Context, args []string) error {
 	case *showVersion:
 		return cmdVersion(ctx, cli)
 	case len(cli.args) < row.minArgs || len(cli.args) > row.maxArgs:
-		takes := cmp.Or(row.args, "none")
-		return usageError(fmt.Sprintf("the arguments of %s are: %s", name, takes))
+		wanted := cmp.Or(row.args, "none")
+		return usageError(fmt.Sprintf("the arguments of %s are: %s", name, wanted))
 	}
 	if row.isLong {
 		return cli.runLong(ctx, row)
@@ -554,8 +553,8 @@ func cmdHelp(_ context.Context, cli *call) error {
 }
 
 func (cli *call) explain(row command) {
-	called := strings.TrimSpace(row.name + " " + row.args)
-	fmt.Fprintf(cli.stdout, "usage: blobnom [-config FILE] %s\n\n%s\n", called, row.summary)
+	usage := strings.TrimSpace(row.name + " " + row.args)
+	fmt.Fprintf(cli.stdout, "usage: blobnom [-config FILE] %s\n\n%s\n", usage, row.summary)
 	if row.details != "" {
 		fmt.Fprintln(cli.stdout, row.details)
 	}
@@ -567,29 +566,28 @@ func cmdVersion(_ context.Context, cli *call) error {
 	return nil
 }
 
-// version is the version of the module that was built: a tag, or the revision of the checkout.
+// version returns the version of the module that was built: a tag, or the revision of the checkout.
 func version() string {
-	info, _ := debug.ReadBuildInfo() // never nil: the program is built in module mode
+	info, _ := debug.ReadBuildInfo() // fails only without modules, which the dependencies need
 	return strings.Trim(info.Main.Version, "()")
 }
 
 // config loads the configuration and says where it came from.
 func (cli *call) config() (*config, string, error) {
-	cfg, source, err := loadConfig(cli.configFile, cli.environ)
+	cfg, origin, err := loadConfig(cli.configFile, cli.environ)
 	if err != nil {
 		return nil, "", err
 	}
-	log := newLogger(cfg, cli.stderr)
 	for _, variable := range cli.environ {
-		name, _, _ := strings.Cut(variable, "=")
-		key, ours := strings.CutPrefix(name, "BLOBNOM_")
-		known := key == strings.ToUpper(key) && isConfigKey(strings.ToLower(key))
-		if ours && !known {
-			log.Warn("environment variable names no configuration key, and is ignored",
-				"variable", name)
+		name, _, _ := strings.Cut(variable, "=") // the value may be a secret
+		key, isOurs := strings.CutPrefix(name, "BLOBNOM_")
+		isKnown := key == strings.ToUpper(key) && isConfigKey(strings.ToLower(key))
+		if isOurs && !isKnown {
+			const text = "environment variable names no configuration key, and is ignored"
+			newLogger(cfg, cli.stderr).Warn(text, "variable", name)
 		}
 	}
-	return cfg, source, nil
+	return cfg, origin, nil
 }
 
 func newLogger(cfg *config, w io.Writer) *slog.Logger {
@@ -604,56 +602,58 @@ func newLogger(cfg *config, w io.Writer) *slog.Logger {
 
 // cmdServe runs until a signal or the end of ctx, then drains. A second signal ends it at once.
 func cmdServe(ctx context.Context, cli *call) error {
-	cfg, source, err := cli.config()
+	cfg, origin, err := cli.config()
 	if err != nil {
 		return err
 	}
-	log := newLogger(cfg, cli.stderr)
+	logger := newLogger(cfg, cli.stderr)
 	signals := []os.Signal{os.Interrupt, syscall.SIGTERM}
 	if !signal.Ignored(syscall.SIGHUP) { // nohup ignores it: then it stays ignored
 		signals = append(signals, syscall.SIGHUP)
 	}
-	signal.Ignore(syscall.SIGPIPE) // else the process would end with whoever reads its log
+	signal.Ignore(syscall.SIGPIPE) // else the server would end when the reader of its log ends
 	ctx, stop := signal.NotifyContext(ctx, signals...)
-	context.AfterFunc(ctx, stop) // the second signal meets the default handler
+	context.AfterFunc(ctx, stop) // after the first signal: a second one kills the process
 
 	// The port before the directory: a server that cannot listen leaves no trace.
-	ln, err := listen(cfg.Addr)
+	listener, err := listen(cfg.Addr)
 	if err != nil {
 		return fmt.Errorf("cannot listen on addr %q: %w", cfg.Addr, err)
 	}
-	defer ln.Close()
-	limitMemory(log)
-	store, err := openStore(ctx, cfg, nil, log, time.Now)
+	defer listener.Close()
+	limitMemory(logger)
+	st, err := openStore(ctx, cfg, nil, logger, time.Now)
 	if errors.Is(err, context.Canceled) {
-		log.Info("stopped while starting")
+		logger.Info("stopped while starting")
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	address := ln.Addr().(*net.TCPAddr)
-	log.Info("serving",
+	address := listener.Addr().(*net.TCPAddr)
+	logger.Info("serving",
 		"version", version(),
 		"listen", address.String(),
 		"url", urlOf(cfg, address),
-		"config", source,
+		"config", origin,
 		"data_dir", cfg.DataDir,
 		"num_shards", cfg.NumShards,
 		"durability", cfg.Durability)
 	if cfg.AuthToken == "" && !address.IP.IsLoopback() {
-		log.Warn("anyone who can reach this address can read and change every blob; " +
+		logger.Warn("anyone who can reach this address can read and change every blob; " +
 			"set auth_token or a local addr")
 	}
-	// A ballast: it takes no memory, because nothing touches it, but the heap may grow by as much
+	// The ballast takes no memory, because nothing touches it, but the heap may grow by as much
 	// before it is collected. Without it a small heap is collected every 200 POSTs, which is 3 % of
 	// the server's time. SetGCPercent would do as much, but multiply the heap of a full cache.
-	defer runtime.KeepAlive(make([]byte, 16<<20))
-	err = newServer(cfg, store, log).serve(ctx, ln)
-	if err := errors.Join(err, store.close()); err != nil {
-		return err
+	ballast := make([]byte, 16<<20)
+	defer runtime.KeepAlive(ballast)
+	serveErr := newServer(cfg, st, logger).serve(ctx, listener)
+	closeErr := st.close()
+	if serveErr != nil || closeErr != nil {
+		return errors.Join(serveErr, closeErr)
 	}
-	log.Info("stopped")
+	logger.Info("stopped")
 	return nil
 }
 
@@ -678,9 +678,10 @@ func signFlags(cli *call, flags *flag.FlagSet) {
 	})
 }
 
-// cmdSign prints a path that needs no token until it expires. What may surprise goes to stderr.
+// cmdSign prints a path that needs no token until it expires. Notes about the key go to stderr, so
+// that a script gets the path alone.
 func cmdSign(_ context.Context, cli *call) error {
-	cfg, source, err := cli.config()
+	cfg, origin, err := cli.config()
 	if err != nil {
 		return err
 	}
@@ -692,12 +693,12 @@ func cmdSign(_ context.Context, cli *call) error {
 		return usageError("-method is one of " + blobMethods)
 	}
 	if cfg.AuthToken == "" {
-		return usageError("auth_token in " + source + " is empty; a signature needs it as its key")
+		return usageError("auth_token in " + origin + " is empty; a signature needs it as its key")
 	}
-	sent := url.PathEscape(key)
+	urlPath := url.PathEscape(key)
 	isDots := func(segment string) bool { return segment == "." || segment == ".." }
 	if slices.ContainsFunc(strings.Split(key, "/"), isDots) {
-		sent = escapeAll(key)
+		urlPath = escapeAll(key)
 		fmt.Fprintln(cli.stderr, `note: browsers and many clients resolve the "." or ".." segment, `+
 			"even percent-encoded, and get 401; curl --path-as-is does not")
 	}
@@ -705,49 +706,52 @@ func cmdSign(_ context.Context, cli *call) error {
 		fmt.Fprintf(cli.stderr, "note: a key begins after /blob/, and this one begins with it; "+
 			"did you mean %q?\n", rest)
 	}
-	sent = strings.ReplaceAll(sent, "%2F", "/")
+	urlPath = strings.ReplaceAll(urlPath, "%2F", "/")
 	expires := strconv.FormatInt(time.Now().Add(cli.ttl).Unix(), 10)
 	signature := sign(cfg.AuthToken, cli.method, key, expires)
-	fmt.Fprintf(cli.stdout, "/blob/%s?expires=%s&sig=%s\n", sent, expires, signature)
+	fmt.Fprintf(cli.stdout, "/blob/%s?expires=%s&sig=%s\n", urlPath, expires, signature)
 	return nil
 }
 
 const noLimit = 1 << 60 // bytes; version 1 of control groups has a larger number for "none"
 
-// limitMemory keeps Go's memory below half of what the container or service may have. The rest is
-// for SQLite, which Go does not count, and for what comes while Go collects. Without the limit the
-// heap may double before it is collected, and the kernel ends the process. With GOMEMLIMIT in the
-// environment Go has set its limit itself. It is called before openStore, which asks cacheLimit.
-func limitMemory(log *slog.Logger) {
-	most := cgroupLimit("/")
-	if most == noLimit || os.Getenv("GOMEMLIMIT") != "" {
+// limitMemory keeps Go's memory below half of what the container or service may have. The other half
+// is for SQLite, which Go does not count, and for what is allocated while Go collects garbage.
+// Without the limit the heap may double before it is collected, and the kernel kills the process.
+// With GOMEMLIMIT in the environment Go has set its limit itself. limitMemory is called before
+// openStore, because cacheLimit reads the limit there.
+func limitMemory(logger *slog.Logger) {
+	limit := cgroupLimit("/")
+	if limit == noLimit || os.Getenv("GOMEMLIMIT") != "" {
 		return
 	}
-	debug.SetMemoryLimit(most / 2)
-	log.Info("memory is limited by the control group", "bytes", most, "go_memory_limit", most/2)
+	debug.SetMemoryLimit(limit / 2)
+	logger.Info("memory is limited by the control group",
+		"bytes", limit, "go_memory_limit", limit/2)
 }
 
-// cgroupLimit returns the least memory limit, in bytes, of the control groups that the process is
-// in, and noLimit without one. /proc/self/cgroup has lines such as 0::/system.slice/x.service
-// (version 2) or 4:memory:/docker/x (version 1). In a container that path may be the host's, and
-// the limit lies at the top, where the search up from the path ends. root is "/" except in tests.
+// cgroupLimit returns the smallest memory limit, in bytes, of the control groups that the process
+// is in, and noLimit without one. /proc/self/cgroup has lines such as 0::/system.slice/x.service
+// (version 2) or 4:memory:/docker/x (version 1). In a container that path may be the host's. Then
+// the limit is at the top, where the search up from the path ends. root is "/" except in tests.
 func cgroupLimit(root string) int64 {
-	least := int64(noLimit)
+	limit := int64(noLimit)
 	mount := filepath.Join(root, "sys/fs/cgroup")
 	groups, _ := os.ReadFile(filepath.Join(root, "proc/self/cgroup")) // only Linux has it
 	for line := range strings.Lines(string(groups)) {
 		_, rest, _ := strings.Cut(strings.TrimSpace(line), ":")
 		_, group, _ := strings.Cut(rest, ":")
-		for ; ; group = path.Dir(group) {
+		for {
 			version2 := filepath.Join(mount, group, "memory.max")
 			version1 := filepath.Join(mount, "memory", group, "memory.limit_in_bytes")
-			least = min(least, readLimit(version2), readLimit(version1))
+			limit = min(limit, readLimit(version2), readLimit(version1))
 			if group == "/" || group == "." {
 				break
 			}
+			group = path.Dir(group)
 		}
 	}
-	return least
+	return limit
 }
 
 // readLimit returns the number in a file, and noLimit if there is none, or the word "max".
@@ -784,9 +788,9 @@ type config struct {
 	MaxBlobBytes       int64  // 0: no limit
 	MaxPendingBytes    int64  // queued writes in memory, over all shards
 	AuthToken          string // empty: everybody may do everything
-	AuthTokenFile      string // AuthToken has its content
+	AuthTokenFile      string // file that AuthToken is read from
 	ReadToken          string // opens reads only; empty: there is none
-	ReadTokenFile      string // ReadToken has its content
+	ReadTokenFile      string // file that ReadToken is read from
 	PublicRead         bool   // blobs can be read without a token
 	TLSCert            string // PEM file
 	TLSKey             string // PEM file
@@ -812,8 +816,10 @@ func newConfig() *config {
 // setting is one key of the configuration.
 type setting struct {
 	key   string
-	field any                    // *string, *int64 or *bool: where the value goes
-	check func(value any) string // what the value has to be, "" if it is right; nil: all are right
+	field any // *string, *int64 or *bool: where the value goes
+
+	// check returns "" if the value is right, else what it must be. nil accepts every value.
+	check func(value any) string
 }
 
 // settings is the table of all keys, for the fields of cfg. data_dir and num_shards are required.
@@ -852,19 +858,19 @@ func isConfigKey(name string) bool {
 
 // The checks of the table. A value has the type of its field.
 
-func between(least, most int64) func(any) string {
+func between(minimum, maximum int64) func(any) string {
 	return func(value any) string {
-		if n := value.(int64); n < least || n > most {
-			return fmt.Sprintf("a number from %d to %d", least, most)
+		if n := value.(int64); n < minimum || n > maximum {
+			return fmt.Sprintf("a number from %d to %d", minimum, maximum)
 		}
 		return ""
 	}
 }
 
-func atLeast(least int64) func(any) string {
+func atLeast(minimum int64) func(any) string {
 	return func(value any) string {
-		if value.(int64) < least {
-			return fmt.Sprintf("a number, %d or more", least)
+		if value.(int64) < minimum {
+			return fmt.Sprintf("a number, %d or more", minimum)
 		}
 		return ""
 	}
@@ -927,40 +933,41 @@ func visibleWord(value any) string {
 	return ""
 }
 
-// parse gives a text of the environment the type of the field, or leaves it a text if it cannot.
+// parse converts a text of the environment to the field's type. If it cannot, it returns the text,
+// which set then refuses.
 func (s setting) parse(text string) any {
 	switch s.field.(type) {
 	case *int64:
 		const likeTOML = 0 // the base: 1_000_000 and 0x10 are numbers, too
-		if n, err := strconv.ParseInt(text, likeTOML, 64); err == nil {
-			return n
+		if value, err := strconv.ParseInt(text, likeTOML, 64); err == nil {
+			return value
 		}
 	case *bool:
-		if b, err := strconv.ParseBool(text); err == nil {
-			return b
+		if value, err := strconv.ParseBool(text); err == nil {
+			return value
 		}
 	}
 	return text
 }
 
-// set checks a value and stores it in the field. It returns what the value has to be, "" if it is
-// right.
+// set checks a value and stores it in the field. It returns "" if the value is right, else what it
+// must be.
 func (s setting) set(value any) string {
 	ok := false
-	want := ""
+	expected := ""
 	switch field := s.field.(type) {
 	case *string:
 		*field, ok = value.(string)
-		want = "text in quotes"
+		expected = "text in quotes"
 	case *int64:
 		*field, ok = value.(int64)
-		want = "a whole number"
+		expected = "a whole number"
 	case *bool:
 		*field, ok = value.(bool)
-		want = "true or false"
+		expected = "true or false"
 	}
 	if !ok {
-		return want
+		return expected
 	}
 	if s.check == nil {
 		return ""
@@ -979,8 +986,8 @@ func (p *problems) add(format string, args ...any) {
 // name of the variable or key that has it. The value is nil if there is none.
 func (s setting) lookUp(environ []string, values map[string]any) (any, string) {
 	variable := "BLOBNOM_" + strings.ToUpper(s.key)
-	for _, e := range slices.Backward(environ) { // of two, the last counts
-		if text, ok := strings.CutPrefix(e, variable+"="); ok {
+	for _, entry := range slices.Backward(environ) { // of two, the last counts
+		if text, ok := strings.CutPrefix(entry, variable+"="); ok {
 			return s.parse(text), variable
 		}
 	}
@@ -991,8 +998,10 @@ func (s setting) lookUp(environ []string, values map[string]any) (any, string) {
 // if there is one, else the embedded example. Every error is a usageError with all problems.
 func loadConfig(file string, environ []string) (*config, string, error) {
 	var found problems
-	values, source := readConfigFile(file, &found)
-	isRead := len(found) == 0
+	values, origin, readErr := readConfigFile(file)
+	if readErr != nil {
+		found.add("%v", readErr)
+	}
 	cfg := newConfig()
 	names := map[string]string{} // per key: the key or the variable that gave the value
 	for _, s := range cfg.settings() {
@@ -1000,93 +1009,84 @@ func loadConfig(file string, environ []string) (*config, string, error) {
 		names[s.key] = name
 		if value == nil {
 			isRequired := s.key == "data_dir" || s.key == "num_shards"
-			if isRequired && isRead {
+			if isRequired && readErr == nil {
 				found.add("%s: is required and missing", name)
 			}
 			continue
 		}
-		if strings.Contains(s.key, "_token") && name != s.key && value == "" {
+		isVariable := name != s.key
+		if isVariable && value == "" && strings.Contains(s.key, "_token") {
 			// An unset variable of a compose file arrives like this. It must not open the server.
 			found.add("%s: is set but empty; give it a value or unset it", name)
 			continue
 		}
-		want := s.set(value)
-		if want == "" {
+		expected := s.set(value)
+		if expected == "" {
 			continue
 		}
 		if s.key == "auth_token" || s.key == "read_token" {
 			value = "(secret)"
 		}
-		found.add("%s = %#v: must be %s", name, value, want)
+		found.add("%s = %#v: must be %s", name, value, expected)
 	}
 	for _, key := range slices.Sorted(maps.Keys(values)) {
 		if !isConfigKey(key) { // its value is not shown: the key may be a misspelt auth_token
 			found.add("%s: unknown key", key)
 		}
 	}
-	cfg.readTokenFiles(names, &found)
+	// The files are read here and never again: a new token needs a restart.
+	cfg.AuthToken = found.readToken(names, "auth_token", cfg.AuthToken, cfg.AuthTokenFile)
+	cfg.ReadToken = found.readToken(names, "read_token", cfg.ReadToken, cfg.ReadTokenFile)
 	cfg.checkTokens(&found)
 	cfg.checkTLS(names, &found)
 	if len(found) > 0 {
 		text := strings.Join(found, "; ")
-		return nil, source, usageError("wrong configuration (" + source + "): " + text)
+		return nil, origin, usageError("wrong configuration (" + origin + "): " + text)
 	}
-	return cfg, source, nil
+	return cfg, origin, nil
 }
 
 // readConfigFile returns the values in the file of loadConfig, and where they came from.
-func readConfigFile(file string, found *problems) (map[string]any, string) {
+func readConfigFile(file string) (values map[string]any, origin string, err error) {
 	if file == "" && fileExists("config.toml") {
 		file = "config.toml"
 	}
-	source := "built-in config.toml.example"
+	origin = "built-in config.toml.example"
 	text := exampleConfig
 	if file != "" {
-		source = file
+		origin = file
 		data, err := os.ReadFile(file)
 		if err != nil {
-			found.add("cannot read it: %v", err)
+			return nil, origin, fmt.Errorf("cannot read it: %w", err)
 		}
 		text = string(data)
 	}
-	values := map[string]any{}
-	_, err := toml.Decode(text, &values)
-	var syntax toml.ParseError
-	switch {
-	case errors.As(err, &syntax):
+	_, err = toml.Decode(text, &values)
+	if syntax, ok := errors.AsType[toml.ParseError](err); ok {
 		// The text of the error is not shown: it quotes the file, perhaps a token.
 		const problem = "not valid TOML: line %d cannot be parsed; text values need quotes"
-		found.add(problem, syntax.Position.Line)
-	case err != nil:
-		found.add("not valid TOML")
+		err = fmt.Errorf(problem, syntax.Position.Line)
+	} else if err != nil {
+		err = errors.New("not valid TOML")
 	}
-	return values, source
+	return values, origin, err
 }
 
-// readTokenFiles reads the files of the tokens, here and never again: a new token needs a restart.
-func (cfg *config) readTokenFiles(names map[string]string, found *problems) {
-	for _, t := range []struct {
-		key, fileKey string
-		token        *string
-		file         string
-	}{
-		{"auth_token", "auth_token_file", &cfg.AuthToken, cfg.AuthTokenFile},
-		{"read_token", "read_token_file", &cfg.ReadToken, cfg.ReadTokenFile},
-	} {
-		if t.file == "" {
-			continue
-		}
-		if *t.token != "" {
-			found.add("%s and %s are both given; keep one", names[t.key], names[t.fileKey])
-			continue
-		}
-		token, err := readTokenFile(t.file)
-		if err != nil {
-			const problem = "%s = %q: must be a file with a token: %v"
-			found.add(problem, names[t.fileKey], t.file, err)
-		}
-		*t.token = token
+// readToken returns the value of key, which is token or the content of file, if there is a file.
+func (p *problems) readToken(names map[string]string, key, token, file string) string {
+	if file == "" {
+		return token
 	}
+	fileName := names[key+"_file"]
+	if token != "" {
+		p.add("%s and %s are both given; keep one", names[key], fileName)
+		return token
+	}
+	token, err := readTokenFile(file)
+	if err != nil {
+		p.add("%s = %q: must be a file with a token: %v", fileName, file, err)
+	}
+	return token
 }
 
 // readTokenFile returns the token in a file. White space around it does not count.
@@ -1099,8 +1099,8 @@ func readTokenFile(file string) (string, error) {
 	if token == "" {
 		return "", errors.New("it is empty")
 	}
-	if want := visibleWord(token); want != "" {
-		return "", errors.New("the token must be " + want)
+	if expected := visibleWord(token); expected != "" {
+		return "", errors.New("the token must be " + expected)
 	}
 	return token, nil
 }
