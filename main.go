@@ -699,8 +699,8 @@ func cmdSign(_ context.Context, cli *call) error {
 	isDots := func(segment string) bool { return segment == "." || segment == ".." }
 	if slices.ContainsFunc(strings.Split(key, "/"), isDots) {
 		urlPath = escapeAll(key)
-		fmt.Fprintln(cli.stderr, `note: browsers and many clients resolve the "." or ".." segment, `+
-			"even percent-encoded, and get 401; curl --path-as-is does not")
+		fmt.Fprintln(cli.stderr, `note: browsers and many clients resolve the "." or ".." `+
+			"segment, even percent-encoded, and get 401; curl --path-as-is does not")
 	}
 	if rest, ok := strings.CutPrefix(key, "/blob/"); ok {
 		fmt.Fprintf(cli.stderr, "note: a key begins after /blob/, and this one begins with it; "+
@@ -715,8 +715,8 @@ func cmdSign(_ context.Context, cli *call) error {
 
 const noLimit = 1 << 60 // bytes; version 1 of control groups has a larger number for "none"
 
-// limitMemory keeps Go's memory below half of what the container or service may have. The other half
-// is for SQLite, which Go does not count, and for what is allocated while Go collects garbage.
+// limitMemory keeps Go's memory below half of what the container or service may have. The rest is
+// for SQLite, which Go does not count, and for what is allocated during a garbage collection.
 // Without the limit the heap may double before it is collected, and the kernel kills the process.
 // With GOMEMLIMIT in the environment Go has set its limit itself. limitMemory is called before
 // openStore, because cacheLimit reads the limit there.
@@ -1131,7 +1131,7 @@ func (cfg *config) checkTLS(names map[string]string, found *problems) {
 // ==== HTTP server ================================================================================
 // Routes, what every handler runs under, and the one place where an error becomes a status.
 // Each request has its own goroutine. Nothing here holds a lock or a database connection while it
-// waits for a client. How bytes and deadlines reach the connection is told in Transport.
+// waits for a client. The chapter Transport has the connection and its deadlines.
 
 // server is the HTTP face of a store. It has no storage logic.
 type server struct {
@@ -1140,17 +1140,17 @@ type server struct {
 	cfg     *config
 	metrics *metrics
 	mux     *http.ServeMux
-	foreign *http.CrossOriginProtection // refuses writes of foreign pages; nil: they are welcome
+	foreign *http.CrossOriginProtection // refuses writes of foreign pages; nil if cors_origin is *
 
 	pairMu    sync.Mutex       // guards the next two
-	pair      *tls.Certificate // the last that could be read; see certificate
-	pairError string           // why the files could not be read since then, "" if they could
+	pair      *tls.Certificate // the last that could be read, nil before the first
+	pairError string           // why the files cannot be read now, "" if they can
 }
 
-func newServer(cfg *config, st *store, log *slog.Logger) *server {
+func newServer(cfg *config, st *store, logger *slog.Logger) *server {
 	s := &server{
 		store:   st,
-		log:     log,
+		log:     logger,
 		cfg:     cfg,
 		metrics: newMetrics(),
 		mux:     http.NewServeMux(),
@@ -1183,14 +1183,14 @@ func (s *server) handle(pattern string, h handler) {
 }
 
 // handleGet makes h answer GET and HEAD of a path that has no query parameters.
-func (s *server) handleGet(path string, h handler) {
-	s.handle("GET "+path, func(w *response, r *http.Request) error {
+func (s *server) handleGet(urlPath string, h handler) {
+	s.handle("GET "+urlPath, func(w *response, r *http.Request) error {
 		if _, err := queryOf(r); err != nil {
 			return err
 		}
 		return h(w, r)
 	})
-	s.handle(path, unservedMethod)
+	s.handle(urlPath, unservedMethod)
 }
 
 func (s *server) authorized(h handler) handler {
@@ -1208,8 +1208,8 @@ func healthz(w *response, _ *http.Request) error {
 
 func unknownPath(*response, *http.Request) error { return errNoRoute }
 
-// unservedMethod answers a method that a route does not serve. With OPTIONS a balancer asks whether
-// the server lives. A preflight gets here only without cors_origin, and is refused.
+// unservedMethod answers a method that a route does not serve. OPTIONS is a health check of some
+// load balancers. A preflight gets here only without cors_origin, and is refused.
 func unservedMethod(w *response, r *http.Request) error {
 	methods := "GET, HEAD"
 	if strings.HasPrefix(r.URL.Path, "/blob/") {
@@ -1248,8 +1248,8 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// isPreflight reports whether a browser asks what a page of another origin may do. A browser sends
-// no token with that.
+// isPreflight reports whether a browser asks what a page of another origin may do. The browser
+// sends no token with this question.
 func isPreflight(r *http.Request) bool {
 	asked := r.Header.Get("Access-Control-Request-Method")
 	return r.Method == http.MethodOptions && asked != ""
@@ -1265,7 +1265,7 @@ func answerPreflight(w *response, r *http.Request) error {
 
 // cleanPath resolves dot segments. Then it percent-encodes what the mux would redirect to another
 // key: empty segments, and dot segments that the client had percent-encoded. So /blob/x/../a//b
-// becomes /blob/a%2F%2Fb. A path that path.Clean leaves alone has none of these.
+// becomes /blob/a%2F%2Fb. The mux does not redirect a path that path.Clean leaves alone.
 func cleanPath(u *url.URL) error {
 	if u.Path == "" { // GET http://host HTTP/1.1
 		u.Path = "/"
@@ -1289,10 +1289,10 @@ func cleanPath(u *url.URL) error {
 	return nil
 }
 
-// escapeAll encodes a key as one path segment that nobody resolves.
+// escapeAll encodes a key as one path segment that neither a client nor the mux resolves.
 func escapeAll(key string) string { return strings.ReplaceAll(url.PathEscape(key), ".", "%2E") }
 
-// handler answers one request, or returns why not: then server.answer answers the error.
+// handler answers one request, or returns an error, which server.answer answers.
 type handler func(w *response, r *http.Request) error
 
 // response records what was answered. Only the goroutine of its request may use it.
@@ -1333,12 +1333,12 @@ func (w *response) Write(p []byte) (n int, err error) {
 type upload struct {
 	body      io.Reader
 	w         *response
-	announced int64 // bytes; 0 if the client did not say
+	announced int64 // bytes, -1 if the client did not say
 	limit     int64 // bytes
 }
 
 func (u *upload) Read(p []byte) (n int, err error) {
-	if u.announced <= u.limit {
+	if u.announced <= u.limit { // else nothing is read
 		u.w.renewDeadlines() // the client has the full time, however long the last commit took
 		n, err = u.body.Read(p[:min(len(p), pieceBytes)])
 		u.w.received += int64(n)
@@ -1359,18 +1359,18 @@ func (s *server) answer(rw http.ResponseWriter, r *http.Request, h handler) {
 	// Browsers must not guess another type.
 	w.Header()["X-Content-Type-Options"] = []string{"nosniff"}
 	err := h(w, r)
-	isCut := false
+	isWhole := true
 	if err != nil {
-		isCut = !s.answerError(w, r, err)
+		isWhole = s.answerError(w, r, err)
 	}
-	if isCut {
+	if !isWhole {
 		w.status = 0
 	}
 	took := time.Since(start)
 	s.metrics.observe(w, r, took)
 	s.logRequest(w, r, err, took)
-	if isCut {
-		// Cuts the connection: half an answer must not pass for a whole one.
+	if !isWhole {
+		// This cuts the connection: half an answer must not pass for a whole one.
 		panic(http.ErrAbortHandler)
 	}
 	if err != nil {
@@ -1385,7 +1385,7 @@ func (s *server) answerError(w *response, r *http.Request, err error) bool {
 	if status >= 500 && !isGone {
 		level := slog.LevelError
 		if errors.Is(err, errFull) {
-			level = slog.LevelDebug // reserve has told it, once for all requests
+			level = slog.LevelDebug // the reserve has logged it once, for all requests
 		}
 		s.log.Log(r.Context(), level, "request failed",
 			"method", r.Method, "path", r.URL.EscapedPath(), "status", status, "error", err)
@@ -1410,8 +1410,8 @@ func (s *server) answerError(w *response, r *http.Request, err error) bool {
 	return writeText(w, status, text+"\n") == nil
 }
 
-// belongsToError reports whether a header that was set already stays in the answer of an error.
-// The others describe a blob.
+// belongsToError reports whether a header that was set before the error stays in its answer. The
+// other headers describe a blob.
 func belongsToError(header string, status int) bool {
 	switch header {
 	case "Allow", "Vary", "X-Content-Type-Options":
@@ -1424,7 +1424,7 @@ func belongsToError(header string, status int) bool {
 
 // logRequest writes the debug line of a request, without its query, which may have a signature.
 func (s *server) logRequest(w *response, r *http.Request, err error, took time.Duration) {
-	if !s.log.Enabled(r.Context(), slog.LevelDebug) { // the arguments cost more than the rest
+	if !s.log.Enabled(r.Context(), slog.LevelDebug) { // saves the time to collect the arguments
 		return
 	}
 	args := []any{
@@ -1464,14 +1464,14 @@ func write(w *response, status int, contentType string, body []byte) error {
 
 // serve answers requests on ln until ctx ends or ln fails. Then it stops accepting, gives running
 // requests drainTimeout, and cuts off the rest: what their handlers still ask of the store fails.
-func (s *server) serve(ctx context.Context, ln net.Listener) error {
-	hs := &http.Server{
+func (s *server) serve(ctx context.Context, listener net.Listener) error {
+	httpServer := &http.Server{
 		Handler:           s,
 		MaxHeaderBytes:    64 << 10,
 		ErrorLog:          log.New(serverLog{s.log}, "", 0),
 		ReadHeaderTimeout: 15 * time.Second,
 		IdleTimeout:       120 * time.Second,
-		ReadTimeout:       stallTimeout, // renewDeadlines moves this one and the next
+		ReadTimeout:       stallTimeout, // renewDeadlines moves this deadline and the next
 		WriteTimeout:      takeTimeout,
 		HTTP2:             &http.HTTP2Config{WriteByteTimeout: takeTimeout},
 		TLSConfig:         &tls.Config{GetCertificate: s.certificate},
@@ -1482,32 +1482,33 @@ func (s *server) serve(ctx context.Context, ln net.Listener) error {
 	failed := make(chan error, 1)
 	go func() {
 		if s.cfg.TLSCert != "" {
-			failed <- hs.ServeTLS(ln, "", "")
+			failed <- httpServer.ServeTLS(listener, "", "")
 			return
 		}
-		failed <- hs.Serve(corkedListener{ln})
+		failed <- httpServer.Serve(corkedListener{listener})
 	}()
 	var err error
 	select {
 	case err = <-failed:
 	case <-ctx.Done():
 	}
-	s.store.stop() // whatever waits in the store gives up or hurries
+	// Before Shutdown, which waits for the handlers: what waits in the store gives up or hurries.
+	s.store.stop()
 	s.log.Info("stopping: finishing requests and committing what is queued")
-	late, cancel := context.WithTimeout(context.Background(), drainTimeout)
+	drainCtx, cancel := context.WithTimeout(context.Background(), drainTimeout)
 	defer cancel()
-	if hs.Shutdown(late) != nil {
+	if httpServer.Shutdown(drainCtx) != nil {
 		s.log.Warn("requests cut off", "after", drainTimeout)
-		hs.Close()
+		httpServer.Close()
 	}
 	return err
 }
 
 // ==== Handlers ===================================================================================
-// One function per request. A handler checks it, asks the store and describes
-// the result in headers. Whatever is not a success is an error, which server.answer answers.
+// One function per request. A handler checks the request, asks the store and describes the result
+// in headers. Whatever is not a success is an error, which server.answer answers.
 
-// etags returns the entity tags of b's content, as it is and as gzip. Either names the content.
+// etags returns the entity tags of b's content, as it is and as gzip. A client may send either.
 func (b *blob) etags() (plain, zipped string) {
 	sum := hex.EncodeToString(b.sum[:])
 	return `"` + sum + `"`, `"` + sum + `-gzip"`
@@ -1559,16 +1560,16 @@ func (s *server) getBlob(w *response, r *http.Request) error {
 	if key == "" { // a route of its own, /blob/{$}, would also take /blob/%2F, the key "/"
 		return s.listBlobs(w, r)
 	}
-	if isSigned(r) { // other reads ignore what their query has: ?v=2 of a page's link
+	if isSigned(r) { // other reads ignore their query, such as ?v=2 of a page's link
 		if _, err := queryOf(r, "expires", "sig"); err != nil {
 			return err
 		}
 	}
-	shard, err := s.store.shardOf(key)
+	sh, err := s.store.shardOf(key)
 	if err != nil {
 		return err
 	}
-	reader, err := shard.read(key, r.Method == http.MethodHead)
+	reader, err := sh.read(key, r.Method == http.MethodHead)
 	if errors.Is(err, errNoBlob) {
 		return s.answerMissing(w, r, key)
 	}
@@ -1582,23 +1583,24 @@ func (s *server) getBlob(w *response, r *http.Request) error {
 // serveBlob answers with a blob. http.ServeContent decides about conditions and ranges. A GET
 // without them is answered chunk by chunk.
 func (s *server) serveBlob(w *response, r *http.Request, reader *blobReader) error {
-	// A connection with TLS is none that can be corked.
+	// TLS connections are not corked.
 	conn, isCorkable := r.Context().Value(connKey{}).(*corkedConn)
 	if isCorkable && reader.blob.size <= cacheItem {
 		conn.cork()
 		defer conn.uncork()
 	}
 	normalizeRange(r, reader.blob.size)
-	s.describe(w, r, reader)
-	if r.Method == http.MethodHead || slices.ContainsFunc(decisiveHeaders, isSentIn(r)) {
-		if err := serveContent(w, r, reader); err != nil {
-			return err
-		}
-	} else {
+	s.describe(w, r, reader.blob)
+	s.negotiate(w, r, reader)
+	if isPlainGet(r) {
 		if err := reader.load(); err != nil { // before the header, so that it can still be an error
 			return err
 		}
 		if _, err := reader.WriteTo(w); err != nil {
+			return err
+		}
+	} else {
+		if err := serveContent(w, r, reader); err != nil {
 			return err
 		}
 	}
@@ -1607,13 +1609,16 @@ func (s *server) serveBlob(w *response, r *http.Request, reader *blobReader) err
 	return nil
 }
 
-// decisiveHeaders are those that http.ServeContent reads from a request.
-var decisiveHeaders = []string{
-	"Range", "If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since",
-}
-
-func isSentIn(r *http.Request) func(header string) bool {
-	return func(header string) bool { return len(r.Header[header]) > 0 }
+// isPlainGet reports whether r is a GET without a condition or range.
+func isPlainGet(r *http.Request) bool {
+	for _, name := range []string{
+		"Range", "If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since",
+	} {
+		if len(r.Header[name]) > 0 {
+			return false
+		}
+	}
+	return r.Method == http.MethodGet
 }
 
 // normalizeRange edits the Range of r, which http.ServeContent reads. It removes several ranges,
@@ -1623,14 +1628,14 @@ func normalizeRange(r *http.Request, size int64) {
 	ranges := r.Header.Get("Range")
 	isOne := strings.HasPrefix(ranges, "bytes=") && !strings.Contains(ranges, ",")
 	condition := r.Header.Get("If-Range")
-	isDated := condition != "" && condition[0] != '"' // or it is a weak tag, which never holds
+	isDated := condition != "" && condition[0] != '"' // or a weak tag, which never matches
 	if !isOne || isDated || size == 0 {
 		delete(r.Header, "Range")
 		return
 	}
 	isEmpty := strings.TrimRight(ranges, "0") == "bytes=-" // the last 0 bytes
 	if isEmpty {
-		r.Header.Set("Range", fmt.Sprintf("bytes=%d-", size)) // 416
+		r.Header.Set("Range", fmt.Sprintf("bytes=%d-", size)) // which ServeContent answers with 416
 	}
 }
 
@@ -1638,10 +1643,9 @@ func normalizeRange(r *http.Request, size int64) {
 // and links and downloads of a stored report work.
 const blobPolicy = "sandbox allow-same-origin allow-downloads allow-popups"
 
-// describe sets the headers of the reader's blob, and decides whether it is sent as gzip.
-func (s *server) describe(w *response, r *http.Request, reader *blobReader) {
+// describe sets the headers of an answer with b as it is.
+func (s *server) describe(w *response, r *http.Request, b *blob) {
 	header := w.Header()
-	b := reader.blob
 	for i, name := range headerNames {
 		if b.header[i] != "" {
 			header[name] = b.header[i : i+1 : i+1] // without allocating
@@ -1654,6 +1658,12 @@ func (s *server) describe(w *response, r *http.Request, reader *blobReader) {
 	if cacheControl := s.cacheControl(r, b); cacheControl != "" {
 		header.Set("Cache-Control", cacheControl)
 	}
+}
+
+// negotiate decides whether the reader sends its blob as gzip, and changes the headers for that.
+func (s *server) negotiate(w *response, r *http.Request, reader *blobReader) {
+	header := w.Header()
+	b := reader.blob
 	isRange := len(r.Header["Range"]) > 0
 	if isRange || !s.cfg.OutputCompression || !b.isCompressible() {
 		return
@@ -1666,7 +1676,7 @@ func (s *server) describe(w *response, r *http.Request, reader *blobReader) {
 	_, etag := b.etags()
 	header.Set("Etag", etag)
 	header.Set("Content-Encoding", "gzip")
-	header.Del("Repr-Digest") // it is that of the content as it is
+	header.Del("Repr-Digest") // the digest is of the content as it is
 	header.Del("Content-Length")
 	if b.deflated {
 		header.Set("Content-Length", strconv.FormatInt(b.stored+gzipOverhead, 10))
@@ -1675,8 +1685,8 @@ func (s *server) describe(w *response, r *http.Request, reader *blobReader) {
 
 var maxAge = regexp.MustCompile(`(?i)\b(s-maxage|max-age)="?(\d+)"?`)
 
-// cacheControl returns the Cache-Control of an answer with b. No cache keeps what a signature
-// opened, nor a blob longer than the blob lives.
+// cacheControl returns the Cache-Control of an answer with b. Caches must not keep the answer to a
+// signed URL, nor keep a blob beyond its expiry.
 func (s *server) cacheControl(r *http.Request, b *blob) string {
 	if isSigned(r) {
 		return "private, no-store"
@@ -1696,13 +1706,14 @@ func (s *server) cacheControl(r *http.Request, b *blob) string {
 	})
 }
 
-// serveContent answers r by http.ServeContent, which compares the client's tags with the one in the
-// answer's header. A content has two tags. Whichever the client sent is replaced by that one.
+// serveContent answers r by http.ServeContent, which compares the tags in the request with the tag
+// in the answer's header. But a content has two tags, and a client may send either. So serveContent
+// first replaces both, in the request, by the tag of the answer.
 func serveContent(w *response, r *http.Request, reader *blobReader) error {
 	plain, zipped := reader.blob.etags()
 	answered := w.Header().Get("Etag")
 	for _, name := range []string{"If-Match", "If-None-Match"} {
-		list := strings.Join(r.Header[name], ", ")
+		list := strings.Join(r.Header[name], ",")
 		if list != "" {
 			list = strings.ReplaceAll(list, plain, answered)
 			list = strings.ReplaceAll(list, zipped, answered)
@@ -1712,7 +1723,7 @@ func serveContent(w *response, r *http.Request, reader *blobReader) error {
 	modified, _ := http.ParseTime(w.Header().Get("Last-Modified"))
 	content := &contentWriter{response: w, reader: reader, isHead: r.Method == http.MethodHead}
 	http.ServeContent(content, r, "", modified, reader)
-	if errors.Is(content.err, errRange) { // ServeContent omits the header if the range is malformed
+	if errors.Is(content.err, errRange) { // ServeContent sets no header for a malformed range
 		w.Header().Set("Content-Range", fmt.Sprintf("bytes */%d", reader.blob.size))
 	}
 	return content.err
@@ -1739,7 +1750,7 @@ func (w *contentWriter) WriteHeader(status int) {
 		w.err = fmt.Errorf("%w: %s", errCondition, text)
 	case status == http.StatusRequestedRangeNotSatisfiable:
 		w.err = errRange
-	case status < 300 && !w.isHead:
+	case status < 300 && !w.isHead: // the others have no content
 		w.err = w.reader.load()
 	}
 	if w.err == nil {
@@ -1762,7 +1773,7 @@ func (w *contentWriter) Write(p []byte) (int, error) {
 
 func (s *server) putBlob(w *response, r *http.Request) error {
 	key := r.PathValue("key")
-	shard, err := s.store.shardOf(key)
+	sh, err := s.store.shardOf(key)
 	if err != nil {
 		return err
 	}
@@ -1781,7 +1792,7 @@ func (s *server) putBlob(w *response, r *http.Request) error {
 			return err
 		}
 	}
-	conditions, err := conditionsOf(r.Header)
+	cond, err := conditionsOf(r.Header)
 	if err != nil {
 		return err
 	}
@@ -1795,11 +1806,11 @@ func (s *server) putBlob(w *response, r *http.Request) error {
 		announced: r.ContentLength,
 		limit:     s.store.maxBlob,
 	}
-	b, isQueued, err := shard.put(key, digests.tee(body), &putOptions{
+	b, isQueued, err := sh.put(key, digests.tee(body), &putOptions{
 		contentType: contentType,
 		length:      r.ContentLength,
 		ttl:         ttl,
-		conditions:  conditions,
+		conditions:  cond,
 		verify:      digests.verify,
 	})
 	if err != nil {
@@ -1821,18 +1832,18 @@ func (s *server) putBlob(w *response, r *http.Request) error {
 // deleteBlob serves DELETE. Only with a precondition does the answer tell whether the key existed.
 func (s *server) deleteBlob(w *response, r *http.Request) error {
 	key := r.PathValue("key")
-	shard, err := s.store.shardOf(key)
+	sh, err := s.store.shardOf(key)
 	if err != nil {
 		return err
 	}
 	if _, err := writeQueryOf(r); err != nil {
 		return err
 	}
-	conditions, err := conditionsOf(r.Header)
+	cond, err := conditionsOf(r.Header)
 	if err != nil {
 		return err
 	}
-	isQueued, err := shard.remove(key, conditions)
+	isQueued, err := sh.remove(key, cond)
 	if err != nil {
 		return err
 	}
@@ -1851,11 +1862,11 @@ func (s *server) listBlobs(w *response, r *http.Request) error {
 	if wantsPage(r) {
 		return s.showFolder(w, r, "")
 	}
-	l, err := listingOf(r)
+	asked, err := listingOf(r)
 	if err != nil {
 		return err
 	}
-	rows, more, err := s.store.list(l)
+	rows, more, err := s.store.list(asked)
 	if err != nil {
 		return err
 	}
@@ -1865,7 +1876,7 @@ func (s *server) listBlobs(w *response, r *http.Request) error {
 		Next     string   `json:"next,omitempty"`
 	}
 	answer.Blobs = []listed{} // an empty list is not null
-	if l.delimiter != "" {
+	if asked.delimiter != "" {
 		answer.Prefixes = []string{}
 	}
 	for _, row := range rows {
@@ -1884,23 +1895,23 @@ func (s *server) listBlobs(w *response, r *http.Request) error {
 // listingOf returns the listing that the query of r asks for.
 func listingOf(r *http.Request) (listing, error) {
 	l := listing{limit: defaultPage}
-	q, err := queryOf(r, "prefix", "after", "limit", "delimiter")
+	query, err := queryOf(r, "prefix", "after", "limit", "delimiter")
 	if err != nil {
 		return l, err
 	}
-	l.prefix = q.Get("prefix")
-	l.after = q.Get("after")
-	l.delimiter = q.Get("delimiter")
+	l.prefix = query.Get("prefix")
+	l.after = query.Get("after")
+	l.delimiter = query.Get("delimiter")
 	for _, text := range []string{l.prefix, l.after, l.delimiter} {
 		if !utf8.ValidString(text) {
 			return l, badRequest("prefix, after and delimiter must be valid UTF-8")
 		}
 	}
-	if q.Has("delimiter") && l.delimiter == "" {
+	if query.Has("delimiter") && l.delimiter == "" {
 		return l, badRequest("the delimiter must not be empty")
 	}
-	if q.Has("limit") {
-		limit, err := strconv.ParseUint(q.Get("limit"), 10, 31)
+	if query.Has("limit") {
+		limit, err := strconv.ParseUint(query.Get("limit"), 10, 31)
 		if err != nil || limit < 1 || limit > maxPage {
 			return l, badRequest("limit must be a number from 1 to %d", maxPage)
 		}
@@ -1909,7 +1920,8 @@ func listingOf(r *http.Request) (listing, error) {
 	return l, nil
 }
 
-// readyz asks every shard. It names shards by number and failures by kind.
+// readyz asks every shard. The answer is public: it has the shards' numbers, not their paths, and
+// the kinds of their errors.
 func (s *server) readyz(w *response, _ *http.Request) error {
 	status := http.StatusOK
 	rows := []map[string]any{}
@@ -1931,11 +1943,12 @@ func (s *server) readyz(w *response, _ *http.Request) error {
 }
 
 // ==== Pages ======================================================================================
-// What a browser shows: the server itself, and folders to browse and to upload into. Tools that
-// follow links copy everything out over the folder pages. The pages work without JavaScript.
+// What a browser shows: the server itself, and folders to browse and to upload into. Tools such as
+// wget -r can download everything through the folder pages. The pages work without JavaScript,
+// except for uploads.
 
-// wantsPage reports whether r comes from a browser, or from another tool that reads HTML. Whoever
-// sends a query asks for something else.
+// wantsPage reports whether r comes from a browser, or from another tool that reads HTML, and asks
+// for no listing or signed URL by a query.
 func wantsPage(r *http.Request) bool {
 	accept := strings.Join(r.Header["Accept"], ",")
 	return r.URL.RawQuery == "" && strings.Contains(accept, "text/html")
@@ -1975,10 +1988,10 @@ func (s *server) blobRoot(w *response, r *http.Request) error {
 	return errNoRoute
 }
 
-// answerMissing answers a GET of a key without a blob. A browser is sent on to the folder of that
-// name. Under async_write keys that are only queued do not count for that: no reader of a missing
-// key waits for the writes of other keys. Programs are told how to list what is below, whether or
-// not anything is: to look would make a miss take up to twenty times as long, the more the shards.
+// answerMissing answers a GET of a key without a blob. A browser is redirected to the folder with
+// that name, if the folder has committed blobs. Queued blobs do not count: a reader of a missing key
+// would have to wait for the writes of other keys. Other clients are told how to list the folder,
+// even if it is empty: to look into each shard makes a miss up to twenty times slower.
 func (s *server) answerMissing(w *response, r *http.Request, key string) error {
 	w.Header().Set("Vary", "Accept")
 	folder := strings.TrimSuffix(key, "/") + "/"
@@ -1988,16 +2001,17 @@ func (s *server) answerMissing(w *response, r *http.Request, key string) error {
 		}
 		// A reader of public blobs does not learn whether anything is below the key.
 		mayList := s.authorizeFolder(r) == nil
-		path := pathOf(folder)
-		if mayList && path != "" && s.store.hasPrefix(folder) {
-			return seeOther(w, "/blob/"+path)
+		folderPath := pathOf(folder)
+		if mayList && folderPath != "" && s.store.hasPrefix(folder) {
+			return seeOther(w, "/blob/"+folderPath)
 		}
 	}
 	prefix := strings.ReplaceAll(url.QueryEscape(folder), "%2F", "/")
 	return fmt.Errorf("%w; keys below it are listed by /blob/?prefix=%s", errNoBlob, prefix)
 }
 
-// seeOther sends a browser on. The answer is not cached, because a blob may get that path.
+// seeOther redirects a browser. The answer is not cached, because a blob may get the path that the
+// browser asked for.
 func seeOther(w *response, location string) error {
 	w.Header().Set("Location", location)
 	w.Header().Set("Cache-Control", "no-store")
@@ -2011,11 +2025,11 @@ func (s *server) showFolder(w *response, r *http.Request, folder string) error {
 	if err := s.authorizeFolder(r); err != nil {
 		return err
 	}
-	some, _, err := s.store.list(listing{prefix: folder, limit: 1})
+	firstRow, _, err := s.store.list(listing{prefix: folder, limit: 1})
 	if err != nil {
 		return err
 	}
-	if len(some) == 0 && folder != "" {
+	if len(firstRow) == 0 && folder != "" {
 		return errNoBlob
 	}
 	setPageHeaders(w)
@@ -2112,15 +2126,12 @@ func setPageHeaders(w *response) {
 
 // pagePolicy allows uploadScript and no other script. No other site may show a page in a frame.
 var pagePolicy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; " +
-	"script-src 'sha256-" + sha256Base64(uploadScript) + "'; connect-src 'self'; " +
-	"frame-ancestors 'self'"
+	"script-src 'sha256-" + base64.StdEncoding.EncodeToString(scriptSum[:]) +
+	"'; connect-src 'self'; frame-ancestors 'self'"
 
-func sha256Base64(text string) string {
-	sum := sha256.Sum256([]byte(text))
-	return base64.StdEncoding.EncodeToString(sum[:])
-}
+var scriptSum = sha256.Sum256([]byte(uploadScript))
 
-// pageTemplates are the parts of the pages. The icon is empty, so that no browser asks for one.
+// pageTemplates are the parts of the pages. The icon is empty, else browsers would ask for one.
 var pageTemplates = template.Must(template.New("").Funcs(template.FuncMap{
 	"human": humanSize,
 	"path":  pathOf,
@@ -2171,9 +2182,10 @@ th + th, td + td { padding-left: 1rem; white-space: nowrap; opacity: .7 }
 <p>Folders: {{.Folders}}. Files: {{.Files}}, {{human .Bytes}}.
 {{end}}`))
 
-// uploadScript uploads chosen and dropped files into the folder, three at a time. A batch is what
-// was chosen or dropped together: at its end the script asks, once, whether to replace the blobs
-// that exist. It shows the page anew, unless an upload failed. The controls are hidden without it.
+// uploadScript uploads chosen and dropped files into the folder, three at a time. Files that were
+// chosen or dropped together are a batch. At its end the script asks, once, whether to replace the
+// blobs that exist. Then it reloads the page, unless an upload failed. Without JavaScript the
+// controls stay hidden.
 const uploadScript = `
 const box = document.getElementById('upload')
 const [list, note, sub] = ['ul', 'output', '[name=sub]'].map(name => box.querySelector(name))
@@ -2232,11 +2244,13 @@ window.onbeforeunload = event => { if (batches) event.preventDefault() }
 box.hidden = false
 `
 
-// humanSize shows bytes as people read them.
-func humanSize(bytes int64) string {
-	size, units := float64(bytes), []string{"B", "KiB", "MiB", "GiB", "TiB"}
-	for ; size >= 999.5 && len(units) > 1; units = units[1:] {
+// humanSize shows a number of bytes for people: 1.5 MiB.
+func humanSize(count int64) string {
+	size := float64(count)
+	units := []string{"B", "KiB", "MiB", "GiB", "TiB"}
+	for size >= 999.5 && len(units) > 1 { // 999.5 would be shown as 1e+03
 		size /= 1024
+		units = units[1:]
 	}
 	return fmt.Sprintf("%.3g %s", size, units[0])
 }
@@ -2320,13 +2334,16 @@ func contentTypeOf(r *http.Request) (string, error) {
 	isEncoded := encoding != "" && !strings.EqualFold(encoding, "identity")
 	switch {
 	case media == "multipart/form-data":
-		return "", badRequest("multipart/form-data is a form; send the file alone, as curl -T FILE does")
+		const text = "multipart/form-data is a form; send the file alone, as curl -T FILE does"
+		return "", badRequest(text)
 	case isEncoded, r.Header.Get("Content-Range") != "":
-		return "", badRequest("no Content-Encoding or Content-Range; send the whole content as it is")
+		const text = "no Content-Encoding or Content-Range; send the whole content as it is"
+		return "", badRequest(text)
 	case len(sent) > 255, !utf8.ValidString(sent):
 		return "", badRequest("the Content-Type is longer than 255 bytes or not UTF-8")
 	}
-	const anything = "application/x-www-form-urlencoded" // sent by curl --data-binary for every file
+	// curl --data-binary sends this type for every file.
+	const anything = "application/x-www-form-urlencoded"
 	if media != "" && media != anything {
 		return sent, nil
 	}
@@ -2450,8 +2467,8 @@ type digest struct {
 	sum       string // in base64 without padding
 }
 
-// digestAlgorithms are the known checksums by name: what a value looks like, which may leave out the
-// padding of its base64, and the hash.
+// digestAlgorithms are the known checksums by name: the hash, and what a value looks like. The
+// padding of its base64 is optional.
 var digestAlgorithms = map[string]struct {
 	form *regexp.Regexp
 	hash func() hash.Hash
@@ -2587,7 +2604,7 @@ func (b *blob) isCompressible() bool {
 
 // ==== Access =====================================================================================
 // Who may do what. Without auth_token everybody may do everything. auth_token opens all routes, and
-// read_token those that only read. A signed URL opens one method of one key until it expires. The
+// read_token opens GET and HEAD. A signed URL opens one method of one key until it expires. The
 // answer 401 gives no reason that helps to guess a token.
 
 // authorize returns an error unless r may do what it asks for. Credentials that are sent must be
@@ -2601,11 +2618,12 @@ func (s *server) authorize(r *http.Request) error {
 	}
 	token, isSent := sentToken(r)
 	mayWrite := isSent && isSame(token, s.cfg.AuthToken)
-	mayRead := mayWrite || isSent && s.cfg.ReadToken != "" && isSame(token, s.cfg.ReadToken)
+	isReader := isSent && s.cfg.ReadToken != "" && isSame(token, s.cfg.ReadToken)
+	mayRead := mayWrite || isReader
 	if isSent && !mayRead {
 		return errUnauthorized
 	}
-	if r.Method == http.MethodOptions { // says only which methods there are
+	if r.Method == http.MethodOptions { // the answer says only which methods there are
 		return nil
 	}
 	query := r.URL.Query()
@@ -2628,8 +2646,8 @@ func (s *server) authorize(r *http.Request) error {
 }
 
 // authorizeFolder returns an error if r was let through only because blobs are public: public_read
-// does not open folder pages. Whether "a/" names a blob or a folder shows only after a look for the
-// blob, so that the handler asks, not authorize.
+// does not open folder pages. The handler calls it, not authorize: only after a look for the blob
+// is it known whether "a/" is a blob or a folder.
 func (s *server) authorizeFolder(r *http.Request) error {
 	_, isSent := sentToken(r)
 	if s.cfg.AuthToken != "" && !isSent {
@@ -2643,7 +2661,8 @@ func isHealthRoute(r *http.Request) bool {
 }
 
 // sentToken returns the token in the Authorization header: that of the scheme Bearer, or the
-// password of Basic with any user name. The token is empty if the header has no such thing.
+// password of Basic with any user name. The token is empty if the header has another scheme or is
+// sent twice. isSent reports whether there is a header.
 func sentToken(r *http.Request) (token string, isSent bool) {
 	values := r.Header["Authorization"]
 	if len(values) == 0 {
@@ -2662,7 +2681,7 @@ func sentToken(r *http.Request) (token string, isSent bool) {
 	return strings.TrimSpace(token), true
 }
 
-// isSame compares secrets in a time that does not tell how much of them is equal.
+// isSame compares secrets. Its time does not depend on how many bytes are equal.
 func isSame(a, b string) bool {
 	return hmac.Equal([]byte(a), []byte(b))
 }
@@ -2681,7 +2700,7 @@ func (s *server) checkSignature(r *http.Request, query url.Values) error {
 		return errUnauthorized
 	}
 	isHead := r.Method == http.MethodHead
-	isValid := isFor(r.Method) || isHead && isFor(http.MethodGet)
+	isValid := isFor(r.Method) || (isHead && isFor(http.MethodGet))
 	if !isValid && slices.ContainsFunc(strings.Split(blobMethods, ", "), isFor) {
 		return fmt.Errorf("%w: the signature is for another method", errUnauthorized)
 	}
@@ -4930,8 +4949,8 @@ func (m *metrics) write(text io.Writer) {
 		fmt.Fprintf(text, line, requests, kind.route, kind.method, kind.status, count)
 	}
 	const duration = "blobnom_http_request_duration_seconds"
-	fmt.Fprintf(text, "# HELP %s Time from a request's header to the end of its answer.\n", duration)
-	fmt.Fprintf(text, "# TYPE %s histogram\n", duration)
+	const help = "Time from a request's header to the end of its answer."
+	fmt.Fprintf(text, "# HELP %s %s\n# TYPE %s histogram\n", duration, help, duration)
 	for key, h := range m.durations {
 		labels := fmt.Sprintf("route=%q,method=%q", key.route, key.method)
 		total := int64(0) // of all durations up to the bound
@@ -6280,29 +6299,29 @@ const (
 	discardTimeout = 10 * time.Second // for the rest of a body after an error was answered
 
 	// takeTimeout is for a step of a download. With --limit-rate, curl 7 takes at once what it may
-	// have in 100 s, and then nothing until these are over.
+	// have in 100 s, and then nothing for 100 s.
 	takeTimeout = 2 * stallTimeout
 
-	// unsentBytes limits what the kernel holds of an answer besides what is on its way to the
-	// client. Without a limit that is up to 4 MiB, and the kernel asks for more only when a third
-	// of it is sent: a client that takes 20 kB/s would make a step in a minute.
+	// unsentBytes limits how much of an answer the kernel holds that is not yet on its way to the
+	// client. Without it the kernel holds up to 4 MiB, and takes more only when a third of that is
+	// sent: a client that takes 20 kB/s would make a step in a minute.
 	unsentBytes  = 128 << 10
 	notSentLowat = 25 // TCP_NOTSENT_LOWAT of Linux
 )
 
-// listen listens on addr. The connections inherit the limit of unsentBytes, where there is one: it
-// does not work on a listener for Multipath TCP.
+// listen listens on addr. The connections inherit the limit unsentBytes from the listener, except
+// from one for Multipath TCP.
 func listen(addr string) (net.Listener, error) {
-	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+	listenConfig := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		return c.Control(func(fd uintptr) {
 			if runtime.GOOS == "linux" {
-				// An error leaves a slow client with steps of a megabyte.
+				// After an error the steps of a slow client are only larger: a megabyte.
 				syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, notSentLowat, unsentBytes)
 			}
 		})
 	}}
-	config.SetMultipathTCP(false)
-	return config.Listen(context.Background(), "tcp", addr)
+	listenConfig.SetMultipathTCP(false)
+	return listenConfig.Listen(context.Background(), "tcp", addr)
 }
 
 // renewDeadlines gives the client the full time for its next step. It is called before each step.
@@ -6328,7 +6347,7 @@ func (w *response) discardBody(r *http.Request) {
 	}
 	until := time.Now().Add(discardTimeout)
 	if r.Header.Get("Expect") != "" && w.received == 0 {
-		until = time.Now() // the client was not told to send it
+		until = time.Now() // the client waits to be told to send it
 	}
 	controller := http.NewResponseController(w.ResponseWriter)
 	controller.Flush()
@@ -6338,8 +6357,8 @@ func (w *response) discardBody(r *http.Request) {
 	}
 }
 
-// serverLog takes the lines that net/http logs. A handshake that fails is the client's affair,
-// often that of a probe that connects and leaves.
+// serverLog takes the lines that net/http logs. A failed handshake is no warning: often it is a
+// probe that connects and leaves.
 type serverLog struct{ log *slog.Logger }
 
 func (l serverLog) Write(line []byte) (int, error) {
@@ -6352,7 +6371,8 @@ func (l serverLog) Write(line []byte) (int, error) {
 }
 
 // certificate reads the key pair at each handshake: 30 to 130 µs of its 1 to 2 ms. If the files
-// cannot be read, or do not match because only one of them is new, it returns the last pair.
+// cannot be read, or do not match because only one of them is new, it returns the last pair. It
+// returns an error if there is none yet.
 func (s *server) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	pair, err := tls.LoadX509KeyPair(s.cfg.TLSCert, s.cfg.TLSKey)
 	s.pairMu.Lock()
@@ -6362,6 +6382,9 @@ func (s *server) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 		s.pairError = ""
 		return s.pair, nil
 	}
+	if s.pair == nil {
+		return nil, err
+	}
 	if err.Error() != s.pairError {
 		s.pairError = err.Error()
 		s.log.Warn("the certificate cannot be read again; the last one stays in use", "error", err)
@@ -6370,8 +6393,8 @@ func (s *server) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 }
 
 // corkedConn gathers what is written between cork and uncork, and sends it with one system call.
-// net/http sends the header of an answer and a body larger than its 4 KiB buffer in two, each of
-// which wakes the client: for a small blob that is a quarter of the whole request. Only the
+// net/http sends the header of an answer and a body larger than its 4 KiB buffer with two calls.
+// Each of them wakes the client, which takes a quarter of the time of a small GET. Only the
 // goroutine that serves the connection's request may cork, and it uncorks before it returns.
 type corkedConn struct {
 	net.Conn
@@ -6400,13 +6423,16 @@ func (c *corkedConn) Write(p []byte) (int, error) {
 	return c.Conn.Write(p)
 }
 
-type connKey struct{} // of a request's connection in its context
+// connKey is the context key of a request's connection.
+type connKey struct{}
+
+// corkedListener accepts connections that can be corked.
 type corkedListener struct{ net.Listener }
 
 func (l corkedListener) Accept() (net.Conn, error) {
-	c, err := l.Listener.Accept()
+	conn, err := l.Listener.Accept()
 	if err != nil {
 		return nil, err
 	}
-	return &corkedConn{Conn: c}, nil
+	return &corkedConn{Conn: conn}, nil
 }

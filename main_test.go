@@ -3465,6 +3465,14 @@ func TestTLS(t *testing.T) {
 	expect(t, strings.Count(log, "\n") == before+1 && !strings.Contains(log, "handshake"), "logged:\n%s", log)
 }
 
+// Before a certificate could be read there is none to stay in use.
+func TestTLSWithoutCertificate(t *testing.T) {
+	missing := filepath.Join(t.TempDir(), "none.pem")
+	s := &server{cfg: &config{TLSCert: missing, TLSKey: missing}, log: slog.New(slog.DiscardHandler)}
+	pair, err := s.certificate(nil)
+	expect(t, pair == nil && errors.Is(err, os.ErrNotExist), "%v, %v, want an error of the file", pair, err)
+}
+
 var sampleLine = regexp.MustCompile(`^((\w+?)(?:_bucket|_sum|_count)?(?:\{.+\})?) (\S+)\n$`)
 
 // metrics scrapes the server: sample to value.
