@@ -1174,9 +1174,8 @@ func newServer(cfg *config, st *store, logger *slog.Logger) *server {
 	return s
 }
 
-// handle makes h answer the requests that match pattern, if they are authorized.
+// handle makes h answer the requests that match pattern.
 func (s *server) handle(pattern string, h handler) {
-	h = s.authorized(h)
 	s.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 		s.answer(w, r, h)
 	})
@@ -1191,15 +1190,6 @@ func (s *server) handleGet(urlPath string, h handler) {
 		return h(w, r)
 	})
 	s.handle(urlPath, unservedMethod)
-}
-
-func (s *server) authorized(h handler) handler {
-	return func(w *response, r *http.Request) error {
-		if err := s.authorize(r); err != nil {
-			return err
-		}
-		return h(w, r)
-	}
 }
 
 func healthz(w *response, _ *http.Request) error {
@@ -1241,8 +1231,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case s.cfg.CORSOrigin != "" && isPreflight(r):
 		s.answer(w, r, answerPreflight)
 	case err != nil:
-		badPath := func(*response, *http.Request) error { return err }
-		s.answer(w, r, s.authorized(badPath))
+		s.answer(w, r, func(*response, *http.Request) error { return err })
 	default:
 		s.mux.ServeHTTP(w, r)
 	}
@@ -1352,13 +1341,16 @@ func (u *upload) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
-// answer runs h, answers its error, and counts and logs the request.
+// answer runs h if r is authorized, answers an error, and counts and logs the request.
 func (s *server) answer(rw http.ResponseWriter, r *http.Request, h handler) {
 	start := time.Now()
 	w := &response{ResponseWriter: rw, renewed: start}
 	// Browsers must not guess another type.
 	w.Header()["X-Content-Type-Options"] = []string{"nosniff"}
-	err := h(w, r)
+	err := s.authorize(r)
+	if err == nil {
+		err = h(w, r)
+	}
 	isWhole := true
 	if err != nil {
 		isWhole = s.answerError(w, r, err)
@@ -2608,12 +2600,12 @@ func (b *blob) isCompressible() bool {
 // answer 401 gives no reason that helps to guess a token.
 
 // authorize returns an error unless r may do what it asks for. Credentials that are sent must be
-// right, even where none are needed. Only the health routes never look at them.
+// right, even where none are needed. Only the health routes and preflights never look at them.
 func (s *server) authorize(r *http.Request) error {
 	if s.foreign != nil && s.foreign.Check(r) != nil {
 		return errForeign
 	}
-	if s.cfg.AuthToken == "" || isHealthRoute(r) {
+	if s.cfg.AuthToken == "" || isHealthRoute(r) || isPreflight(r) {
 		return nil
 	}
 	token, isSent := sentToken(r)
@@ -4872,13 +4864,13 @@ type requestKind struct {
 type metrics struct {
 	mu        sync.Mutex // guards the other fields
 	requests  map[requestKind]int64
-	durations map[routeMethod]*histogram
+	durations map[routeMethod]histogram
 	received  int64 // bytes of uploaded bodies
 	sent      int64 // bytes of answered bodies
 }
 
 func newMetrics() *metrics {
-	return &metrics{requests: map[requestKind]int64{}, durations: map[routeMethod]*histogram{}}
+	return &metrics{requests: map[requestKind]int64{}, durations: map[routeMethod]histogram{}}
 }
 
 // observe counts one request. Its w.status is 0 if it was cut off.
@@ -4893,12 +4885,9 @@ func (m *metrics) observe(w *response, r *http.Request, took time.Duration) {
 	defer m.mu.Unlock()
 	m.requests[requestKind{labels, w.status}]++
 	h := m.durations[labels]
-	if h == nil {
-		h = &histogram{}
-		m.durations[labels] = h
-	}
 	h.counts[bucket]++
 	h.sum += took.Seconds()
+	m.durations[labels] = h
 	m.received += w.received
 	m.sent += w.sent
 }
