@@ -1266,15 +1266,15 @@ func cleanPath(u *url.URL) error {
 	// ResolveReference does what RFC 3986 5.2.4 says, even against an empty URL.
 	reference := &url.URL{Path: u.Path, RawPath: u.RawPath}
 	resolved := new(url.URL).ResolveReference(reference)
-	rest, isBlob := strings.CutPrefix(resolved.Path, "/blob/")
-	if strings.HasPrefix(sent, "/blob/") && !isBlob {
+	prefix := "/"
+	switch {
+	case strings.HasPrefix(resolved.Path, "/blob/"):
+		prefix = "/blob/"
+	case strings.HasPrefix(sent, "/blob/"):
 		return badRequest(`the path leads out of /blob/; percent-encode a ".." of the key`)
 	}
-	if !isBlob {
-		rest = strings.TrimPrefix(resolved.Path, "/")
-	}
 	u.Path = resolved.Path
-	u.RawPath = strings.TrimSuffix(resolved.Path, rest) + escapeAll(rest)
+	u.RawPath = prefix + escapeAll(strings.TrimPrefix(resolved.Path, prefix))
 	return nil
 }
 
