@@ -2041,26 +2041,22 @@ func (s *server) writeFolder(w io.Writer, folder string) error {
 	}
 	all := listing{prefix: folder, delimiter: "/", limit: defaultPage}
 	for row, err := range s.store.rows(all) {
+		if err == nil && row.isFolder() {
+			page.Folders++
+			err = writeRow(w, folder, row)
+		}
 		if err != nil {
 			return err
-		}
-		if row.isFolder() {
-			page.Folders++
-			if err := writeRow(w, folder, row); err != nil {
-				return err
-			}
 		}
 	}
 	for row, err := range s.store.rows(all) {
-		if err != nil {
-			return err
-		}
-		if !row.isFolder() {
+		if err == nil && !row.isFolder() {
 			page.Files++
 			page.Bytes += row.Size
-			if err := writeRow(w, folder, row); err != nil {
-				return err
-			}
+			err = writeRow(w, folder, row)
+		}
+		if err != nil {
+			return err
 		}
 	}
 	return pageTemplates.ExecuteTemplate(w, "end", page)
