@@ -1459,7 +1459,7 @@ func write(w *response, status int, contentType string, body []byte) error {
 func (s *server) serve(ctx context.Context, listener net.Listener) error {
 	httpServer := &http.Server{
 		Handler:           s,
-		MaxHeaderBytes:    64 << 10,
+		MaxHeaderBytes:    64 << 10, // bounds a connection's memory; a key takes 3 KiB at most
 		ErrorLog:          log.New(serverLog{s.log}, "", 0),
 		ReadHeaderTimeout: 15 * time.Second,
 		IdleTimeout:       120 * time.Second,
@@ -2645,7 +2645,7 @@ func (s *server) authorizeFolder(r *http.Request) error {
 }
 
 func isHealthRoute(r *http.Request) bool {
-	return strings.HasSuffix(r.Pattern, "/healthz") || strings.HasSuffix(r.Pattern, "/readyz")
+	return r.URL.Path == "/healthz" || r.URL.Path == "/readyz"
 }
 
 // sentToken returns the token in the Authorization header: that of the scheme Bearer, or the
