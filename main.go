@@ -445,7 +445,8 @@ func commands() []command {
 			name:    "migrate",
 			args:    "SRC",
 			summary: "copy every blob of SRC into the configured, new data directory",
-			details: "SRC may have other shards, another hash or codec, or be of the Rust Blobnom.\n" +
+			details: "SRC may have other shards, another hash or codec, " +
+				"or be of the Rust Blobnom.\n" +
 				"No server may be using it. It stays as it is.",
 			minArgs: 1,
 			maxArgs: 1,
@@ -456,7 +457,8 @@ func commands() []command {
 			name:    "sign",
 			args:    "[-method M] [-ttl D] KEY",
 			summary: "print a signed URL path for KEY that expires",
-			details: "  -method M  what it allows: GET (the default, HEAD too), HEAD, PUT, POST or DELETE\n" +
+			details: "  -method M  what it allows: GET (the default, HEAD too), HEAD, PUT, POST " +
+				"or DELETE\n" +
 				"  -ttl D     how long it is valid: 1h (the default), 90s, 7d, or whole seconds",
 			minArgs:  1,
 			maxArgs:  1,
