@@ -1950,10 +1950,10 @@ func wantsPage(r *http.Request) bool {
 
 const aboutText = `Blobnom %s, a small sharded blob server
 
-  curl -T FILE %[2]sKEY        store or replace
-  curl -o FILE %[2]sKEY        fetch
-  curl '%[2]s?prefix=P'        list, a page at a time
-  curl -X DELETE %[2]sKEY      delete
+  curl --fail-with-body -T FILE %[2]sKEY    store or replace
+  curl -f -o FILE %[2]sKEY                  fetch
+  curl -f '%[2]s?prefix=P'                  list, a page at a time
+  curl -f -X DELETE %[2]sKEY                delete
 
 A KEY may have slashes. For operators: /healthz, /readyz, /metrics.
 `

@@ -2790,7 +2790,7 @@ func TestHealth(t *testing.T) {
 	text := string(body)
 	expect(t, json.Valid(body) && strings.Count(text, `"ready":true`) == 5 && strings.Contains(text, `"shard":3}`) && !strings.Contains(text, s.store.dir), "%s", body)
 	_, body = s.want(200, "GET", "/", nil)
-	expect(t, strings.Contains(string(body), version()) && strings.Contains(string(body), "curl -T FILE "+s.base+"/blob/KEY"), "%s", body)
+	expect(t, strings.Contains(string(body), version()) && strings.Contains(string(body), "curl --fail-with-body -T FILE "+s.base+"/blob/KEY"), "%s", body)
 }
 
 // A write that waits for another process does not hold up a stop.
