@@ -42,7 +42,9 @@ PUT from the socket to the disk; the others stand beside its way:
 	Reader          the position of one download
 	Metrics         what Prometheus is told
 	Upkeep          expiry, reclaiming space, surviving a full disk
-	Maintenance     check, backup
+	Sources         how the next three read a data directory
+	Check           verifying a data directory
+	Backup          copying a data directory, and when a copy is complete
 	Migrate         copying blobs between directories
 	Transport       deadlines, connections, certificate
 
@@ -764,6 +766,116 @@ func readLimit(file string) int64 {
 		return noLimit
 	}
 	return limit
+}
+
+// runLong runs a command that SIGINT and SIGTERM interrupt, and that shows its progress on a
+// terminal. Nothing has to be undone after a signal: an incomplete copy has its marker.
+func (cli *call) runLong(ctx context.Context, row command) error {
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	context.AfterFunc(ctx, stop) // from then on another signal kills the process
+	if isTerminal(cli.stderr) {
+		hide := cli.showProgressOn(cli.stderr)
+		defer hide()
+	}
+	err := row.run(ctx, cli)
+	if err != nil && ctx.Err() != nil {
+		left := cmp.Or(cli.progress.leaves, "nothing was changed")
+		return fmt.Errorf("interrupted; %s; run the same command again, it starts over", left)
+	}
+	return err
+}
+
+func isTerminal(w io.Writer) bool {
+	file, isFile := w.(*os.File)
+	if !isFile {
+		return false
+	}
+	info, err := file.Stat()
+	return err == nil && info.Mode()&os.ModeCharDevice != 0
+}
+
+const drawInterval = 500 * time.Millisecond
+
+// progress is the status line of a long command on a terminal. A timer draws it, because SQLite may
+// work on one shard for minutes without a word.
+type progress struct {
+	leaves string // what an interruption leaves; "" for nothing
+
+	mu       sync.Mutex // guards the rest
+	terminal io.Writer  // nil: the line is not shown
+	timer    *time.Timer
+	start    time.Time
+	task     string // such as "checking shard 1 of 4"
+	done     string // of the task, such as ", 10 blobs"
+	isDrawn  bool
+}
+
+// showProgressOn shows the progress until hide is called. Other output goes where it went, and
+// first clears the line of the progress.
+func (cli *call) showProgressOn(terminal io.Writer) (hide func()) {
+	p := &cli.progress
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.terminal = terminal
+	p.start = time.Now()
+	p.timer = time.AfterFunc(drawInterval, p.draw)
+	cli.stdout = &lineClearer{p, cli.stdout}
+	cli.stderr = &lineClearer{p, cli.stderr}
+	return p.hide
+}
+
+func (p *progress) hide() {
+	p.clear()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.timer.Stop()
+	p.terminal = nil
+}
+
+func (p *progress) startTask(task string, shard, shards int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.task = fmt.Sprintf("%s shard %d of %d", task, shard+1, shards)
+	p.done = ""
+}
+
+func (p *progress) setDone(done string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.done = ", " + done
+}
+
+func (p *progress) draw() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.terminal == nil {
+		return
+	}
+	seconds := time.Since(p.start).Seconds()
+	fmt.Fprintf(p.terminal, "\r\x1b[K%s%s, %.0f s", p.task, p.done, seconds)
+	p.isDrawn = true
+	p.timer.Reset(drawInterval)
+}
+
+func (p *progress) clear() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.isDrawn {
+		io.WriteString(p.terminal, "\r\x1b[K")
+		p.isDrawn = false
+	}
+}
+
+// lineClearer is a Writer that clears the line of the progress before it writes.
+type lineClearer struct {
+	progress *progress
+	io.Writer
+}
+
+func (w *lineClearer) Write(data []byte) (int, error) {
+	w.progress.clear()
+	return w.Writer.Write(data)
 }
 
 // ==== Configuration ==============================================================================
@@ -5310,264 +5422,93 @@ func (r *reserve) write() error {
 	return nil
 }
 
-// ==== Maintenance ================================================================================
-// check and backup look at a data directory that a server may be using. They read it as any other
-// SQLite client would, in a process of their own. check reads row by row, except in SQLite's own
-// check of its pages: a transaction over the whole work would keep the WAL from being used again.
+// ==== Sources ====================================================================================
+// How check, backup and migrate read a data directory. They read it as any other SQLite client
+// would, in a process of their own: a server of ours may be using it. They read it row by row,
+// because a transaction over the whole work would keep the WAL from being used again. Only SQLite's
+// check of its pages and the copy of a shard are long transactions.
 
-// runLong runs a command that SIGINT and SIGTERM end, and that shows its progress on a terminal. A
-// second signal ends the process. Nothing has to be undone: an incomplete copy has its marker.
-func (cli *call) runLong(ctx context.Context, row command) error {
-	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	context.AfterFunc(ctx, stop) // the second signal meets the default handler
-	if isTerminal(cli.stderr) {
-		hide := cli.showProgressOn(cli.stderr)
-		defer hide()
-	}
-	err := row.run(ctx, cli)
-	if err != nil && ctx.Err() != nil {
-		left := cmp.Or(cli.progress.leaves, "nothing was changed")
-		return fmt.Errorf("interrupted; %s; run the same command again, it starts over", left)
-	}
-	return err
-}
-
-// progress is the last line of a terminal, which says how far long work is.
-type progress struct {
-	leaves string // what an interruption leaves, "" for nothing
-
-	mu       sync.Mutex // guards the rest
-	terminal io.Writer  // nil: nobody looks; set before the work begins
-	start    time.Time
-	task     string // such as "checking shard 1 of 4"
-	done     string // of the task, such as "10 blobs"
-	shown    bool
-}
-
-func isTerminal(w io.Writer) bool {
-	file, ok := w.(*os.File)
-	if !ok {
-		return false
-	}
-	info, err := file.Stat()
-	return err == nil && info.Mode()&os.ModeCharDevice != 0
-}
-
-// showProgressOn shows the progress until hide is called. Other output goes where it went, and
-// first clears the line of the progress.
-func (cli *call) showProgressOn(terminal io.Writer) (hide func()) {
-	p := &cli.progress
-	p.terminal = terminal
-	p.start = time.Now()
-	cli.stdout = &lineClearer{p, cli.stdout}
-	cli.stderr = &lineClearer{p, cli.stderr}
-	hidden := make(chan struct{})
-	var drawing sync.WaitGroup
-	drawing.Go(func() {
-		for {
-			select {
-			case <-hidden:
-				return
-			case <-time.After(500 * time.Millisecond):
-				p.draw()
-			}
-		}
-	})
-	return func() {
-		close(hidden)
-		drawing.Wait()
-		p.clear()
-	}
-}
-
-// begin sets the task that is shown from now on.
-func (p *progress) begin(task string, shard, shards int) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.task = fmt.Sprintf("%s shard %d of %d", task, shard+1, shards)
-	p.done = ""
-}
-
-// say sets how much of the task is done.
-func (p *progress) say(done string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.done = ", " + done
-}
-
-func (p *progress) draw() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	seconds := time.Since(p.start).Seconds()
-	fmt.Fprintf(p.terminal, "\r\x1b[K%s%s, %.0f s", p.task, p.done, seconds)
-	p.shown = true
-}
-
-func (p *progress) clear() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.shown {
-		io.WriteString(p.terminal, "\r\x1b[K")
-		p.shown = false
-	}
-}
-
-// lineClearer is a Writer that clears the progress before it writes.
-type lineClearer struct {
-	progress *progress
-	io.Writer
-}
-
-func (w *lineClearer) Write(data []byte) (int, error) {
-	w.progress.clear()
-	return w.Writer.Write(data)
-}
-
-// cmdCheck verifies a data directory, in use or not.
-func cmdCheck(ctx context.Context, cli *call) error {
-	if len(cli.args) == 0 {
-		cfg, _, err := cli.config()
-		if err != nil {
-			return err
-		}
-		cli.args = []string{cfg.DataDir}
-	}
-	dir, err := sourceDir(cli.args[0], refuseDir)
-	if err != nil {
-		return err
-	}
-	found, err := cli.check(ctx, dir)
-	if err != nil {
-		return err
-	}
-	found.summarize("%d defects", found.defects)
-	if found.defects > 0 {
-		return fmt.Errorf("%s has defects: restore what is damaged from a backup", dir)
-	}
-	return nil
-}
-
-// sourceDir returns the absolute path of dir, unless refuse objects.
-func sourceDir(dir string, refuse func(dir string) error) (string, error) {
-	dir, err := filepath.Abs(dir)
-	if err != nil {
-		return "", err
-	}
-	return dir, refuse(dir)
-}
-
-func elapsed(start time.Time) string {
-	return fmt.Sprintf("%.1f s", time.Since(start).Seconds())
-}
-
-// checker verifies a data directory. It prints each defect as a line on stdout.
-type checker struct {
+// dataDir is a data directory that a command reads, and what the command has found in it.
+type dataDir struct {
 	*call
-	dir     string
-	indexes []int       // numbers of the shards, from the names of their files
-	first   *record     // of the first shard whose record can be read
+	path      string  // absolute
+	indexes   []int   // numbers of the shards, from the names of their files
+	first     *record // of the first shard whose record can be read; nil before, and for Rust's
+	mayBeRust bool    // the command reads directories of the Rust server, too
+	isRust    bool    // the Rust server wrote the first shard
+
 	defects int         // all of them
 	damaged []storedRow // blobs that are defects because of their content
 	blobs   int64
-	bytes   int64
+	bytes   int64 // of the blobs, as the client sees them
 }
 
-func (k *checker) amount() string {
-	return fmt.Sprintf("%d blobs, %s", k.blobs, humanSize(k.bytes))
+// source lists the directory dir, unless refuse objects to its absolute path.
+func (cli *call) source(dir string, refuse func(dir string) error) (*dataDir, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, err
+	}
+	if err := refuse(dir); err != nil {
+		return nil, err
+	}
+	return cli.listDir(dir)
 }
 
-// summarize prints the last line of a command.
-func (k *checker) summarize(format string, args ...any) {
-	done := fmt.Sprintf(format, args...)
-	fmt.Fprintf(k.stdout, "%s: %d shards, %s, %s\n", k.dir, len(k.indexes), k.amount(), done)
-}
-
-func (k *checker) defect(shard int, format string, args ...any) {
-	k.defects++
-	k.report(shard, format, args...)
-}
-
-// report prints a line about a shard on stdout.
-func (cli *call) report(shard int, format string, args ...any) {
-	text := strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", " ")
-	fmt.Fprintf(cli.stdout, "shard %d: %s\n", shard, text)
-}
-
-// check verifies dir. An error means that dir could not be checked, and says nothing of its state.
-func (cli *call) check(ctx context.Context, dir string) (*checker, error) {
+func (cli *call) listDir(dir string) (*dataDir, error) {
 	indexes, err := shardFiles(dir)
 	if err != nil {
 		return nil, err
 	}
-	k := &checker{call: cli, dir: dir, indexes: indexes}
-	for n, i := range indexes {
-		cli.progress.begin("checking", n, len(indexes))
-		err := k.checkShard(ctx, i)
-		if ctx.Err() != nil || isInconclusive(err) {
-			return nil, fmt.Errorf("cannot check shard %d: %w", i, err)
-		}
-		if err != nil {
-			k.defect(i, "%v", err)
-		}
-	}
-	if k.first != nil {
-		for _, i := range missingShards(indexes, k.first.NumShards) {
-			k.defect(i, "the file is missing")
-		}
-	}
-	return k, nil
+	return &dataDir{call: cli, path: dir, indexes: indexes}, nil
 }
 
-// isInconclusive reports whether err only means that something could not be read, not that it is
-// damaged.
-func isInconclusive(err error) bool {
-	code, _ := sqliteCode(err)
-	switch code {
-	case sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR:
-		return false // SQLITE_ERROR: a table is missing
-	case 0: // no error of SQLite
-		return errors.Is(err, errNewer)
-	}
-	return true
-}
-
-func missingShards(indexes []int, count int64) (missing []int) {
-	for i := range int(count) {
-		if !slices.Contains(indexes, i) {
-			missing = append(missing, i)
+// each calls visit with one shard after the other. The first error ends it.
+func (d *dataDir) each(task string, visit func(*source) error) error {
+	for n, i := range d.indexes {
+		if err := d.open(task, n, visit); err != nil {
+			return fmt.Errorf("shard %d of %s: %w", i, d.path, err)
 		}
 	}
-	return missing
+	return nil
 }
 
-// checkShard checks one shard. An error is one more defect, unless it is inconclusive.
-func (k *checker) checkShard(ctx context.Context, i int) error {
-	s, err := openSource(k.dir, i)
+// open opens the n-th shard, calls visit with it, and closes it. task is shown as progress.
+func (d *dataDir) open(task string, n int, visit func(*source) error) error {
+	d.progress.startTask(task, n, len(d.indexes))
+	s, err := openSource(d.path, d.indexes[n])
 	if err != nil {
 		return err
 	}
 	defer s.close()
-	if s.record == nil {
+	if n == 0 && d.mayBeRust {
+		d.isRust = s.record == nil
+	}
+	if d.isRust != (s.record == nil) {
 		return errNotOurs
 	}
-	if k.first == nil {
-		k.first = s.record
+	if d.first == nil {
+		d.first = s.record
 	}
-	if err := s.record.fits(k.first, i); err != nil {
-		k.defect(i, "%v", err)
-	}
-	lines, err := s.structureDefects(ctx)
-	for _, line := range lines {
-		k.defect(i, "%s", line)
-	}
-	if err != nil {
-		return err
-	}
-	return s.walk(ctx, func(row storedRow) error { return k.checkBlob(ctx, s, row) })
+	return visit(s)
 }
 
 var errNotOurs = fmt.Errorf("%w: its header is not that of a shard", errCorrupt)
+
+// missing returns the numbers of the shards whose file is not there. The Rust server does not say
+// how many shards there are, and only a gap shows.
+func (d *dataDir) missing() (numbers []int) {
+	count := len(d.indexes)
+	if d.first != nil {
+		count = int(d.first.NumShards)
+	}
+	for i := range count {
+		if !slices.Contains(d.indexes, i) {
+			numbers = append(numbers, i)
+		}
+	}
+	return numbers
+}
 
 // fits returns an error unless r is the record of shard i beside a shard with the record first.
 func (r *record) fits(first *record, i int) error {
@@ -5578,50 +5519,42 @@ func (r *record) fits(first *record, i int) error {
 	return nil
 }
 
-// checkBlob checks one blob. An error is inconclusive.
-func (k *checker) checkBlob(ctx context.Context, s *source, row storedRow) error {
-	size, err := s.verify(ctx, row.id)
-	if errors.Is(err, errDamaged) {
-		// If a server has replaced or deleted the blob meanwhile, its row is gone now.
-		size, err = s.verify(ctx, row.id)
-	}
-	if errors.Is(err, errNoBlob) {
-		return nil
-	}
-	if ctx.Err() != nil || isInconclusive(err) {
-		return err
-	}
-	k.blobs++
-	k.bytes += size
-	k.progress.say(k.amount())
-	if errors.Is(err, errDamaged) {
-		k.damaged = append(k.damaged, row)
-	}
-	if err != nil {
-		k.defect(s.index, "key %q: %v", row.key, err)
-		return nil
-	}
-	if err := row.checkKey(); err != nil {
-		k.defect(s.index, "%v", err)
-		return nil
-	}
-	home := hashes[s.record.Hash](row.key) % uint64(s.record.NumShards)
-	if home != uint64(s.index) {
-		k.defect(s.index, "key %q: it belongs to shard %d", row.key, home)
-	}
-	return nil
+// defect counts a defect and reports it.
+func (d *dataDir) defect(shard int, format string, args ...any) {
+	d.defects++
+	d.report(shard, format, args...)
 }
 
-// source is a shard that is only read, ours or the Rust server's. A server of ours may be using it.
+// report prints one line about a shard on stdout.
+func (cli *call) report(shard int, format string, args ...any) {
+	text := strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", " ")
+	fmt.Fprintf(cli.stdout, "shard %d: %s\n", shard, text)
+}
+
+func (d *dataDir) blobsAndBytes() string {
+	return fmt.Sprintf("%d blobs, %s", d.blobs, humanSize(d.bytes))
+}
+
+// summarize prints the last line of a command on stdout.
+func (d *dataDir) summarize(format string, args ...any) {
+	result := fmt.Sprintf(format, args...)
+	fmt.Fprintf(d.stdout, "%s: %d shards, %s, %s\n",
+		d.path, len(d.indexes), d.blobsAndBytes(), result)
+}
+
+// source is a shard that is only read, ours or the Rust server's.
 type source struct {
-	shard             // only its index, path, readers and dataStmt are set
+	index   int
+	path    string
+	db      *sql.DB
 	record  *record   // nil: the Rust server wrote the shard
-	rowByID *sql.Stmt // columns for scanBlob, or only the content if the shard is not ours
+	rowByID *sql.Stmt // columns for scanBlob; of the Rust server's shard only the content
 	nextRow *sql.Stmt
+	chunks  shard  // for a blobReader: only its dataStmt is set
 	buffer  []byte // of verify
 }
 
-// storedRow is where a blob is in a source.
+// storedRow is where a blob is in a directory.
 type storedRow struct {
 	shard  int
 	id     int64
@@ -5641,11 +5574,11 @@ func (row storedRow) checkKey() error {
 
 // openSource opens shard i of dir. Nothing in it is changed. The caller closes the source.
 func openSource(dir string, i int) (*source, error) {
-	path := filepath.Join(dir, shardName(i))
-	if sizeOf(path) <= 0 { // to open it would delete a WAL that may hold everything
+	file := filepath.Join(dir, shardName(i))
+	if sizeOf(file) <= 0 { // to open it would delete a WAL that may hold everything
 		return nil, fmt.Errorf("%w: the file is missing or empty", errCorrupt)
 	}
-	s := &source{shard: shard{index: i, path: path, readers: openReadOnly(path)}}
+	s := &source{index: i, path: file, db: openReadOnly(file)}
 	if err := s.prepare(); err != nil {
 		s.close()
 		return nil, translate(err)
@@ -5653,39 +5586,193 @@ func openSource(dir string, i int) (*source, error) {
 	return s, nil
 }
 
-func (s *source) close() error { return s.readers.Close() }
+func (s *source) close() error { return s.db.Close() }
 
 // prepare reads the record and prepares the statements.
 func (s *source) prepare() error {
 	var application int64
-	err := s.readers.QueryRow("PRAGMA application_id").Scan(&application)
+	err := s.db.QueryRow("PRAGMA application_id").Scan(&application)
 	if err != nil {
 		return err
 	}
-	query := "SELECT data FROM blobs WHERE rowid = ?"
+	rowByID := "SELECT data FROM blobs WHERE rowid = ?"
 	if application == applicationID {
-		query = "SELECT " + blobColumns + ", data, key FROM blobs WHERE id = ?"
-		s.record, err = recordOf(s.readers)
+		rowByID = "SELECT " + blobColumns + ", data, key FROM blobs WHERE id = ?"
+		s.record, err = recordOf(s.db)
 		if err != nil {
 			return err
 		}
-		s.dataStmt, err = s.readers.Prepare("SELECT data FROM chunks WHERE id = ?")
+		s.chunks.dataStmt, err = s.db.Prepare("SELECT data FROM chunks WHERE id = ?")
 		if err != nil {
 			return err
 		}
 	}
-	s.rowByID, err = s.readers.Prepare(query)
+	s.rowByID, err = s.db.Prepare(rowByID)
 	if err != nil {
 		return err
 	}
-	s.nextRow, err = s.readers.Prepare(nextRowQuery)
+	s.nextRow, err = s.db.Prepare(nextRowQuery)
 	return err
 }
 
-const (
-	nextRowQuery = `SELECT rowid, key IS NULL, coalesce(CAST(key AS BLOB), '') FROM blobs
-		WHERE rowid > ? ORDER BY rowid LIMIT 1`
+const nextRowQuery = `SELECT rowid, key IS NULL, coalesce(CAST(key AS BLOB), '') FROM blobs
+	WHERE rowid > ? ORDER BY rowid LIMIT 1`
 
+// eachRow calls visit with the rows that were there when it began, each found by a query of its
+// own. In a table whose pages are not in order it can miss rows: checkStructure finds such a table.
+func (s *source) eachRow(ctx context.Context, visit func(storedRow) error) error {
+	var last int64
+	err := s.db.QueryRow("SELECT coalesce(max(rowid), 0) FROM blobs").Scan(&last)
+	if err != nil {
+		return translate(err)
+	}
+	row := storedRow{shard: s.index, id: math.MinInt64}
+	for ctx.Err() == nil {
+		above := row.id
+		err := s.nextRow.QueryRow(above).Scan(&row.id, &row.isNull, &row.key)
+		if errors.Is(err, sql.ErrNoRows) {
+			return nil
+		}
+		if err != nil {
+			return translate(err)
+		}
+		if row.id <= above { // in a damaged table the loop could go on for ever
+			return fmt.Errorf("%w: row %d follows row %d", errCorrupt, row.id, above)
+		}
+		if row.id > last {
+			return nil
+		}
+		if err := visit(row); err != nil {
+			return err
+		}
+	}
+	return ctx.Err()
+}
+
+// blobByID returns the blob of ours in the row with this id. An error is errNoBlob, an errDamaged,
+// an errCorrupt, or inconclusive.
+func (s *source) blobByID(id int64) (*blob, error) {
+	b, _, err := scanBlob(s.rowByID.QueryRow(id))
+	err = translate(err)
+	code, _ := sqliteCode(err)
+	if err != nil && code == 0 && !errors.As(err, new(*statusError)) { // a value of another type
+		err = fmt.Errorf("%w: %w", errDamaged, err)
+	}
+	return b, err
+}
+
+// contextReader is a Reader that fails once ctx is done.
+type contextReader struct {
+	ctx context.Context
+	io.Reader
+}
+
+func (r contextReader) Read(data []byte) (int, error) {
+	if err := r.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return r.Reader.Read(data)
+}
+
+// verify reads a content of ours, compares it with its row, and returns its size.
+func (s *source) verify(ctx context.Context, id int64) (int64, error) {
+	b, err := s.blobByID(id)
+	if err != nil {
+		return 0, err
+	}
+	content := &blobReader{shard: &s.chunks, blob: b}
+	sha := sha256.New()
+	checksum := crc32.NewIEEE()
+	if s.buffer == nil {
+		s.buffer = make([]byte, chunkSize)
+	}
+	both := io.MultiWriter(sha, checksum)
+	_, err = io.CopyBuffer(both, contextReader{ctx, content}, s.buffer)
+	if err != nil {
+		return b.size, err
+	}
+	sum := sha.Sum(nil)
+	var crc uint32 // 0 if the blob is not deflated
+	if b.deflated {
+		crc = checksum.Sum32()
+	}
+	if !bytes.Equal(sum, b.sum[:]) || crc != b.crc || content.stored != b.stored {
+		return b.size, fmt.Errorf("%w: SHA-256 %x, CRC-32 %08x, %d stored bytes, "+
+			"but the row says %x, %08x, %d",
+			errDamaged, sum, crc, content.stored, b.sum, b.crc, b.stored)
+	}
+	return b.size, nil
+}
+
+// ==== Check ======================================================================================
+// check verifies a data directory, in use or not: the structure of each shard, whether it belongs
+// to the others, and the checksum, the key and the place of each blob. Each defect is a line.
+
+func cmdCheck(ctx context.Context, cli *call) error {
+	if len(cli.args) == 0 {
+		cfg, _, err := cli.config()
+		if err != nil {
+			return err
+		}
+		cli.args = []string{cfg.DataDir}
+	}
+	d, err := cli.source(cli.args[0], refuseDir)
+	if err != nil {
+		return err
+	}
+	if err := d.check(ctx); err != nil {
+		return err
+	}
+	d.summarize("%d defects", d.defects)
+	if d.defects > 0 {
+		return fmt.Errorf("%s has defects: restore what is damaged from a backup", d.path)
+	}
+	return nil
+}
+
+// check counts and reports what is wrong. An error means that d could not be checked, and says
+// nothing of its state.
+func (d *dataDir) check(ctx context.Context) error {
+	for n, i := range d.indexes {
+		err := d.open("checking", n, func(s *source) error { return d.checkShard(ctx, s) })
+		if ctx.Err() != nil || isInconclusive(err) {
+			return fmt.Errorf("cannot check shard %d: %w", i, err)
+		}
+		if err != nil {
+			d.defect(i, "%v", err)
+		}
+	}
+	for _, i := range d.missing() {
+		d.defect(i, "the file is missing")
+	}
+	return nil
+}
+
+// isInconclusive reports whether err only means that something could not be read, not that it is
+// damaged.
+func isInconclusive(err error) bool {
+	code, _ := sqliteCode(err)
+	switch code {
+	case sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR:
+		return false // SQLITE_ERROR: a table is missing
+	case 0: // no error of SQLite
+		return errors.Is(err, errNewer)
+	}
+	return true
+}
+
+// checkShard checks one shard. An error is one more defect, unless it is inconclusive.
+func (d *dataDir) checkShard(ctx context.Context, s *source) error {
+	if err := s.record.fits(d.first, s.index); err != nil {
+		d.defect(s.index, "%v", err)
+	}
+	if err := d.checkStructure(ctx, s); err != nil {
+		return err
+	}
+	return s.eachRow(ctx, func(row storedRow) error { return d.checkBlob(ctx, s, row) })
+}
+
+const (
 	integrityQuery = `SELECT 'SQLite: ' || integrity_check FROM pragma_integrity_check
 		WHERE integrity_check <> 'ok'`
 
@@ -5706,18 +5793,22 @@ const (
 		LIMIT 100`
 )
 
-// structureDefects returns what is wrong with the shard as a whole, in words. It may return some
-// words and an error.
-func (s *source) structureDefects(ctx context.Context) ([]string, error) {
-	defects, err := texts(s.readers.QueryContext(ctx, integrityQuery))
-	if err != nil || s.record == nil {
-		return defects, err
+// checkStructure reports what is wrong with a shard as a whole. It may report defects and return an
+// error.
+func (d *dataDir) checkStructure(ctx context.Context, s *source) error {
+	lines, err := texts(s.db.QueryContext(ctx, integrityQuery))
+	if err == nil && !d.isRust {
+		var more []string
+		more, err = texts(s.db.QueryContext(ctx, contentQuery, chunkSize))
+		lines = append(lines, more...)
 	}
-	more, err := texts(s.readers.QueryContext(ctx, contentQuery, chunkSize))
-	return append(defects, more...), err
+	for _, line := range lines {
+		d.defect(s.index, "%s", line)
+	}
+	return err
 }
 
-// texts returns the only column of a query's rows.
+// texts returns the only column of a query's rows. With an error it returns those before it.
 func texts(rows *sql.Rows, err error) (found []string, _ error) {
 	if err != nil {
 		return nil, translate(err)
@@ -5733,285 +5824,179 @@ func texts(rows *sql.Rows, err error) (found []string, _ error) {
 	return found, translate(rows.Err())
 }
 
-// walk calls f with the rows that were there when it began, each found by a query of its own. In a
-// table whose pages are not in order it can miss rows: structureDefects tells of that.
-func (s *source) walk(ctx context.Context, f func(storedRow) error) error {
-	var last int64
-	err := s.readers.QueryRow("SELECT coalesce(max(rowid), 0) FROM blobs").Scan(&last)
-	if err != nil {
-		return translate(err)
+// checkBlob checks one blob. An error means that the check cannot go on.
+func (d *dataDir) checkBlob(ctx context.Context, s *source, row storedRow) error {
+	size, err := s.verify(ctx, row.id)
+	if errors.Is(err, errDamaged) {
+		// If a server has replaced or deleted the blob meanwhile, its row is gone now.
+		size, err = s.verify(ctx, row.id)
 	}
-	row := storedRow{shard: s.index, id: math.MinInt64}
-	for ctx.Err() == nil {
-		above := row.id
-		err := s.nextRow.QueryRow(above).Scan(&row.id, &row.isNull, &row.key)
-		if errors.Is(err, sql.ErrNoRows) {
-			return nil
-		}
-		if err != nil {
-			return translate(err)
-		}
-		if row.id <= above { // without this the walk could go on for ever
-			return fmt.Errorf("%w: row %d follows row %d", errCorrupt, row.id, above)
-		}
-		if row.id > last {
-			return nil
-		}
-		if err := f(row); err != nil {
-			return err
-		}
+	if errors.Is(err, errNoBlob) {
+		return nil
 	}
-	return ctx.Err()
+	if ctx.Err() != nil || isInconclusive(err) {
+		return err
+	}
+	d.blobs++
+	d.bytes += size
+	d.progress.setDone(d.blobsAndBytes())
+	if errors.Is(err, errDamaged) {
+		d.damaged = append(d.damaged, row)
+	}
+	keyErr := row.checkKey()
+	home := hashes[s.record.Hash](row.key) % uint64(s.record.NumShards)
+	switch {
+	case err != nil:
+		d.defect(s.index, "key %q: %v", row.key, err)
+	case keyErr != nil:
+		d.defect(s.index, "%v", keyErr)
+	case home != uint64(s.index):
+		d.defect(s.index, "key %q: it belongs to shard %d", row.key, home)
+	}
+	return nil
 }
 
-// blobByID returns the blob of ours in the row with this id. An error is errNoBlob, an errDamaged,
-// an errCorrupt, or inconclusive.
-func (s *source) blobByID(id int64) (*blob, error) {
-	b, _, err := scanBlob(s.rowByID.QueryRow(id))
-	err = translate(err)
-	code, _ := sqliteCode(err)
-	if err != nil && code == 0 && !errors.As(err, new(*statusError)) { // a value of another type
-		err = fmt.Errorf("%w: %w", errDamaged, err)
-	}
-	return b, err
-}
+// ==== Backup =====================================================================================
+// backup copies the data directory, each shard as it was at the moment when its turn came. How a
+// copy is made is the same for migrate. A marker, partialFile, says that a copy is incomplete, from
+// before its first byte until all of it is verified and synced.
 
-// content returns the blob in the row with this id and its content. Of a row of the Rust server
-// only the content is known, at most 30 MB, because that server took no more.
-func (s *source) content(id int64) (*blob, io.Reader, error) {
-	if s.record != nil {
-		b, err := s.blobByID(id)
-		return b, &blobReader{shard: &s.shard, blob: b}, err
-	}
-	now := time.Now().UnixMilli()
-	b := &blob{contentType: octetStream, created: now, updated: now}
-	err := s.rowByID.QueryRow(id).Scan(&b.data) // NULL is an empty content
-	return b, bytes.NewReader(b.data), translate(err)
-}
-
-// contextReader ends with the error of ctx once that is done.
-type contextReader struct {
-	ctx context.Context
-	io.Reader
-}
-
-func (r contextReader) Read(data []byte) (int, error) {
-	if err := r.ctx.Err(); err != nil {
-		return 0, err
-	}
-	return r.Reader.Read(data)
-}
-
-// verify reads a content of ours, compares it with what its row says, and returns its size.
-func (s *source) verify(ctx context.Context, id int64) (int64, error) {
-	b, err := s.blobByID(id)
-	if err != nil {
-		return 0, err
-	}
-	content := &blobReader{shard: &s.shard, blob: b}
-	hash := sha256.New()
-	checksum := crc32.NewIEEE()
-	if s.buffer == nil {
-		s.buffer = make([]byte, chunkSize)
-	}
-	both := io.MultiWriter(hash, checksum)
-	_, err = io.CopyBuffer(both, contextReader{ctx, content}, s.buffer)
-	if err != nil {
-		return b.size, err
-	}
-	sum := hash.Sum(nil)
-	var crc uint32 // 0 if the blob is not deflated
-	if b.deflated {
-		crc = checksum.Sum32()
-	}
-	if !bytes.Equal(sum, b.sum[:]) || crc != b.crc || content.stored != b.stored {
-		return b.size, fmt.Errorf("%w: SHA-256 %x, CRC-32 %08x, %d stored bytes, "+
-			"but the row says %x, %08x, %d",
-			errDamaged, sum, crc, content.stored, b.sum, b.crc, b.stored)
-	}
-	return b.size, nil
-}
-
-// sourceShards returns the numbers of the shards in dir and the first one's record, nil if the Rust
-// server wrote them. An error says which shard does not fit to the others, or is missing.
-func sourceShards(dir string) (indexes []int, first *record, err error) {
-	indexes, err = shardFiles(dir)
-	if err != nil {
-		return nil, nil, err
-	}
-	for n, i := range indexes {
-		s, err := openSource(dir, i)
-		if err != nil {
-			return nil, nil, fmt.Errorf("cannot read shard %d of %s: %w", i, dir, err)
-		}
-		s.close()
-		if n == 0 {
-			first = s.record
-		}
-		if first == nil && s.record == nil {
-			continue
-		}
-		err = errNotOurs
-		if first != nil && s.record != nil {
-			err = s.record.fits(first, i)
-		}
-		if err != nil {
-			return nil, nil, fmt.Errorf("shard %d of %s: %w", i, dir, err)
-		}
-	}
-	count := int64(len(indexes))
-	if first != nil {
-		count = first.NumShards
-	}
-	missing := missingShards(indexes, count)
-	if len(missing) > 0 {
-		return nil, nil, fmt.Errorf("shard %d of %s is missing; restore it from a backup",
-			missing[0], dir)
-	}
-	return indexes, first, nil
-}
-
-// cmdBackup copies the data directory, each shard as it was at the moment when its turn came.
 func cmdBackup(ctx context.Context, cli *call) error {
 	cfg, _, err := cli.config()
 	if err != nil {
 		return err
 	}
 	start := time.Now()
-	from, err := sourceDir(cfg.DataDir, refuseDir)
+	from, err := cli.source(cfg.DataDir, refuseDir)
 	if err != nil {
 		return err
 	}
-	indexes, first, err := cli.inspect(ctx, from, cli.args[0])
+	fill := func(to string, _ *sql.DB) error {
+		return from.each("copying", func(s *source) error { return copyShard(ctx, s, to) })
+	}
+	verify := func(copied *dataDir) error { return copied.compareDamage(ctx, from) }
+	copied, err := from.copyTo(ctx, cli.args[0], fill, verify)
 	if err != nil {
 		return err
 	}
-	if first == nil {
-		return fmt.Errorf("%s: %w", from, errNotOurs)
-	}
-	to, lock, err := cli.beginCopy(cli.args[0])
-	if err != nil {
-		return err
-	}
-	defer lock.Close()
-	for n, i := range indexes {
-		cli.progress.begin("copying", n, len(indexes))
-		if err := copyShard(ctx, from, to, i); err != nil {
-			return fmt.Errorf("%s stays incomplete: shard %d: %w", to, i, err)
-		}
-	}
-	copied, err := cli.check(ctx, to)
-	if err != nil {
-		return err
-	}
-	if err := copied.compareDamage(ctx, from); err != nil {
-		return fmt.Errorf("%s stays incomplete: %w", to, err)
-	}
-	if err := copied.complete(); err != nil {
-		return err
-	}
+	seconds := time.Since(start).Seconds()
 	damaged := len(copied.damaged)
 	if damaged == 0 {
-		copied.summarize("copied and verified in %s", elapsed(start))
+		copied.summarize("copied and verified in %.1f s", seconds)
 		return nil
 	}
-	copied.summarize("copied in %s, %d damaged, as in the original", elapsed(start), damaged)
+	copied.summarize("copied in %.1f s, %d damaged, as in the original", seconds, damaged)
 	return fmt.Errorf("the copy is complete, but has the damaged blobs of %s; restore or delete them",
-		from)
+		from.path)
 }
 
-// copyShard copies one consistent state of shard i.
-func copyShard(ctx context.Context, from, to string, i int) error {
-	s, err := openSource(from, i)
-	if err != nil {
+// copyShard copies one consistent state of a shard into the directory to.
+func copyShard(ctx context.Context, s *source, to string) error {
+	file := filepath.Join(to, shardName(s.index))
+	if err := createFile(file); err != nil {
 		return err
 	}
-	defer s.close()
-	path := filepath.Join(to, shardName(i))
-	if err := createFile(path); err != nil {
-		return err
-	}
-	_, err = s.readers.ExecContext(ctx, "VACUUM INTO ?", path)
+	_, err := s.db.ExecContext(ctx, "VACUUM INTO ?", file)
 	return translate(err)
 }
 
 // compareDamage returns an error unless all defects of the copy are contents that are damaged in
 // the directory from as well. Then the copy is as good as the original.
-func (k *checker) compareDamage(ctx context.Context, from string) error {
-	if k.defects > len(k.damaged) {
-		return fmt.Errorf("it has %d defects, see above; check the original", k.defects)
+func (copied *dataDir) compareDamage(ctx context.Context, from *dataDir) error {
+	if copied.defects > len(copied.damaged) {
+		return fmt.Errorf("it has %d defects, see above; check the original", copied.defects)
 	}
-	for _, row := range k.damaged {
-		if err := compareRow(ctx, from, row); err != nil {
+	for _, row := range copied.damaged {
+		s, err := openSource(from.path, row.shard)
+		if err != nil {
+			return err
+		}
+		_, err = s.verify(ctx, row.id) // VACUUM keeps the ids of rows
+		s.close()
+		if err == nil || errors.Is(err, errNoBlob) {
+			return fmt.Errorf("key %q is whole in the original, or has changed; run backup again",
+				row.key)
+		}
+		if !errors.Is(err, errDamaged) {
 			return err
 		}
 	}
 	return nil
 }
 
-func compareRow(ctx context.Context, from string, row storedRow) error {
-	s, err := openSource(from, row.shard)
+// copyTo makes the directory target a copy of from. fill writes its shards; it is told the absolute
+// path and the lock of the target. verify decides whether the copy is good, after check.
+func (from *dataDir) copyTo(
+	ctx context.Context, target string,
+	fill func(to string, lock *sql.DB) error, verify func(copied *dataDir) error,
+) (*dataDir, error) {
+	to, err := filepath.Abs(target)
+	if err != nil {
+		return nil, err
+	}
+	// Before the survey, which may take long.
+	if err := refuseTarget(to); err != nil {
+		return nil, fmt.Errorf("cannot copy into %s: %w", to, err)
+	}
+	if err := from.survey(ctx); err != nil {
+		return nil, err
+	}
+	lock, err := beginCopy(to)
+	if err != nil {
+		return nil, fmt.Errorf("cannot copy into %s: %w", to, err)
+	}
+	defer lock.Close()
+	from.progress.leaves = to + " holds an incomplete copy"
+	var copied *dataDir
+	err = fill(to, lock)
+	if err == nil {
+		copied, err = from.finishCopy(ctx, to, verify)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s stays incomplete: %w", to, err)
+	}
+	return copied, nil
+}
+
+// survey returns an error unless all shards are there, belong together and are whole. SQLite reads
+// a damaged table without an error and leaves rows out, so nothing is copied from one.
+func (from *dataDir) survey(ctx context.Context) error {
+	err := from.each("opening", func(s *source) error {
+		if from.isRust {
+			return nil
+		}
+		return s.record.fits(from.first, s.index)
+	})
 	if err != nil {
 		return err
 	}
-	defer s.close()
-	_, err = s.verify(ctx, row.id) // VACUUM keeps the ids of rows
-	if err == nil || errors.Is(err, errNoBlob) {
-		return fmt.Errorf("key %q is whole in the original, or has changed; run backup again", row.key)
+	missing := from.missing()
+	if len(missing) > 0 {
+		return fmt.Errorf("shard %d of %s is missing; restore it from a backup",
+			missing[0], from.path)
 	}
-	if errors.Is(err, errDamaged) {
+	return from.each("checking", func(s *source) error {
+		if err := from.checkStructure(ctx, s); err != nil {
+			return err
+		}
+		if from.defects > 0 {
+			return errors.New("it is damaged, see above; restore it from a backup")
+		}
+		return nil
+	})
+}
+
+// refuseTarget returns an error unless a copy may go into dir: it is missing, or empty except for a
+// lock file, or has the marker of an incomplete copy.
+func refuseTarget(dir string) error {
+	if fileExists(filepath.Join(dir, partialFile)) {
 		return nil
 	}
-	return err
-}
-
-// inspect returns what sourceShards does. It refuses a source that is damaged as a whole, because
-// SQLite reads a damaged table without an error and leaves rows out. It comes before beginCopy.
-func (cli *call) inspect(ctx context.Context, from, target string) ([]int, *record, error) {
-	indexes, first, err := sourceShards(from)
-	if err != nil {
-		return nil, nil, err
-	}
-	if err := refuseTarget(target); err != nil { // the rest may take long
-		return nil, nil, fmt.Errorf("cannot copy into %s: %w", target, err)
-	}
-	for n, i := range indexes {
-		cli.progress.begin("checking", n, len(indexes))
-		if err := cli.refuseDamaged(ctx, from, i); err != nil {
-			return nil, nil, err
-		}
-	}
-	return indexes, first, nil
-}
-
-// refuseDamaged reports what is wrong with shard i as a whole, and returns an error if anything is.
-func (cli *call) refuseDamaged(ctx context.Context, from string, i int) error {
-	s, err := openSource(from, i)
-	if err != nil {
-		return err
-	}
-	defer s.close()
-	defects, err := s.structureDefects(ctx)
-	for _, text := range defects {
-		cli.report(i, "%s", text)
-	}
-	if err != nil {
-		return fmt.Errorf("cannot check %s: %w", s.path, err)
-	}
-	if len(defects) > 0 {
-		return fmt.Errorf("%s is damaged, see above; restore it from a backup", s.path)
-	}
-	return nil
-}
-
-// refuseTarget returns an error unless a copy may go into dir: it is missing, empty but for a lock
-// file, or has the marker of an incomplete copy.
-func refuseTarget(dir string) error {
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	if err != nil || fileExists(filepath.Join(dir, partialFile)) {
+	if err != nil {
 		return err
 	}
 	for _, entry := range entries {
@@ -6023,31 +6008,22 @@ func refuseTarget(dir string) error {
 	return nil
 }
 
-// beginCopy makes dir a place for a copy: it locks dir, writes the marker, and removes what an
-// incomplete copy left. It returns the absolute path, and the lock, which the caller closes.
-func (cli *call) beginCopy(dir string) (string, *sql.DB, error) {
-	dir, err := filepath.Abs(dir)
-	if err != nil {
-		return "", nil, err
-	}
+// beginCopy makes dir a place for a copy. It locks dir, writes the marker, and removes what an
+// incomplete copy left. The caller closes the lock.
+func beginCopy(dir string) (lock *sql.DB, err error) {
 	// Look before the lock is made, else its file would be left in a directory that is refused.
-	err = refuseTarget(dir)
-	if err == nil {
-		err = os.MkdirAll(dir, 0o700)
+	if err := refuseTarget(dir); err != nil {
+		return nil, err
 	}
+	lock, err = lockDir(dir)
 	if err != nil {
-		return "", nil, fmt.Errorf("cannot copy into %s: %w", dir, err)
-	}
-	lock, err := lockDir(dir)
-	if err != nil {
-		return "", nil, err
+		return nil, err
 	}
 	if err := startOver(dir); err != nil {
 		lock.Close()
-		return "", nil, fmt.Errorf("cannot copy into %s: %w", dir, err)
+		return nil, err
 	}
-	cli.progress.leaves = dir + " holds an incomplete copy"
-	return dir, lock, nil
+	return lock, nil
 }
 
 // startOver writes the marker and removes the shards of an incomplete copy. dir is locked.
@@ -6079,28 +6055,41 @@ func startOver(dir string) error {
 	return nil
 }
 
-// complete syncs the copy and removes the marker.
-func (k *checker) complete() error {
-	var paths []string
-	for _, i := range k.indexes {
-		path := filepath.Join(k.dir, shardName(i))
-		// With an empty WAL: else that of a crashed directory under the copy would be replayed.
-		if err := createFile(path + "-wal"); err != nil {
-			return fmt.Errorf("cannot complete the copy: %w", err)
-		}
-		paths = append(paths, path, path+"-wal")
+// finishCopy verifies the copy that fill has made in dir, syncs it, and removes the marker.
+func (cli *call) finishCopy(
+	ctx context.Context, dir string, verify func(copied *dataDir) error,
+) (*dataDir, error) {
+	copied, err := cli.listDir(dir)
+	if err != nil {
+		return nil, err
 	}
-	paths = append(paths, k.dir, filepath.Dir(k.dir))
-	for _, path := range paths {
-		if err := syncPath(path); err != nil {
-			return fmt.Errorf("cannot complete the copy: %w", err)
+	if err := copied.check(ctx); err != nil {
+		return nil, err
+	}
+	if err := verify(copied); err != nil {
+		return nil, err
+	}
+	var files []string
+	for _, i := range copied.indexes {
+		file := filepath.Join(dir, shardName(i))
+		// A copy is restored by copying its files over a data directory. The WAL that a crashed
+		// server left there is then overwritten by this empty one, and not replayed.
+		if err := createFile(file + "-wal"); err != nil {
+			return nil, err
+		}
+		files = append(files, file, file+"-wal")
+	}
+	files = append(files, dir, filepath.Dir(dir))
+	for _, file := range files {
+		if err := syncPath(file); err != nil {
+			return nil, err
 		}
 	}
 	// The marker last, else a power loss leaves half a copy that passes for a whole one.
-	if err := os.Remove(filepath.Join(k.dir, partialFile)); err != nil {
-		return fmt.Errorf("cannot complete the copy: %w", err)
+	if err := os.Remove(filepath.Join(dir, partialFile)); err != nil {
+		return nil, err
 	}
-	return syncPath(k.dir)
+	return copied, syncPath(dir)
 }
 
 // ==== Migrate ====================================================================================
@@ -6110,14 +6099,12 @@ func (k *checker) complete() error {
 
 type migration struct {
 	*call
-	from    string
-	indexes []int
-	ours    bool                    // a server of ours wrote the source
-	hash    func(key string) uint64 // of the source
-	to      *store
+	from   *dataDir
+	hash   func(key string) uint64 // of the source
+	target *store
 
-	copied, twice    int64
-	refused, damaged int64 // keys and contents that do not come over
+	copied, duplicates int64
+	badKeys, damaged   int64 // keys and contents that are not copied
 }
 
 func cmdMigrate(ctx context.Context, cli *call) error {
@@ -6126,117 +6113,101 @@ func cmdMigrate(ctx context.Context, cli *call) error {
 		return err
 	}
 	start := time.Now()
-	from, err := sourceDir(cli.args[0], refusePartial)
+	// Not refuseDir, which refuses the Rust server's directories.
+	from, err := cli.source(cli.args[0], refusePartial)
 	if err != nil {
 		return err
 	}
-	if fileExists(filepath.Join(from, lockFile)) { // else no server of ours was ever there
-		lock, err := lockDir(from)
+	from.mayBeRust = true
+	if fileExists(filepath.Join(from.path, lockFile)) { // else no server of ours was ever there
+		lock, err := lockDir(from.path)
 		if err != nil {
 			return err
 		}
 		defer lock.Close()
 	}
-	indexes, first, err := cli.inspect(ctx, from, cfg.DataDir)
+	m := &migration{call: cli, from: from}
+	fill := func(_ string, lock *sql.DB) error { return m.fill(ctx, cfg, lock) }
+	copied, err := from.copyTo(ctx, cfg.DataDir, fill, m.verify)
 	if err != nil {
 		return err
 	}
-	m := &migration{call: cli, from: from, indexes: indexes, hash: hashes["fnv1a"]}
-	if first != nil {
-		m.ours = true
-		m.hash = hashes[first.Hash]
-	}
-	dir, lock, err := cli.beginCopy(cfg.DataDir)
-	if err != nil {
-		return err
-	}
-	defer lock.Close()
-	if err := m.copyInto(ctx, cfg, lock); err != nil {
-		return fmt.Errorf("%s stays incomplete: %w", dir, err)
-	}
-	copied, err := cli.check(ctx, dir)
-	if err != nil {
-		return err
-	}
-	if copied.defects > 0 {
-		return fmt.Errorf("%s stays incomplete: it has %d defects, see above", dir, copied.defects)
-	}
-	if copied.blobs != m.copied {
-		return fmt.Errorf("%s stays incomplete: %d blobs were copied, %d are there: see the log",
-			dir, m.copied, copied.blobs)
-	}
-	if err := copied.complete(); err != nil {
-		return err
-	}
-	copied.summarize("copied and verified in %s; found twice: %d", elapsed(start), m.twice)
+	seconds := time.Since(start).Seconds()
+	copied.summarize("copied and verified in %.1f s; found twice: %d", seconds, m.duplicates)
 	return nil
 }
 
-// copyInto creates the store that cfg describes and copies every row into it. lock is that of its
+// fill creates the store that cfg describes, and copies every blob into it. lock is the lock of its
 // directory.
-func (m *migration) copyInto(ctx context.Context, cfg *config, lock *sql.DB) error {
+func (m *migration) fill(ctx context.Context, cfg *config, lock *sql.DB) error {
+	m.hash = hashes["fnv1a"] // the Rust server's
+	if !m.from.isRust {
+		m.hash = hashes[m.from.first.Hash]
+	}
+	// Fast rather than durable: finishCopy verifies and syncs the result.
 	target := *cfg
 	target.AsyncWrite = true
 	target.Durability = "normal"
 	target.BatchSize = 64
+	target.BatchTimeoutMS = 0 // a misplaced row waits for its commit, alone
 	target.MaxPendingBytes = 8 << 20
-	// In 1970 nothing has expired yet: rows that have are copied too, and left to the server.
+	// The clock stands at 1970, so that expired blobs are copied as well. The server deletes them.
 	in1970 := func() time.Time { return time.Unix(0, 0) }
-	to, err := openStore(ctx, &target, lock, newLogger(cfg, m.stderr), in1970)
+	st, err := openStore(ctx, &target, lock, newLogger(cfg, m.stderr), in1970)
 	if err != nil {
 		return err
 	}
-	m.to = to
-	err = m.copyRows(ctx)
-	if err := errors.Join(err, to.closeShards()); err != nil {
-		return err
+	m.target = st
+	err = m.copyRows(ctx, true)
+	if err == nil {
+		err = m.copyRows(ctx, false)
 	}
-	if m.refused > 0 {
-		return fmt.Errorf("it lacks %d keys, listed above; rename or delete them", m.refused)
-	}
-	if m.damaged > 0 {
+	st.stop() // while another process has locked a shard, the queued writes fail at once
+	closeErr := st.closeShards()
+	return errors.Join(err, closeErr)
+}
+
+// verify returns an error unless the copy has everything that was found, and no defects.
+func (m *migration) verify(copied *dataDir) error {
+	switch {
+	case m.badKeys > 0:
+		return fmt.Errorf("it lacks %d keys, listed above; rename or delete them", m.badKeys)
+	case m.damaged > 0:
 		return fmt.Errorf("it lacks %d damaged blobs, listed above; restore or delete them",
 			m.damaged)
+	case copied.defects > 0:
+		return fmt.Errorf("it has %d defects, see above", copied.defects)
+	case copied.blobs != m.copied:
+		return fmt.Errorf("%d blobs were copied, %d are there: see the log", m.copied, copied.blobs)
 	}
 	return nil
 }
 
-// copyRows copies the rows that are in their shard, and then the others.
-func (m *migration) copyRows(ctx context.Context) error {
-	for _, atHome := range []bool{true, false} {
-		for n, i := range m.indexes {
-			m.progress.begin("copying", n, len(m.indexes))
-			s, err := openSource(m.from, i)
-			if err != nil {
-				return err
+// copyRows copies either the rows that are in the shard of their hash, or the others.
+func (m *migration) copyRows(ctx context.Context, placed bool) error {
+	shards := uint64(len(m.from.indexes))
+	return m.from.each("copying", func(s *source) error {
+		return s.eachRow(ctx, func(row storedRow) error {
+			isPlaced := m.hash(row.key)%shards == uint64(s.index)
+			if isPlaced != placed {
+				return nil
 			}
-			err = s.walk(ctx, func(row storedRow) error {
-				home := m.hash(row.key) % uint64(len(m.indexes))
-				if (home == uint64(i)) != atHome {
-					return nil
-				}
-				return m.copyRow(ctx, s, row, atHome)
-			})
-			s.close()
-			if err != nil {
-				return fmt.Errorf("shard %d: %w", i, err)
-			}
-		}
-	}
-	return nil
+			return m.copyRow(ctx, s, row, isPlaced)
+		})
+	})
 }
 
 // copyRow copies one blob, or reports why its key is not copied. An error ends the migration.
-func (m *migration) copyRow(ctx context.Context, s *source, row storedRow, atHome bool) error {
+func (m *migration) copyRow(ctx context.Context, s *source, row storedRow, isPlaced bool) error {
 	if err := row.checkKey(); err != nil {
-		m.refused++
+		m.badKeys++
 		m.report(s.index, "%v", err)
 		return nil
 	}
-	err := m.copyContent(ctx, s, row, atHome)
+	err := m.copyContent(ctx, s, row, isPlaced)
 	switch {
 	case errors.Is(err, errCondition):
-		m.twice++
+		m.duplicates++
 		m.report(s.index, "key %q: not taken, there is another copy of it", row.key)
 	case errors.Is(err, errDamaged):
 		m.damaged++
@@ -6245,15 +6216,17 @@ func (m *migration) copyRow(ctx context.Context, s *source, row storedRow, atHom
 		return fmt.Errorf("key %q: %w", row.key, err)
 	default:
 		m.copied++
-		m.progress.say(fmt.Sprintf("%d blobs", m.copied))
+		m.progress.setDone(fmt.Sprintf("%d blobs", m.copied))
 	}
 	return nil
 }
 
 // copyContent copies one blob. A misplaced one is copied only if its key is not there already. An
 // errDamaged is about the source.
-func (m *migration) copyContent(ctx context.Context, s *source, row storedRow, atHome bool) error {
-	to, err := m.to.shardOf(row.key)
+func (m *migration) copyContent(
+	ctx context.Context, s *source, row storedRow, isPlaced bool,
+) error {
+	sh, err := m.target.shardOf(row.key)
 	if err != nil {
 		return err
 	}
@@ -6261,18 +6234,31 @@ func (m *migration) copyContent(ctx context.Context, s *source, row storedRow, a
 	if err != nil {
 		return err
 	}
-	p := &putOptions{contentType: b.contentType, length: -1, copyOf: b}
-	if !atHome {
-		p.conditions.noneMatch = "*"
+	options := &putOptions{contentType: b.contentType, length: -1, copyOf: b}
+	if !isPlaced {
+		options.conditions.noneMatch = "*"
 	}
-	p.verify = func(sum []byte) error {
-		if m.ours && !bytes.Equal(sum, b.sum[:]) {
+	options.verify = func(sum []byte) error {
+		if !m.from.isRust && !bytes.Equal(sum, b.sum[:]) {
 			return fmt.Errorf("%w: its SHA-256 is %x, not %x", errDamaged, sum, b.sum)
 		}
 		return nil
 	}
-	_, _, err = to.put(row.key, contextReader{ctx, content}, p)
+	_, _, err = sh.put(row.key, contextReader{ctx, content}, options)
 	return translate(err)
+}
+
+// content returns the blob in the row with this id and its content. Of a row of the Rust server
+// only the content is known, at most 30 MB, because that server took no more.
+func (s *source) content(id int64) (*blob, io.Reader, error) {
+	if s.record != nil {
+		b, err := s.blobByID(id)
+		return b, &blobReader{shard: &s.chunks, blob: b}, err
+	}
+	now := time.Now().UnixMilli()
+	b := &blob{contentType: octetStream, created: now, updated: now}
+	err := s.rowByID.QueryRow(id).Scan(&b.data) // NULL is an empty content
+	return b, bytes.NewReader(b.data), translate(err)
 }
 
 // ==== Transport ==================================================================================

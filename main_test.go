@@ -611,7 +611,7 @@ func contents(t *testing.T, dir string) map[string][]byte {
 	for i := range files {
 		s, err := openSource(dir, i)
 		fatal(t, err)
-		err = s.walk(t.Context(), func(row storedRow) error {
+		err = s.eachRow(t.Context(), func(row storedRow) error {
 			_, content, err := s.content(row.id)
 			fatal(t, err)
 			found[row.key], err = io.ReadAll(content)
@@ -5279,10 +5279,10 @@ func TestCheckWhileBlobsChange(t *testing.T) {
 				}
 			}}
 			var out bytes.Buffer
-			k := &checker{call: &call{stdout: &out}}
-			fatal(t, source.walk(t.Context(), func(row storedRow) error { return k.checkBlob(ctx, source, row) }))
+			checked := &dataDir{call: &call{stdout: &out}}
+			fatal(t, source.eachRow(t.Context(), func(row storedRow) error { return checked.checkBlob(ctx, source, row) }))
 			expect(t, asked >= 2, "the content was not being read when it changed")
-			expect(t, k.defects == 0, "%d defects: %s", k.defects, &out)
+			expect(t, checked.defects == 0, "%d defects: %s", checked.defects, &out)
 		})
 	}
 }
@@ -5465,9 +5465,12 @@ func TestDamagedCopy(t *testing.T) {
 	wantEnd(t, 0, "copied and verified")(copyDir(t, "backup", from, to))
 	exec1(t, filepath.Join(to, shardName(int(hashes["fnv1a"]("small")%4))), "UPDATE blobs SET sha256 = zeroblob(32) WHERE key = 'small'")
 	cli := &call{stdout: io.Discard}
-	copied, err := cli.check(t.Context(), to)
+	original, err := cli.listDir(from)
 	fatal(t, err)
-	err = copied.compareDamage(t.Context(), from)
+	copied, err := cli.listDir(to)
+	fatal(t, err)
+	fatal(t, copied.check(t.Context()))
+	err = copied.compareDamage(t.Context(), original)
 	expect(t, err != nil && strings.Contains(err.Error(), `key "small" is whole in the original`), "%v", err)
 }
 
@@ -5872,12 +5875,12 @@ func TestProgress(t *testing.T) {
 		var screen bytes.Buffer
 		cli := &call{stdout: &screen, stderr: &screen}
 		hide := cli.showProgressOn(&screen)
-		cli.progress.begin("checking", 0, 2)
+		cli.progress.startTask("checking", 0, 2)
 		time.Sleep(600 * time.Millisecond)
-		cli.progress.say("5 blobs")
+		cli.progress.setDone("5 blobs")
 		time.Sleep(500 * time.Millisecond)
 		fmt.Fprintln(cli.stdout, "a result")
-		cli.progress.begin("checking", 1, 2)
+		cli.progress.startTask("checking", 1, 2)
 		time.Sleep(500 * time.Millisecond)
 		hide()
 		time.Sleep(time.Hour)
