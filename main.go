@@ -820,8 +820,8 @@ func (cli *call) showProgressOn(terminal io.Writer) (hide func()) {
 	p.terminal = terminal
 	p.start = time.Now()
 	p.timer = time.AfterFunc(drawInterval, p.draw)
-	cli.stdout = &lineClearer{p, cli.stdout}
-	cli.stderr = &lineClearer{p, cli.stderr}
+	cli.stdout = io.MultiWriter(p, cli.stdout)
+	cli.stderr = io.MultiWriter(p, cli.stderr)
 	return p.hide
 }
 
@@ -867,15 +867,10 @@ func (p *progress) clear() {
 	}
 }
 
-// lineClearer is a Writer that clears the line of the progress before it writes.
-type lineClearer struct {
-	progress *progress
-	io.Writer
-}
-
-func (w *lineClearer) Write(data []byte) (int, error) {
-	w.progress.clear()
-	return w.Writer.Write(data)
+// Write clears the line and writes nothing. In a MultiWriter it makes way for the next writer.
+func (p *progress) Write(data []byte) (int, error) {
+	p.clear()
+	return len(data), nil
 }
 
 // ==== Configuration ==============================================================================
@@ -5578,7 +5573,12 @@ func openSource(dir string, i int) (*source, error) {
 	if sizeOf(file) <= 0 { // to open it would delete a WAL that may hold everything
 		return nil, fmt.Errorf("%w: the file is missing or empty", errCorrupt)
 	}
-	s := &source{index: i, path: file, db: openReadOnly(file)}
+	s := &source{
+		index:  i,
+		path:   file,
+		db:     openReadOnly(file),
+		buffer: make([]byte, chunkSize),
+	}
 	if err := s.prepare(); err != nil {
 		s.close()
 		return nil, translate(err)
@@ -5616,7 +5616,7 @@ func (s *source) prepare() error {
 }
 
 const nextRowQuery = `SELECT rowid, key IS NULL, coalesce(CAST(key AS BLOB), '') FROM blobs
-	WHERE rowid > ? ORDER BY rowid LIMIT 1`
+	WHERE rowid > ? AND rowid <= ? ORDER BY rowid LIMIT 1`
 
 // eachRow calls visit with the rows that were there when it began, each found by a query of its
 // own. In a table whose pages are not in order it can miss rows: checkStructure finds such a table.
@@ -5629,7 +5629,7 @@ func (s *source) eachRow(ctx context.Context, visit func(storedRow) error) error
 	row := storedRow{shard: s.index, id: math.MinInt64}
 	for ctx.Err() == nil {
 		above := row.id
-		err := s.nextRow.QueryRow(above).Scan(&row.id, &row.isNull, &row.key)
+		err := s.nextRow.QueryRow(above, last).Scan(&row.id, &row.isNull, &row.key)
 		if errors.Is(err, sql.ErrNoRows) {
 			return nil
 		}
@@ -5638,9 +5638,6 @@ func (s *source) eachRow(ctx context.Context, visit func(storedRow) error) error
 		}
 		if row.id <= above { // in a damaged table the loop could go on for ever
 			return fmt.Errorf("%w: row %d follows row %d", errCorrupt, row.id, above)
-		}
-		if row.id > last {
-			return nil
 		}
 		if err := visit(row); err != nil {
 			return err
@@ -5683,9 +5680,6 @@ func (s *source) verify(ctx context.Context, id int64) (int64, error) {
 	content := &blobReader{shard: &s.chunks, blob: b}
 	sha := sha256.New()
 	checksum := crc32.NewIEEE()
-	if s.buffer == nil {
-		s.buffer = make([]byte, chunkSize)
-	}
 	both := io.MultiWriter(sha, checksum)
 	_, err = io.CopyBuffer(both, contextReader{ctx, content}, s.buffer)
 	if err != nil {
@@ -5777,12 +5771,13 @@ const (
 		WHERE integrity_check <> 'ok'`
 
 	// What SQLite does not know: each chunk belongs to a blob or to an orphan, and an index of some
-	// rows has no others. A hundred lines are enough to know.
+	// rows has no others. A chunk has 262144 bytes, and the low 20 bits of its id count the chunks
+	// of a content. A hundred lines are enough to know.
 	contentQuery = `
 		SELECT 'chunk ' || (id & 1048575) || ' of content ' || (id >> 20) || ' belongs to no blob'
 		FROM chunks WHERE NOT EXISTS (SELECT 1 FROM orphans WHERE orphans.id = chunks.id >> 20)
 		AND NOT EXISTS (SELECT 1 FROM blobs WHERE blobs.id = chunks.id >> 20
-			AND size > ?1 AND (chunks.id & 1048575) <= (size - 1) / ?1)
+			AND size > 262144 AND (chunks.id & 1048575) <= (size - 1) / 262144)
 		UNION ALL
 		SELECT 'index expiring has ' || indexed || ' rows instead of ' || there FROM
 			(SELECT count(*) AS indexed FROM blobs INDEXED BY expiring
@@ -5793,35 +5788,32 @@ const (
 		LIMIT 100`
 )
 
-// checkStructure reports what is wrong with a shard as a whole. It may report defects and return an
-// error.
+// checkStructure reports what is wrong with a shard as a whole. An error may come after defects.
 func (d *dataDir) checkStructure(ctx context.Context, s *source) error {
-	lines, err := texts(s.db.QueryContext(ctx, integrityQuery))
-	if err == nil && !d.isRust {
-		var more []string
-		more, err = texts(s.db.QueryContext(ctx, contentQuery, chunkSize))
-		lines = append(lines, more...)
+	if err := d.reportDefects(ctx, s, integrityQuery); err != nil {
+		return err
 	}
-	for _, line := range lines {
-		d.defect(s.index, "%s", line)
+	if d.isRust {
+		return nil
 	}
-	return err
+	return d.reportDefects(ctx, s, contentQuery)
 }
 
-// texts returns the only column of a query's rows. With an error it returns those before it.
-func texts(rows *sql.Rows, err error) (found []string, _ error) {
+// reportDefects reports what a query finds: a text a row.
+func (d *dataDir) reportDefects(ctx context.Context, s *source, query string) error {
+	rows, err := s.db.QueryContext(ctx, query)
 	if err != nil {
-		return nil, translate(err)
+		return translate(err)
 	}
 	defer rows.Close()
 	for rows.Next() {
 		var text string
 		if err := rows.Scan(&text); err != nil {
-			return found, translate(err)
+			return translate(err)
 		}
-		found = append(found, text)
+		d.defect(s.index, "%s", text)
 	}
-	return found, translate(rows.Err())
+	return translate(rows.Err())
 }
 
 // checkBlob checks one blob. An error means that the check cannot go on.
@@ -5872,7 +5864,14 @@ func cmdBackup(ctx context.Context, cli *call) error {
 		return err
 	}
 	fill := func(to string, _ *sql.DB) error {
-		return from.each("copying", func(s *source) error { return copyShard(ctx, s, to) })
+		return from.each("copying", func(s *source) error {
+			file := filepath.Join(to, shardName(s.index))
+			if err := createFile(file); err != nil {
+				return err
+			}
+			_, err := s.db.ExecContext(ctx, "VACUUM INTO ?", file)
+			return translate(err)
+		})
 	}
 	verify := func(copied *dataDir) error { return copied.compareDamage(ctx, from) }
 	copied, err := from.copyTo(ctx, cli.args[0], fill, verify)
@@ -5888,16 +5887,6 @@ func cmdBackup(ctx context.Context, cli *call) error {
 	copied.summarize("copied in %.1f s, %d damaged, as in the original", seconds, damaged)
 	return fmt.Errorf("the copy is complete, but has the damaged blobs of %s; restore or delete them",
 		from.path)
-}
-
-// copyShard copies one consistent state of a shard into the directory to.
-func copyShard(ctx context.Context, s *source, to string) error {
-	file := filepath.Join(to, shardName(s.index))
-	if err := createFile(file); err != nil {
-		return err
-	}
-	_, err := s.db.ExecContext(ctx, "VACUUM INTO ?", file)
-	return translate(err)
 }
 
 // compareDamage returns an error unless all defects of the copy are contents that are damaged in
@@ -5941,11 +5930,14 @@ func (from *dataDir) copyTo(
 	if err := from.survey(ctx); err != nil {
 		return nil, err
 	}
-	lock, err := beginCopy(to)
+	lock, err := lockDir(to)
 	if err != nil {
 		return nil, fmt.Errorf("cannot copy into %s: %w", to, err)
 	}
 	defer lock.Close()
+	if err := startOver(to); err != nil {
+		return nil, fmt.Errorf("cannot copy into %s: %w", to, err)
+	}
 	from.progress.leaves = to + " holds an incomplete copy"
 	var copied *dataDir
 	err = fill(to, lock)
@@ -6006,24 +5998,6 @@ func refuseTarget(dir string) error {
 		}
 	}
 	return nil
-}
-
-// beginCopy makes dir a place for a copy. It locks dir, writes the marker, and removes what an
-// incomplete copy left. The caller closes the lock.
-func beginCopy(dir string) (lock *sql.DB, err error) {
-	// Look before the lock is made, else its file would be left in a directory that is refused.
-	if err := refuseTarget(dir); err != nil {
-		return nil, err
-	}
-	lock, err = lockDir(dir)
-	if err != nil {
-		return nil, err
-	}
-	if err := startOver(dir); err != nil {
-		lock.Close()
-		return nil, err
-	}
-	return lock, nil
 }
 
 // startOver writes the marker and removes the shards of an incomplete copy. dir is locked.
@@ -6098,7 +6072,6 @@ func (cli *call) finishCopy(
 // unless their key is there already: of a key that is found twice the right copy is taken.
 
 type migration struct {
-	*call
 	from   *dataDir
 	hash   func(key string) uint64 // of the source
 	target *store
@@ -6126,7 +6099,7 @@ func cmdMigrate(ctx context.Context, cli *call) error {
 		}
 		defer lock.Close()
 	}
-	m := &migration{call: cli, from: from}
+	m := &migration{from: from}
 	fill := func(_ string, lock *sql.DB) error { return m.fill(ctx, cfg, lock) }
 	copied, err := from.copyTo(ctx, cfg.DataDir, fill, m.verify)
 	if err != nil {
@@ -6153,7 +6126,7 @@ func (m *migration) fill(ctx context.Context, cfg *config, lock *sql.DB) error {
 	target.MaxPendingBytes = 8 << 20
 	// The clock stands at 1970, so that expired blobs are copied as well. The server deletes them.
 	in1970 := func() time.Time { return time.Unix(0, 0) }
-	st, err := openStore(ctx, &target, lock, newLogger(cfg, m.stderr), in1970)
+	st, err := openStore(ctx, &target, lock, newLogger(cfg, m.from.stderr), in1970)
 	if err != nil {
 		return err
 	}
@@ -6201,22 +6174,22 @@ func (m *migration) copyRows(ctx context.Context, placed bool) error {
 func (m *migration) copyRow(ctx context.Context, s *source, row storedRow, isPlaced bool) error {
 	if err := row.checkKey(); err != nil {
 		m.badKeys++
-		m.report(s.index, "%v", err)
+		m.from.report(s.index, "%v", err)
 		return nil
 	}
 	err := m.copyContent(ctx, s, row, isPlaced)
 	switch {
 	case errors.Is(err, errCondition):
 		m.duplicates++
-		m.report(s.index, "key %q: not taken, there is another copy of it", row.key)
+		m.from.report(s.index, "key %q: not taken, there is another copy of it", row.key)
 	case errors.Is(err, errDamaged):
 		m.damaged++
-		m.report(s.index, "key %q: %v", row.key, err)
+		m.from.report(s.index, "key %q: %v", row.key, err)
 	case err != nil:
 		return fmt.Errorf("key %q: %w", row.key, err)
 	default:
 		m.copied++
-		m.progress.setDone(fmt.Sprintf("%d blobs", m.copied))
+		m.from.progress.setDone(fmt.Sprintf("%d blobs", m.copied))
 	}
 	return nil
 }

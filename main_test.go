@@ -5543,15 +5543,18 @@ func changeLeaves(t *testing.T, path, table string, change func(leaves [][]byte)
 	t.Helper()
 	db := openDB(path, "mode=ro")
 	defer db.Close()
-	numbers, err := texts(db.Query("SELECT CAST(pageno AS TEXT) FROM dbstat WHERE name = ? AND pagetype = 'leaf' ORDER BY path", table))
+	rows, err := db.Query("SELECT pageno FROM dbstat WHERE name = ? AND pagetype = 'leaf' ORDER BY path", table)
 	fatal(t, err)
+	defer rows.Close()
 	data, err := os.ReadFile(path)
 	fatal(t, err)
 	var leaves [][]byte
-	for _, number := range numbers {
-		n := noErr(strconv.Atoi(number))
+	for rows.Next() {
+		var n int
+		fatal(t, rows.Scan(&n))
 		leaves = append(leaves, data[(n-1)*4096:n*4096])
 	}
+	fatal(t, rows.Err())
 	change(leaves)
 	fatal(t, os.WriteFile(path, data, 0o600))
 }
@@ -6028,6 +6031,24 @@ func TestMigrateRust(t *testing.T) {
 			expect(t, maps.EqualFunc(got, c.want, bytes.Equal) && code == 0 && stderr == "", "%d blobs, want %d; code %d, %s%s", len(got), len(c.want), code, stdout, stderr)
 		})
 	}
+}
+
+// A misplaced row waits for its own commit, but not for batch_timeout_ms.
+func TestMigrateWaitsForNoBatch(t *testing.T) {
+	from := foreign(t, 2, func(i int, exec func(string, ...any)) {
+		exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)")
+		for n := range 3 {
+			exec("INSERT INTO blobs VALUES (?, 'x')", fmt.Sprint("in", i, n))
+			exec("INSERT INTO blobs VALUES ('twice' || ?, 'x')", n)
+		}
+	})
+	to := filepath.Join(t.TempDir(), "to")
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	env := []string{"BLOBNOM_NUM_SHARDS=2", "BLOBNOM_DATA_DIR=" + to, "BLOBNOM_BATCH_TIMEOUT_MS=60000"}
+	var stdout, stderr bytes.Buffer
+	code := run(ctx, []string{"-config", os.DevNull, "migrate", from}, env, &stdout, &stderr)
+	expect(t, code == 0 && strings.Contains(stdout.String(), "found twice: 3"), "code %d, %s%s", code, &stdout, &stderr)
 }
 
 // An empty database is not opened: that would delete the WAL beside it.
