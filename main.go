@@ -803,12 +803,13 @@ type progress struct {
 	leaves string // what an interruption leaves; "" for nothing
 
 	mu       sync.Mutex // guards the rest
-	terminal io.Writer  // nil: the line is not shown
-	timer    *time.Timer
+	terminal io.Writer
+	timer    *time.Timer // calls draw
 	start    time.Time
 	task     string // such as "checking shard 1 of 4"
 	done     string // of the task, such as ", 10 blobs"
-	isDrawn  bool
+	isDrawn  bool   // the line is on the terminal
+	isHidden bool   // it is not drawn any more
 }
 
 // showProgressOn shows the progress until hide is called. Other output goes where it went, and
@@ -826,11 +827,11 @@ func (cli *call) showProgressOn(terminal io.Writer) (hide func()) {
 }
 
 func (p *progress) hide() {
-	p.clear()
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	p.timer.Stop()
-	p.terminal = nil
+	p.isHidden = true // a call of draw may be waiting for mu
+	p.mu.Unlock()
+	p.clear()
 }
 
 func (p *progress) startTask(task string, shard, shards int) {
@@ -849,7 +850,7 @@ func (p *progress) setDone(done string) {
 func (p *progress) draw() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.terminal == nil {
+	if p.isHidden {
 		return
 	}
 	seconds := time.Since(p.start).Seconds()
@@ -6137,20 +6138,25 @@ func (m *migration) fill(ctx context.Context, cfg *config, lock *sql.DB) error {
 	}
 	st.stop() // while another process has locked a shard, the queued writes fail at once
 	closeErr := st.closeShards()
-	return errors.Join(err, closeErr)
-}
-
-// verify returns an error unless the copy has everything that was found, and no defects.
-func (m *migration) verify(copied *dataDir) error {
-	switch {
-	case m.badKeys > 0:
+	if err != nil || closeErr != nil {
+		return errors.Join(err, closeErr)
+	}
+	if m.badKeys > 0 {
 		return fmt.Errorf("it lacks %d keys, listed above; rename or delete them", m.badKeys)
-	case m.damaged > 0:
+	}
+	if m.damaged > 0 {
 		return fmt.Errorf("it lacks %d damaged blobs, listed above; restore or delete them",
 			m.damaged)
-	case copied.defects > 0:
+	}
+	return nil
+}
+
+// verify returns an error unless the copy is whole and has as many blobs as were copied.
+func (m *migration) verify(copied *dataDir) error {
+	if copied.defects > 0 {
 		return fmt.Errorf("it has %d defects, see above", copied.defects)
-	case copied.blobs != m.copied:
+	}
+	if copied.blobs != m.copied {
 		return fmt.Errorf("%d blobs were copied, %d are there: see the log", m.copied, copied.blobs)
 	}
 	return nil
