@@ -5429,9 +5429,9 @@ type dataDir struct {
 	*call
 	path      string  // absolute
 	indexes   []int   // numbers of the shards, from the names of their files
-	first     *record // of the first shard whose record can be read; nil before, and for Rust's
+	first     *record // of the first shard of ours that could be opened
 	mayBeRust bool    // the command reads directories of the Rust server, too
-	isRust    bool    // the Rust server wrote the first shard
+	isRust    bool    // the Rust server wrote it; known once the first shard is open
 
 	defects int         // all of them
 	damaged []storedRow // blobs that are defects because of their content
@@ -5439,8 +5439,10 @@ type dataDir struct {
 	bytes   int64 // of the blobs, as the client sees them
 }
 
-// source lists the directory dir, unless refuse objects to its absolute path.
-func (cli *call) source(dir string, refuse func(dir string) error) (*dataDir, error) {
+// sourceDir lists the directory dir, unless refuse objects to its absolute path.
+func (cli *call) sourceDir(
+	dir string, refuse func(dir string) error,
+) (*dataDir, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
 		return nil, err
@@ -5544,10 +5546,10 @@ type source struct {
 	path    string
 	db      *sql.DB
 	record  *record   // nil: the Rust server wrote the shard
-	rowByID *sql.Stmt // columns for scanBlob; of the Rust server's shard only the content
-	nextRow *sql.Stmt
-	chunks  shard  // for a blobReader: only its dataStmt is set
-	buffer  []byte // of verify
+	rowByID *sql.Stmt // columns for scanBlob; only the content if the Rust server wrote it
+	nextRow *sql.Stmt // the row after an id
+	chunks  shard     // what a blobReader needs of one: only dataStmt is set
+	buffer  []byte    // of verify
 }
 
 // storedRow is where a blob is in a directory.
@@ -5630,7 +5632,8 @@ func (s *source) eachRow(ctx context.Context, visit func(storedRow) error) error
 	row := storedRow{shard: s.index, id: math.MinInt64}
 	for ctx.Err() == nil {
 		above := row.id
-		err := s.nextRow.QueryRow(above, last).Scan(&row.id, &row.isNull, &row.key)
+		found := s.nextRow.QueryRow(above, last)
+		err := found.Scan(&row.id, &row.isNull, &row.key)
 		if errors.Is(err, sql.ErrNoRows) {
 			return nil
 		}
@@ -5691,7 +5694,8 @@ func (s *source) verify(ctx context.Context, id int64) (int64, error) {
 	if b.deflated {
 		crc = checksum.Sum32()
 	}
-	if !bytes.Equal(sum, b.sum[:]) || crc != b.crc || content.stored != b.stored {
+	isSame := bytes.Equal(sum, b.sum[:]) && crc == b.crc
+	if !isSame || content.stored != b.stored {
 		return b.size, fmt.Errorf("%w: SHA-256 %x, CRC-32 %08x, %d stored bytes, "+
 			"but the row says %x, %08x, %d",
 			errDamaged, sum, crc, content.stored, b.sum, b.crc, b.stored)
@@ -5711,7 +5715,7 @@ func cmdCheck(ctx context.Context, cli *call) error {
 		}
 		cli.args = []string{cfg.DataDir}
 	}
-	d, err := cli.source(cli.args[0], refuseDir)
+	d, err := cli.sourceDir(cli.args[0], refuseDir)
 	if err != nil {
 		return err
 	}
@@ -5729,7 +5733,9 @@ func cmdCheck(ctx context.Context, cli *call) error {
 // nothing of its state.
 func (d *dataDir) check(ctx context.Context) error {
 	for n, i := range d.indexes {
-		err := d.open("checking", n, func(s *source) error { return d.checkShard(ctx, s) })
+		err := d.open("checking", n, func(s *source) error {
+			return d.checkShard(ctx, s)
+		})
 		if ctx.Err() != nil || isInconclusive(err) {
 			return fmt.Errorf("cannot check shard %d: %w", i, err)
 		}
@@ -5764,7 +5770,9 @@ func (d *dataDir) checkShard(ctx context.Context, s *source) error {
 	if err := d.checkStructure(ctx, s); err != nil {
 		return err
 	}
-	return s.eachRow(ctx, func(row storedRow) error { return d.checkBlob(ctx, s, row) })
+	return s.eachRow(ctx, func(row storedRow) error {
+		return d.checkBlob(ctx, s, row)
+	})
 }
 
 const (
@@ -5860,7 +5868,7 @@ func cmdBackup(ctx context.Context, cli *call) error {
 		return err
 	}
 	start := time.Now()
-	from, err := cli.source(cfg.DataDir, refuseDir)
+	from, err := cli.sourceDir(cfg.DataDir, refuseDir)
 	if err != nil {
 		return err
 	}
@@ -6088,7 +6096,7 @@ func cmdMigrate(ctx context.Context, cli *call) error {
 	}
 	start := time.Now()
 	// Not refuseDir, which refuses the Rust server's directories.
-	from, err := cli.source(cli.args[0], refusePartial)
+	from, err := cli.sourceDir(cli.args[0], refusePartial)
 	if err != nil {
 		return err
 	}
@@ -6101,7 +6109,9 @@ func cmdMigrate(ctx context.Context, cli *call) error {
 		defer lock.Close()
 	}
 	m := &migration{from: from}
-	fill := func(_ string, lock *sql.DB) error { return m.fill(ctx, cfg, lock) }
+	fill := func(_ string, lock *sql.DB) error {
+		return m.fill(ctx, cfg, lock)
+	}
 	copied, err := from.copyTo(ctx, cfg.DataDir, fill, m.verify)
 	if err != nil {
 		return err
@@ -6127,7 +6137,8 @@ func (m *migration) fill(ctx context.Context, cfg *config, lock *sql.DB) error {
 	target.MaxPendingBytes = 8 << 20
 	// The clock stands at 1970, so that expired blobs are copied as well. The server deletes them.
 	in1970 := func() time.Time { return time.Unix(0, 0) }
-	st, err := openStore(ctx, &target, lock, newLogger(cfg, m.from.stderr), in1970)
+	logger := newLogger(cfg, m.from.stderr)
+	st, err := openStore(ctx, &target, lock, logger, in1970)
 	if err != nil {
 		return err
 	}
