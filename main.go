@@ -1279,6 +1279,7 @@ func newServer(cfg *config, st *store, logger *slog.Logger) *server {
 	s.handleGet("/readyz", s.readyz)
 	s.handleGet("/metrics", s.exposeMetrics)
 	s.handle("GET /blob", s.blobRoot)
+	s.handle("OPTIONS /blob", unservedMethod)
 	s.handle("/blob", unknownPath) // else the mux redirects it to /blob/
 	s.handle("/", unknownPath)
 	return s

@@ -3153,6 +3153,7 @@ func TestOptions(t *testing.T) {
 		OPTIONS /healthz     -> 204  Allow: GET, HEAD
 		OPTIONS /readyz      -> 204  Allow: GET, HEAD
 		OPTIONS /metrics     -> 204  Allow: GET, HEAD
+		OPTIONS /blob        -> 204  Allow: GET, HEAD
 		OPTIONS /blob/k      -> 204  Allow: GET, HEAD, PUT, POST, DELETE
 		OPTIONS /blob/a/../  -> 204  Allow: GET, HEAD, PUT, POST, DELETE
 		OPTIONS /blob/k   Authorization: Bearer wrong  -> 401
