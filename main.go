@@ -6181,7 +6181,7 @@ func (m *migration) fill(ctx context.Context, cfg *config, lock *sql.DB) error {
 	if err == nil {
 		err = m.copyRows(ctx, false)
 	}
-	st.stop() // while another process has locked a shard, the queued writes fail at once
+	st.stop() // else queued writes would wait for another process's lock without end
 	closeErr := st.closeShards()
 	if err != nil || closeErr != nil {
 		return errors.Join(err, closeErr)
