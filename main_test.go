@@ -508,7 +508,8 @@ func (s *testServer) listAll(prefix string, limit int) (keys []string) {
 // A body of unknown length hides its type, so that the client chunks it.
 func unknownLength(b []byte) io.Reader { return io.MultiReader(bytes.NewReader(b)) }
 
-// lockShard keeps the first shard from being written, as another process would. A write gives up after 200 ms.
+// lockShard keeps the first shard from being written, as another process would. A write gives up
+// after 200 ms.
 func (s *testServer) lockShard() (unlock func()) {
 	s.t.Helper()
 	gate(s.store.shards[0])() // the first upkeep is over: it may set another timeout
@@ -1073,7 +1074,8 @@ func TestExampleConfigLoads(t *testing.T) {
 	}
 }
 
-// Control groups of both versions limit the memory: the least of the group, its parents and the top.
+// Control groups of both versions limit the memory: the least of the group, its parents and the
+// top.
 func TestCgroupLimit(t *testing.T) {
 	const one, two = "sys/fs/cgroup/memory", "sys/fs/cgroup"
 	for _, c := range []struct {
@@ -1723,8 +1725,8 @@ func TestExpiry(t *testing.T) {
 	}
 }
 
-// Nobody asks for what has expired. It leaves the cache and gives its space back. A deleted content does
-// not wait for all of it. A download that has begun ends whole.
+// Nobody asks for what has expired. It leaves the cache and gives its space back. A deleted content
+// does not wait for all of it. A download that has begun ends whole.
 func TestExpirySweep(t *testing.T) {
 	t.Parallel() // it waits for upkeep
 	clock := newClock()
@@ -1745,8 +1747,8 @@ func TestExpirySweep(t *testing.T) {
 	}
 	s.put("stays", []byte("x"))
 	s.wantBlob("stays", []byte("x"))
-	// In one transaction "deleted" goes and many rows come that have expired. The trigger notes how many are
-	// left when a chunk of "deleted" is swept.
+	// In one transaction "deleted" goes and many rows come that have expired. The trigger notes how
+	// many are left when a chunk of "deleted" is swept.
 	exec1(t, sh.path, fmt.Sprintf(`BEGIN IMMEDIATE;
 		CREATE TABLE noted AS SELECT id, 0 AS left_over FROM blobs WHERE key = 'deleted';
 		CREATE TRIGGER note AFTER DELETE ON chunks WHEN old.id >> 20 = (SELECT id FROM noted) BEGIN UPDATE noted SET left_over = (SELECT count(*) FROM blobs); END;
@@ -2339,7 +2341,8 @@ func TestPagesAndTexts(t *testing.T) {
 	}
 }
 
-// A page, a look and a piece of upkeep cost the same however many blobs there are: an index finds their rows.
+// A page, a look and a piece of upkeep cost the same however many blobs there are: an index finds
+// their rows.
 func TestQueryPlans(t *testing.T) {
 	s := newTestServer(t, func(c *config) { c.NumShards = 1 })
 	const expiring = "SEARCH blobs USING COVERING INDEX expiring (expires_at<?)"
@@ -2360,8 +2363,8 @@ func TestQueryPlans(t *testing.T) {
 	}
 }
 
-// Any codec, any size and any toggling of the option give back what was stored. What does not get smaller is not
-// deflated; the first chunk decides.
+// Any codec, any size and any toggling of the option give back what was stored. What does not get
+// smaller is not deflated; the first chunk decides.
 func TestStorageCompression(t *testing.T) {
 	cfg := testConfig(t, func(c *config) { c.NumShards, c.OutputCompression = 1, true })
 	blobs := map[string][]byte{}
@@ -2409,8 +2412,8 @@ func TestStorageCompression(t *testing.T) {
 	}
 }
 
-// A range reads the chunks it touches and no other. Damage in the first of them is an error; damage in a later one
-// cuts the connection. A damaged blob can be deleted.
+// A range reads the chunks it touches and no other. Damage in the first of them is an error; damage
+// in a later one cuts the connection. A damaged blob can be deleted.
 func TestRangeReadsItsChunks(t *testing.T) {
 	s := newTestServer(t, func(c *config) { c.NumShards, c.StorageCompression, c.OutputCompression = 1, true, true })
 	path := filepath.Join(s.store.dir, shardName(0))
@@ -2797,9 +2800,9 @@ func TestHealth(t *testing.T) {
 	expect(t, strings.Contains(string(body), version()) && strings.Contains(string(body), "curl --fail-with-body -T FILE "+s.base+"/blob/KEY"), "%s", body)
 }
 
-// A write that waits for another process does not hold up a stop.
-// A stop waits for a foreign lock, and loses nothing that was answered 202 if the lock goes in time.
-// A lock that stays does not keep the server from ending.
+// A write that waits for another process does not hold up a stop. A stop waits for a foreign lock,
+// and loses nothing that was answered 202 if the lock goes in time. A lock that stays does not keep
+// the server from ending.
 func TestStopDespiteForeignLock(t *testing.T) {
 	t.Parallel() // it mostly waits
 	for _, row := range []struct {
@@ -3561,13 +3564,23 @@ func TestMetrics(t *testing.T) {
 	}
 	after := len(s.metrics())
 	expect(t, after <= before, "%d samples became %d", before, after)
-	// Blobs are counted at most once a minute, and a count that fails spoils nothing else.
+}
+
+// Blobs are counted at most once a minute, and a count that fails spoils nothing else.
+func TestBlobCount(t *testing.T) {
+	s := newTestServer(t, oneShard)
 	sh := s.store.shards[0]
-	s.put(s.keyOn(0, "another"), small)
-	for _, c := range [][2]string{{"1", "SELECT 1"}, {"2", "ALTER TABLE blobs RENAME TO away"}, {"2", "ALTER TABLE away RENAME TO blobs"}} {
+	s.put("one", nil)
+	s.metrics()
+	s.put("another", nil)
+	for _, step := range []struct{ want, then string }{
+		{"1", "SELECT 1"},
+		{"2", "ALTER TABLE blobs RENAME TO away"},
+		{"2", "ALTER TABLE away RENAME TO blobs"},
+	} {
 		got := fmt.Sprint(s.metrics()[`blobnom_shard_blobs{shard="0"}`])
-		expect(t, got == c[0], "%s blobs, want %s before %s", got, c[0], c[1])
-		exec1(t, sh.path, c[1])
+		expect(t, got == step.want, "%s blobs, want %s before %s", got, step.want, step.then)
+		exec1(t, sh.path, step.then)
 		sh.countMu.Lock()
 		sh.counted = time.Time{}
 		sh.countMu.Unlock()
@@ -3715,7 +3728,8 @@ func TestSlowUploads(t *testing.T) {
 	})
 }
 
-// The time that a commit takes is not the client's, neither in the middle of an upload nor at its end.
+// The time that a commit takes is not the client's, neither in the middle of an upload nor at its
+// end.
 func TestSlowCommits(t *testing.T) {
 	bubble(t, func(t *testing.T, s *testServer, dial func(string) net.Conn) {
 		body := noise(3*chunkSize, 1)
@@ -3795,7 +3809,8 @@ func TestStopCutsOff(t *testing.T) {
 	})
 }
 
-// An error is answered at once, whatever of the body has been sent. What is read afterwards has an end.
+// An error is answered at once, whatever of the body has been sent. What is read afterwards has an
+// end.
 func TestEarlyErrors(t *testing.T) {
 	for _, row := range []struct {
 		what, headers, body string
@@ -4050,7 +4065,8 @@ func TestRefusedDirectories(t *testing.T) {
 	}
 }
 
-// A start that is killed while it creates the shards leaves nothing to repair, and one server keeps others out until it dies.
+// A start that is killed while it creates the shards leaves nothing to repair, and one server keeps
+// others out until it dies.
 func TestKilledCreation(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "data")
 	env := []string{"BLOBNOM_DATA_DIR=" + dir, "BLOBNOM_NUM_SHARDS=30", "BLOBNOM_ADDR=127.0.0.1:0"}
@@ -4116,7 +4132,8 @@ func TestCorruptShard(t *testing.T) {
 // Shard
 // ============================================================================
 
-// Downloads that run while their blob is replaced or deleted end whole. Unused contents go, those of an earlier run too.
+// Downloads that run while their blob is replaced or deleted end whole. Unused contents go, those
+// of an earlier run too.
 func TestReplacedWhileDownloaded(t *testing.T) {
 	t.Parallel() // it waits for upkeep
 	cfg := testConfig(t, oneShard)
@@ -4183,8 +4200,8 @@ var systemCalls = map[string]map[string]uintptr{
 	"linux/arm64": {"pread64": 67, "pwrite64": 68, "fsync": 82, "fdatasync": 83, "setfsuid": 151, "prctl": 167},
 }[runtime.GOOS+"/"+runtime.GOARCH]
 
-// breakSystemCalls makes system calls fail with errno on the calling goroutine's thread. The seccomp
-// filter cannot be taken off again, so the goroutine keeps its thread, which ends with it.
+// breakSystemCalls makes system calls fail with errno on the calling goroutine's thread. The
+// seccomp filter cannot be taken off again, so the goroutine keeps its thread, which ends with it.
 func breakSystemCalls(errno syscall.Errno, names ...string) error {
 	if systemCalls == nil {
 		return errors.New("not known for " + runtime.GOOS + "/" + runtime.GOARCH)
@@ -4353,8 +4370,8 @@ func TestFlood(t *testing.T) {
 	s.put("large", noise(2*chunkSize, 1)) // one operation always fits
 }
 
-// Another process that holds a shard's lock delays what was answered 202. Whoever waits is told, also
-// behind those writes, and the shard is ready again by itself.
+// Another process that holds a shard's lock delays what was answered 202. Whoever waits is told,
+// also behind those writes, and the shard is ready again by itself.
 func TestForeignLock(t *testing.T) {
 	t.Parallel() // it mostly waits
 	s := newTestServer(t, oneShard, func(c *config) { c.AsyncWrite = true })
@@ -4387,8 +4404,8 @@ func TestForeignLock(t *testing.T) {
 	eventually(t, "ready", s.ready)
 }
 
-// A shard that another process has locked is not ready, also if nobody writes. It is ready again when
-// the lock is gone.
+// A shard that another process has locked is not ready, also if nobody writes. It is ready again
+// when the lock is gone.
 func TestReadyAgain(t *testing.T) {
 	t.Parallel() // it mostly waits
 	s := newTestServer(t, oneShard)
@@ -4471,13 +4488,15 @@ func fillDisk(t *testing.T, dir string, left int64) (free func()) {
 	return func() { os.Remove(name) }
 }
 
-// Whoever meets a full disk is told so, and soon; the server recovers by itself once there is space.
+// Whoever meets a full disk is told so, and soon; the server recovers by itself once there is
+// space.
 func TestFullDiskAnswers(t *testing.T) {
 	t.Parallel() // it waits for upkeep
 	dir := mount(t, "32m")
 	s := newTestServer(t, oneShard, func(c *config) { c.DataDir = filepath.Join(dir, "data") })
 	s.put("k", []byte("v"))
-	// Uploads that are cut off in their middle. Their clients send on, and see no reset before the answer.
+	// Uploads that are cut off in their middle. Their clients send on, and see no reset before the
+	// answer.
 	free, body := fillDisk(t, dir, 3<<20), noise(8<<20, 1)
 	for i := range 10 {
 		conn := s.dial(fmt.Sprintf("PUT /blob/big HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\nExpect: 100-continue\r\n\r\n", len(body)))
@@ -4516,8 +4535,8 @@ func TestFullDiskAnswers(t *testing.T) {
 	s.put("k", []byte("w"))
 }
 
-// A clean stop leaves the reserve, so that the server starts, and deletes, on a disk that others have
-// filled meanwhile.
+// A clean stop leaves the reserve, so that the server starts, and deletes, on a disk that others
+// have filled meanwhile.
 func TestStartOnFullDisk(t *testing.T) {
 	t.Parallel() // it waits for upkeep
 	dir := mount(t, "32m")
@@ -4603,8 +4622,8 @@ func TestReserve(t *testing.T) {
 	})
 }
 
-// A write whose sync fails is answered 500 and not seen. After it nothing is written or checkpointed
-// any more, so that what was answered before is there after a restart.
+// A write whose sync fails is answered 500 and not seen. After it nothing is written or
+// checkpointed any more, so that what was answered before is there after a restart.
 func TestFailedSync(t *testing.T) {
 	for _, durability := range []string{"full", "normal"} {
 		t.Run(durability, func(t *testing.T) {
@@ -4778,8 +4797,8 @@ func TestRestoredByAnotherUser(t *testing.T) {
 	}
 }
 
-// What the writer's connection is told, for each durability: what an answered write survives depends
-// on it.
+// What the writer's connection is told, for each durability: what an answered write survives
+// depends on it.
 func TestPragmas(t *testing.T) {
 	for _, c := range []struct{ durability, want string }{
 		{"full", "2 1 1"},
@@ -4846,7 +4865,8 @@ func TestRefusedIsUntouched(t *testing.T) {
 	}
 }
 
-// What has expired leaves the cache with its row, so that a clock that goes back does not bring it back.
+// What has expired leaves the cache with its row, so that a clock that goes back does not bring it
+// back.
 func TestExpiredLeavesCache(t *testing.T) {
 	t.Parallel() // it waits for upkeep
 	clock := newClock()
@@ -4939,7 +4959,8 @@ func TestQuota(t *testing.T) {
 // On a fake clock, with a fake commit: exact sizes and times, no sleeping.
 // ============================================================================
 
-// fakeBatcher is a batcher whose commits take a while. batches says when each began, and with which keys.
+// fakeBatcher is a batcher whose commits take a while. batches says when each began, and with which
+// keys.
 func fakeBatcher(size, window, takes int, stopping chan struct{}, upkeep func() time.Duration) (b *batcher, _ *[]string) {
 	start, batches := time.Now(), &[]string{}
 	b = &batcher{size: size, window: ms(window), stopping: stopping, upkeep: upkeep,
@@ -5010,8 +5031,8 @@ func TestBatcher(t *testing.T) {
 	}
 }
 
-// Operations that have to be tried again come first, in their order, and a reader that waits for one
-// of them is told.
+// Operations that have to be tried again come first, in their order, and a reader that waits for
+// one of them is told.
 func TestTriedAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b, batches := fakeBatcher(2, 0, 5, nil, func() time.Duration { return time.Hour })
@@ -5120,7 +5141,8 @@ func TestCache(t *testing.T) {
 	expect(t, c.bytes == 0, "%d bytes in an empty cache", c.bytes)
 }
 
-// Readers never see an older version after a newer, nor miss an acknowledged write, with the cache in between.
+// Readers never see an older version after a newer, nor miss an acknowledged write, with the cache
+// in between.
 func TestReadsAreMonotonic(t *testing.T) {
 	s := newTestServer(t, oneShard)
 	s.put("k", []byte("0"))
@@ -5153,8 +5175,8 @@ func TestReadsAreMonotonic(t *testing.T) {
 // Maintenance
 // ============================================================================
 
-// A content that is damaged on the disk is never taken for a whole one: its GET is a 500 or cut off,
-// and told in the log. It can be replaced and deleted, and the shard stays ready.
+// A content that is damaged on the disk is never taken for a whole one: its GET is a 500 or cut
+// off, and told in the log. It can be replaced and deleted, and the shard stays ready.
 func TestDamagedContent(t *testing.T) {
 	const flip = " SET data = substr(data, 1, 99) || x'00' || substr(data, 101) WHERE "
 	for _, row := range []struct {
@@ -5343,7 +5365,8 @@ func TestCheckOfLocked(t *testing.T) {
 	wantEnd(t, 1, "cannot check shard 0: too busy")(runCommand(t, nil, "check", dir))
 }
 
-// wantEnd wants a command to end with this code and one line that has text: a result, or an error and no result.
+// wantEnd wants a command to end with this code and one line that has text: a result, or an error
+// and no result.
 func wantEnd(t testing.TB, want int, text string) func(code int, stdout, stderr string) {
 	return func(code int, stdout, stderr string) {
 		t.Helper()
@@ -5379,7 +5402,8 @@ func wantIncomplete(t testing.TB, dir string) {
 	wantEnd(t, 1, "incomplete copy")(code, out.String(), errs.String())
 }
 
-// wantUntouched wants the files in dir as they were. A reader may have made -shm files and empty -wal files.
+// wantUntouched wants the files in dir as they were. A reader may have made -shm files and empty
+// -wal files.
 func wantUntouched(t *testing.T, dir string, before map[string]string) {
 	t.Helper()
 	made := func(name, sum string) bool {
@@ -5458,7 +5482,8 @@ func TestBackup(t *testing.T) {
 	s.stop()
 }
 
-// A damaged content is copied, named and told; any other defect of the original leaves the copy incomplete.
+// A damaged content is copied, named and told; any other defect of the original leaves the copy
+// incomplete.
 func TestBackupOfDamage(t *testing.T) {
 	t.Parallel()
 	sample := sampleDir(t).DataDir
@@ -5577,7 +5602,8 @@ func TestDamagedPages(t *testing.T) {
 	}
 }
 
-// copyLeaf copies one leaf page of the table blobs over another. Negative numbers count from the last.
+// copyLeaf copies one leaf page of the table blobs over another. Negative numbers count from the
+// last.
 func copyLeaf(t *testing.T, path string, from, to int) {
 	t.Helper()
 	changeLeaves(t, path, "blobs", func(leaves [][]byte) {
@@ -5693,7 +5719,8 @@ func TestCopyTargets(t *testing.T) {
 	}
 }
 
-// Of two copies into one directory at a time one is refused, and what the other completes stays whole.
+// Of two copies into one directory at a time one is refused, and what the other completes stays
+// whole.
 func TestCopiesMeet(t *testing.T) {
 	sample := sampleDir(t).DataDir
 	for _, command := range []string{"backup", "migrate"} {
@@ -5702,7 +5729,8 @@ func TestCopiesMeet(t *testing.T) {
 			wantEnd(t, 0, "55 blobs")(copyDir(t, "backup", sample, to))
 			whole := snapshot(t, to)
 			marker := filepath.Join(to, partialFile)
-			// The copy is about to be complete. Another command sees the marker, and waits for the lock.
+			// The copy is about to be complete. Another command sees the marker, and waits for the
+			// lock.
 			fatal(t, os.WriteFile(marker, nil, 0o600))
 			lock, err := lockDir(to)
 			fatal(t, err)
@@ -5848,8 +5876,8 @@ func megabytes(t *testing.T, shards int64, n int) string {
 	return s.store.dir
 }
 
-// A backup or a migration that is killed or interrupted leaves nothing that passes for whole, and the
-// next run completes, whichever it is.
+// A backup or a migration that is killed or interrupted leaves nothing that passes for whole, and
+// the next run completes, whichever it is.
 func TestCopyKilled(t *testing.T) {
 	t.Parallel()
 	from, to := megabytes(t, 2, 24), filepath.Join(t.TempDir(), "copy")
@@ -5920,7 +5948,8 @@ func TestCheckInterrupted(t *testing.T) {
 	wantEnd(t, 1, "interrupted; nothing was changed; run the same command again")(code, stdout.String(), stderr.String())
 }
 
-// A person at a terminal sees every half second how far the work is, and output on lines of its own.
+// A person at a terminal sees every half second how far the work is, and output on lines of its
+// own.
 func TestProgress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var screen bytes.Buffer
@@ -6442,8 +6471,8 @@ func TestDrain(t *testing.T) {
 	}
 }
 
-// A hangup stops like any other signal, also during the start, unless it was ignored at the start. Nobody has
-// to read the log.
+// A hangup stops like any other signal, also during the start, unless it was ignored at the start.
+// Nobody has to read the log.
 func TestHangup(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("no signals")
@@ -6560,12 +6589,9 @@ func Example() {
 	request("GET", nil)
 	cancel()
 	<-ended
-	// Output:
-	// PUT: 201 ""
-	// GET: 200 "Hello, blob!\n"
-	// GET: 206 "blob"
-	// DELETE: 204 ""
-	// GET: 404 "not found: no blob under this key; keys below it are listed by /blob/?prefix=greetings/hello.txt/\n"
+	// Output: PUT: 201 "" GET: 200 "Hello, blob!\n" GET: 206 "blob" DELETE: 204 "" GET: 404 "not
+	// found: no blob under this key; keys below it are listed by
+	// /blob/?prefix=greetings/hello.txt/\n"
 }
 
 // ============================================================================
