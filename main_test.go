@@ -2800,9 +2800,8 @@ func TestHealth(t *testing.T) {
 	expect(t, strings.Contains(string(body), version()) && strings.Contains(string(body), "curl --fail-with-body -T FILE "+s.base+"/blob/KEY"), "%s", body)
 }
 
-// A write that waits for another process does not hold up a stop. A stop waits for a foreign lock,
-// and loses nothing that was answered 202 if the lock goes in time. A lock that stays does not keep
-// the server from ending.
+// A stop waits for a foreign lock, and loses nothing that was answered 202 if the lock goes in time.
+// A lock that stays does not keep the server from ending.
 func TestStopDespiteForeignLock(t *testing.T) {
 	t.Parallel() // it mostly waits
 	for _, row := range []struct {
@@ -6589,9 +6588,12 @@ func Example() {
 	request("GET", nil)
 	cancel()
 	<-ended
-	// Output: PUT: 201 "" GET: 200 "Hello, blob!\n" GET: 206 "blob" DELETE: 204 "" GET: 404 "not
-	// found: no blob under this key; keys below it are listed by
-	// /blob/?prefix=greetings/hello.txt/\n"
+	// Output:
+	// PUT: 201 ""
+	// GET: 200 "Hello, blob!\n"
+	// GET: 206 "blob"
+	// DELETE: 204 ""
+	// GET: 404 "not found: no blob under this key; keys below it are listed by /blob/?prefix=greetings/hello.txt/\n"
 }
 
 // ============================================================================
