@@ -3464,7 +3464,7 @@ func openShard(st *store, i int, cfg *config) (*shard, *record, error) {
 		fmt.Sprintf("_pragma=checkpoint_fullfsync(%t)", isFull),
 		fmt.Sprintf("_pragma=journal_size_limit(%d)", reserveBytes),
 		"_pragma=temp_store(memory)",
-		"_pragma=wal_autocheckpoint(0)", // see checkpoint
+		"_pragma=wal_autocheckpoint(0)", // see checkpointIfDue
 	}, "&"))
 	sh.writer.SetMaxOpenConns(1)
 	sh.readers = openReadOnly(sh.path)
@@ -4354,11 +4354,18 @@ func (sh *shard) probeSpace() error {
 	return err
 }
 
-// checkpoint copies what the WAL holds into the database, so that the next write can begin the WAL
-// anew. It runs between two batches, when their clients have been answered. SQLite would do it
-// inside a COMMIT and would not tell of an error. While another process reads an old state, only a
-// part is copied, and the WAL grows.
-func (sh *shard) checkpoint() {
+// checkpointIfDue copies what the WAL holds into the database if that is enough, so that the next
+// write can begin the WAL anew. It runs between two batches, when their clients have been answered,
+// and after a piece of upkeep. SQLite would do it inside a COMMIT and would not tell of an error.
+// While another process reads an old state, only a part is copied, and the WAL grows.
+func (sh *shard) checkpointIfDue() {
+	most := int64(checkpointBytes)
+	if sh.store.reserve.isFull() {
+		most = spareBytes // the shards share the reserve's room
+	}
+	if sh.written-sh.checkpointed < most {
+		return
+	}
 	sh.checkpointed = sh.written
 	if sh.syncFailed {
 		return
@@ -4392,13 +4399,7 @@ func (sh *shard) truncateWAL() error {
 // commit is the batcher's: it runs a batch, and a checkpoint when that is due.
 func (sh *shard) commit(batch []*op) (again []*op) {
 	again = sh.runBatch(batch)
-	most := int64(checkpointBytes)
-	if sh.store.reserve.isFull() {
-		most = spareBytes // the shards share the reserve's room
-	}
-	if sh.written-sh.checkpointed >= most {
-		sh.checkpoint()
-	}
+	sh.checkpointIfDue()
 	return again
 }
 
@@ -4458,8 +4459,8 @@ func (sh *shard) tryAlone(batch []*op) error {
 	return sh.tryBatch(batch)
 }
 
-// tryBatch runs batch as one transaction. An operation whose precondition fails changes nothing,
-// and has its error in err.
+// tryBatch runs batch as one transaction. An operation whose precondition fails changes nothing:
+// its error stays in its op, and the batch goes on.
 func (sh *shard) tryBatch(batch []*op) error {
 	for _, o := range batch {
 		if o.key != "" {
@@ -5239,6 +5240,7 @@ func (sh *shard) upkeep() time.Duration {
 	start := time.Now()
 	full := sh.store.reserve.isFull()
 	more, err := sh.reclaim(full)
+	sh.checkpointIfDue()
 	if err != nil {
 		return sweepInterval // recordOutcome has logged it
 	}

@@ -4843,6 +4843,28 @@ func TestCheckpoint(t *testing.T) {
 	}
 }
 
+// Upkeep keeps the WAL small, too: many blobs expire while nobody writes.
+func TestCheckpointOfUpkeep(t *testing.T) {
+	t.Parallel() // it waits for upkeep
+	cfg := testConfig(t, oneShard)
+	clock := newClock()
+	fatal(t, serveAt(t, cfg, stallTimeout, clock.now).stop())
+	path := filepath.Join(cfg.DataDir, shardName(0))
+	exec1(t, path, fmt.Sprintf(`INSERT INTO blobs
+		WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 10000)
+		SELECT i, hex(randomblob(200)), 0, x'%x', 0, 0, NULL, 'text/plain', 0, 0, 1, 0, x''
+		FROM n`, sha256.Sum256(nil)))
+	s := serveAt(t, cfg, stallTimeout, clock.now)
+	most := int64(0)
+	eventually(t, "all are swept", func() bool {
+		most = max(most, sizeOf(path+"-wal"))
+		return countRows(t, s.store.dir, "SELECT count(*) FROM blobs") == 0
+	})
+	if most > 3*reserveBytes { // it grows while countRows reads; without checkpoints it has 60 MB
+		t.Errorf("the WAL had %d bytes", most)
+	}
+}
+
 // A directory that is refused is left alone: what has expired in it, too.
 func TestRefusedIsUntouched(t *testing.T) {
 	cfg := testConfig(t)
