@@ -79,15 +79,20 @@ var (
 	seed = flag.Uint64("seed", 0, "seed of the model test; 0 takes a random one")
 )
 
-// testServer is a running server; base is its URL up to the path.
+// testServer is a server under test and the directory of its script.
 type testServer struct {
-	t     testing.TB
+	t      testing.TB
+	dir    string // of the files of a script
+	clock  *clock
+	client *http.Client // of do
+
+	// While a server runs:
 	store *store
 	log   *syncBuffer
-	base  string
+	base  string       // its URL up to the path
 	stop  func() error // drains and closes; the error of both
 
-	client *http.Client // of do
+	kept map[string]string // the files of a directory, see keep
 }
 
 type syncBuffer struct {
@@ -118,49 +123,55 @@ func testConfig(t testing.TB, change ...func(*config)) *config {
 
 func newTestServer(t testing.TB, change ...func(*config)) *testServer {
 	t.Helper()
-	return serveConfig(t, testConfig(t, change...), stallTimeout)
+	return serveConfig(t, testConfig(t, change...))
 }
 
-func serveConfig(t testing.TB, cfg *config, stall time.Duration) *testServer {
+func serveConfig(t testing.TB, cfg *config) *testServer {
 	t.Helper()
-	return serveAt(t, cfg, stall, time.Now)
+	return serveAt(t, cfg, &clock{})
 }
 
-func serveAt(t testing.TB, cfg *config, _ time.Duration, now func() time.Time) *testServer {
+func serveAt(t testing.TB, cfg *config, now *clock) *testServer {
 	t.Helper()
 	ln, err := listen("127.0.0.1:0")
 	fatal(t, err)
-	return serveOn(t, ln, client, cfg, now)
-}
-
-// serveOn serves on a listener, which the client reaches.
-func serveOn(t testing.TB, ln net.Listener, client *http.Client, cfg *config, now func() time.Time) *testServer {
-	t.Helper()
-	s, dir := &testServer{t: t, log: &syncBuffer{}, client: client}, cfg.DataDir
-	var level slog.Level
-	level.UnmarshalText([]byte(cfg.LogLevel))
-	log := slog.New(slog.NewTextHandler(s.log, &slog.HandlerOptions{Level: level}))
-	var err error
-	s.store, err = openStore(context.Background(), cfg, nil, log, now)
-	fatal(t, err)
-	s.base = "http://" + ln.Addr().String()
-	ctx, cancel := context.WithCancel(context.Background())
-	served := make(chan error, 1)
-	go func() { served <- newServer(cfg, s.store, log).serve(ctx, ln) }()
-	s.stop = sync.OnceValue(func() error {
-		cancel()
-		return errors.Join(<-served, s.store.close())
-	})
-	t.Cleanup(func() {
-		client.CloseIdleConnections()
-		err := s.stop()
-		expect(t, err == nil, "stopping: %v", err)
-		verifyDir(t, dir)
-	})
+	s := &testServer{t: t, clock: now, client: client}
+	fatal(t, s.serveOn(ln, cfg))
 	return s
 }
 
-// clock is a store's time in the test's hands.
+// serveOn serves on a listener, which the client reaches, until the test ends. Then the directory is
+// verified, if it is still there.
+func (s *testServer) serveOn(ln net.Listener, cfg *config) error {
+	s.log = &syncBuffer{}
+	var level slog.Level
+	level.UnmarshalText([]byte(cfg.LogLevel))
+	log := slog.New(slog.NewTextHandler(s.log, &slog.HandlerOptions{Level: level}))
+	st, err := openStore(context.Background(), cfg, nil, log, s.clock.now)
+	if err != nil {
+		return err
+	}
+	s.store = st
+	s.base = "http://" + ln.Addr().String()
+	ctx, cancel := context.WithCancel(context.Background())
+	served := make(chan error, 1)
+	go func() { served <- newServer(cfg, st, log).serve(ctx, ln) }()
+	stop := sync.OnceValue(func() error {
+		cancel()
+		return errors.Join(<-served, st.close())
+	})
+	s.stop = stop
+	dir := cfg.DataDir
+	s.t.Cleanup(func() {
+		s.client.CloseIdleConnections()
+		err := stop()
+		expect(s.t, err == nil, "stopping: %v", err)
+		verifyDir(s.t, dir)
+	})
+	return nil
+}
+
+// clock is a store's time in the test's hands, in milliseconds. As 0 it is the real time.
 type clock struct{ ms atomic.Int64 }
 
 func newClock() *clock {
@@ -169,7 +180,14 @@ func newClock() *clock {
 	return c
 }
 
-func (c *clock) now() time.Time          { return time.UnixMilli(c.ms.Load()) }
+func (c *clock) now() time.Time {
+	ms := c.ms.Load()
+	if ms == 0 {
+		return time.Now()
+	}
+	return time.UnixMilli(ms)
+}
+
 func (c *clock) advance(d time.Duration) { c.ms.Add(d.Milliseconds()) }
 
 var client = newClient(new(net.Dialer).DialContext)
@@ -522,7 +540,7 @@ func (s *testServer) lockShard() (unlock func()) {
 }
 
 // snapshot maps every file in dir to its content's hash.
-func snapshot(t *testing.T, dir string) map[string]string {
+func snapshot(t testing.TB, dir string) map[string]string {
 	t.Helper()
 	files := map[string]string{}
 	entries, err := os.ReadDir(dir)
@@ -583,7 +601,7 @@ func runCommand(t testing.TB, env []string, args ...string) (code int, stdout, s
 // it is and deflated.
 func sampleDir(t testing.TB) *config {
 	cfg := testConfig(t, func(c *config) { c.StorageCompression = true })
-	s := serveConfig(t, cfg, stallTimeout)
+	s := serveConfig(t, cfg)
 	for key, body := range map[string][]byte{"empty": nil, "small": noise(5000, 1), "text": prose(5000, 2), "large": noise(3*chunkSize, 3), "prose": prose(3*chunkSize+5, 4)} {
 		s.put(key, body)
 	}
@@ -625,6 +643,493 @@ func contents(t *testing.T, dir string) map[string][]byte {
 		fatal(t, errors.Join(err, s.close()))
 	}
 	return found
+}
+
+// ============================================================================
+// Scripts
+//
+// Most tests are scripts. A line is an action, and behind its arrow stands what
+// the action has to answer. Two spaces or more separate the fields of a line.
+//
+//	# A blob lives as long as its ttl.
+//	clock   2026-01-02T03:04:05.678Z
+//	serve   num_shards=1
+//	PUT     /blob/k?ttl=90s  Content-Type: text/plain  hello  -> 201  ETag: {tag hello}
+//	clock   +90s
+//	GET     /blob/k                       -> 404  ~not found  Blob-Expires: -
+//	sql     data  SELECT count(*) FROM orphans               -> 0
+//	blobnom check data  num_shards=4      -> 0  ~0 defects
+//
+// The answer of a request is a status, headers and a body, that of a command is
+// its exit code and what it prints. A wanted field is one of
+//
+//	201                what the answer begins with: status, exit code, result
+//	Name: value        a header; "Name: -" is an absent one
+//	~text, !text       the text of the answer contains it, or does not
+//	cut                the answer ends before its end
+//	"", anything else  the whole text, without the newline at its end
+//
+// An action without an arrow has to succeed. A line "wait ACTION -> ANSWER" tries
+// again for a minute. Braces hold what is made by the test: see brace.
+// ============================================================================
+
+// answer is what an action of a script answers.
+type answer struct {
+	status  string
+	header  http.Header
+	text    string
+	isCut   bool
+	isError bool
+}
+
+// scripts runs each paragraph of text as a test of its own, in a directory of its own: first the
+// lines of setup, then the paragraph. Its first line is its name: "# name".
+func scripts(t *testing.T, setup, text string) {
+	for paragraph := range strings.SplitSeq(text, "\n\n") {
+		name, lines, _ := strings.Cut(strings.TrimSpace(paragraph), "\n")
+		t.Run(strings.TrimPrefix(name, "# "), func(t *testing.T) {
+			script(t, setup+"\n"+lines)
+		})
+	}
+}
+
+// script runs the lines of text in a new directory, and returns what is left running.
+func script(t *testing.T, text string) *testServer {
+	t.Helper()
+	s := &testServer{t: t, dir: t.TempDir(), client: client, clock: &clock{}}
+	s.script(text)
+	return s
+}
+
+// script runs more lines. A line that starts with "#" says what the lines behind it show.
+func (s *testServer) script(text string) {
+	s.t.Helper()
+	about := ""
+	for line := range strings.Lines(text) {
+		line = strings.TrimSpace(line)
+		if strings.HasPrefix(line, "#") {
+			about = line + "\n"
+		} else if line != "" {
+			s.scriptLine(about, line)
+		}
+	}
+}
+
+func (s *testServer) scriptLine(about, line string) {
+	s.t.Helper()
+	action, wanted, _ := strings.Cut(line, "->")
+	action, isWait := strings.CutPrefix(action, "wait ")
+	verb, fields, _ := strings.Cut(strings.TrimSpace(action), " ")
+	try := func() string {
+		return s.act(verb, splitFields(fields)).differs(splitFields(wanted))
+	}
+	problem := try()
+	deadline := time.Now().Add(time.Minute)
+	for isWait && problem != "" && time.Now().Before(deadline) {
+		time.Sleep(5 * time.Millisecond) // polling an outside effect, not synchronizing
+		problem = try()
+	}
+	if problem != "" {
+		s.t.Errorf("%s%s\n\t%s", about, line, problem)
+	}
+}
+
+var fieldGap = regexp.MustCompile(`  +`)
+
+// splitFields returns the fields of a part of a line, with their braces expanded.
+func splitFields(part string) []string {
+	part = strings.TrimSpace(part)
+	if part == "" {
+		return nil
+	}
+	fields := fieldGap.Split(part, -1)
+	for i, field := range fields {
+		fields[i] = expand(field)
+	}
+	return fields
+}
+
+var headerField = regexp.MustCompile(`(?s)^([A-Z][A-Za-z0-9-]*):(?: (.*))?$`)
+
+// differs returns how the answer differs from the wanted fields, "" if it does not.
+func (a answer) differs(wanted []string) string {
+	text := strings.TrimSuffix(a.text, "\n")
+	got := fmt.Sprintf("it is %s %v %.300q", a.status, a.header, text)
+	if len(wanted) == 0 {
+		if a.isError {
+			return got
+		}
+		return ""
+	}
+	if a.status != wanted[0] {
+		return fmt.Sprintf("want %s, %s", wanted[0], got)
+	}
+	wantCut := slices.Contains(wanted, "cut")
+	if a.isCut != wantCut {
+		return fmt.Sprintf("want an answer that is cut off: %v, %s", wantCut, got)
+	}
+	for _, field := range wanted[1:] {
+		header := headerField.FindStringSubmatch(field)
+		isRight := false
+		switch {
+		case field == "cut":
+			isRight = true
+		case header != nil:
+			isRight = cmp.Or(strings.Join(a.header.Values(header[1]), ", "), "-") == header[2]
+		case strings.HasPrefix(field, "~"):
+			isRight = strings.Contains(text, field[1:])
+		case strings.HasPrefix(field, "!"):
+			isRight = !strings.Contains(text, field[1:])
+		default:
+			isRight = text == unquote(field)
+		}
+		if !isRight {
+			return fmt.Sprintf("want %.100q, %s", field, got)
+		}
+	}
+	return ""
+}
+
+// unquote returns the text of a field: "" is the empty one.
+func unquote(field string) string {
+	if field == `""` {
+		return ""
+	}
+	return field
+}
+
+var braceStart = regexp.MustCompile(`{[a-z][a-z0-9-]* `)
+
+// expand replaces each {name argument} in text. Braces may be nested.
+func expand(text string) string {
+	start := braceStart.FindStringIndex(text)
+	if start == nil {
+		return text
+	}
+	name := text[start[0]+1 : start[1]-1]
+	end := start[1]
+	for depth := 1; depth > 0; end++ {
+		switch text[end] {
+		case '{':
+			depth++
+		case '}':
+			depth--
+		}
+	}
+	return text[:start[0]] + brace(name, expand(text[start[1]:end-1])) + expand(text[end:])
+}
+
+// brace returns the value of an expression in a script:
+//
+//	{noise 2C+5}  {prose 100 10:20}   bytes of a size, or some of them; C is the size of a chunk
+//	{tag TEXT}  {gzip-tag TEXT}       the entity tags of a content
+//	{sha-256 TEXT}  {base64 TEXT}     sums in base64; sha-512, md5, too
+//	{repeat 256 x}                    a text so many times
+//	{shard KEY}  {home KEY}           the file of the key's shard, of four, and "shard 3: "
+func brace(name, argument string) string {
+	first, rest, _ := strings.Cut(argument, " ")
+	switch name {
+	case "noise":
+		return slice(noise(byteCount(first), 1), rest)
+	case "prose":
+		return slice(prose(byteCount(first), 1), rest)
+	case "tag":
+		return tagOf([]byte(argument))
+	case "gzip-tag":
+		return `"` + sumOf([]byte(argument)) + `-gzip"`
+	case "base64":
+		return base64.StdEncoding.EncodeToString([]byte(argument))
+	case "repeat":
+		return strings.Repeat(rest, byteCount(first))
+	case "shard":
+		return filepath.Join("data", shardName(int(hashes["fnv1a"](argument)%4)))
+	case "home":
+		return fmt.Sprintf("shard %d: ", hashes["fnv1a"](argument)%4)
+	}
+	sums := map[string]hash.Hash{"sha-256": sha256.New(), "sha-512": sha512.New(), "md5": md5.New()}
+	io.WriteString(sums[name], argument)
+	return base64.StdEncoding.EncodeToString(sums[name].Sum(nil))
+}
+
+// byteCount adds up terms such as 100, 3C (three chunks) and -1.
+func byteCount(text string) int {
+	sum := 0
+	for term := range strings.SplitSeq(strings.ReplaceAll(text, "-", "+-"), "+") {
+		number, isChunks := strings.CutSuffix(term, "C")
+		n := noErr(strconv.Atoi(cmp.Or(number, "1")))
+		if isChunks {
+			n *= chunkSize
+		}
+		sum += n
+	}
+	return sum
+}
+
+// slice returns the bytes FROM:TO of content; all of them if bounds is empty.
+func slice(content []byte, bounds string) string {
+	from, to, isPart := strings.Cut(bounds, ":")
+	if isPart {
+		content = content[byteCount(from):byteCount(to)]
+	}
+	return string(content)
+}
+
+// path returns the path of a file of the script.
+func (s *testServer) path(name string) string {
+	if filepath.IsAbs(name) {
+		return name
+	}
+	return filepath.Join(s.dir, name)
+}
+
+// act does one action of a script.
+func (s *testServer) act(verb string, fields []string) answer {
+	s.t.Helper()
+	if verb == strings.ToUpper(verb) {
+		return s.request(verb, fields)
+	}
+	action := actions[verb]
+	if action == nil {
+		s.t.Fatalf("there is no action %q", verb)
+	}
+	return action(s, fields)
+}
+
+// request makes a request of a path, headers and a body. The text of an error is one line.
+func (s *testServer) request(method string, fields []string) answer {
+	s.t.Helper()
+	var headers []string
+	body := ""
+	for _, field := range fields[1:] {
+		m := headerField.FindStringSubmatch(field)
+		if m != nil {
+			headers = append(headers, m[1], m[2])
+		} else {
+			body = unquote(field)
+		}
+	}
+	resp, text, err := s.do(method, fields[0], strings.NewReader(body), headers...)
+	if resp == nil {
+		return answer{status: "none", text: err.Error(), isError: true}
+	}
+	isError := err != nil || resp.StatusCode >= 400
+	if isError && method != "HEAD" && bytes.Count(text, []byte("\n")) != 1 {
+		s.t.Errorf("%s %s: the text of %s is not one line: %.300q", method, fields[0], resp.Status, text)
+	}
+	return answer{
+		status:  strconv.Itoa(resp.StatusCode),
+		header:  resp.Header,
+		text:    string(text),
+		isCut:   err != nil,
+		isError: isError,
+	}
+}
+
+// actions has what a script can do, besides requests.
+var actions map[string]func(s *testServer, fields []string) answer
+
+func init() {
+	actions = map[string]func(s *testServer, fields []string) answer{
+		"blobnom": (*testServer).command,
+		"serve":   (*testServer).serve,
+		"stop":    (*testServer).stopServer,
+		"clock":   (*testServer).setClock,
+		"log":     (*testServer).logged,
+		"sql":     (*testServer).query,
+		"write":   (*testServer).writeFile,
+		"copy":    (*testServer).copyFiles,
+		"remove":  (*testServer).removeFiles,
+		"keep":    (*testServer).keep,
+		"same":    (*testServer).same,
+		"ls":      (*testServer).names,
+
+		"overwrite": (*testServer).overwrite,
+	}
+}
+
+var settingField = regexp.MustCompile(`^([a-z_]+)=(.*)$`)
+
+// environ returns the environment that settings of a script make, and the other fields. Without a
+// setting a directory has four shards in ./data.
+func (s *testServer) environ(fields []string) (environ, rest []string) {
+	values := map[string]string{
+		"data_dir":   s.path("data"),
+		"num_shards": "4",
+		"batch_size": "64",
+		"durability": "normal",
+		"addr":       "127.0.0.1:0",
+	}
+	for _, field := range fields {
+		if m := settingField.FindStringSubmatch(field); m != nil {
+			values[m[1]] = m[2]
+		} else {
+			rest = append(rest, field)
+		}
+	}
+	for key, value := range values {
+		environ = append(environ, "BLOBNOM_"+strings.ToUpper(key)+"="+value)
+	}
+	return environ, rest
+}
+
+// serve starts a server: "serve key=value  key=value". The answer "refused" has the error.
+func (s *testServer) serve(fields []string) answer {
+	s.t.Helper()
+	environ, _ := s.environ(fields)
+	cfg, _, err := loadConfig(os.DevNull, environ)
+	fatal(s.t, err)
+	ln, err := listen("127.0.0.1:0")
+	fatal(s.t, err)
+	err = s.serveOn(ln, cfg)
+	if err != nil {
+		ln.Close()
+		return answer{status: "refused", text: err.Error(), isError: true}
+	}
+	return answer{}
+}
+
+func (s *testServer) stopServer([]string) answer {
+	s.t.Helper()
+	fatal(s.t, s.stop())
+	return answer{}
+}
+
+// setClock sets the clock of the server, "clock TIME", or moves it, "clock +90s".
+func (s *testServer) setClock(fields []string) answer {
+	s.t.Helper()
+	if strings.Contains(fields[0], "T") {
+		s.clock.ms.Store(noErr(time.Parse(time.RFC3339, fields[0])).UnixMilli())
+	} else {
+		s.clock.advance(noErr(time.ParseDuration(fields[0])))
+	}
+	return answer{}
+}
+
+// logged answers how many lines of the server's log contain a text: "log TEXT -> 1".
+func (s *testServer) logged(fields []string) answer {
+	text := s.log.String()
+	count := 0
+	for line := range strings.Lines(text) {
+		if strings.Contains(line, fields[0]) {
+			count++
+		}
+	}
+	return answer{status: strconv.Itoa(count), text: text}
+}
+
+// query executes SQL: "sql FILE  TEXT". Its answer is the first value of the first row. In place of
+// the file of a shard a directory means all its shards; their numbers are added up.
+func (s *testServer) query(fields []string) answer {
+	s.t.Helper()
+	name := fields[0]
+	text := fields[1]
+	if !strings.HasSuffix(name, ".db") {
+		return answer{status: fmt.Sprint(countRows(s.t, s.path(name), text))}
+	}
+	db := openDB(s.path(name), "_pragma=busy_timeout(5000)")
+	defer db.Close()
+	var value sql.NullString
+	err := db.QueryRow(text).Scan(&value)
+	if err != nil && err != sql.ErrNoRows {
+		s.t.Fatalf("%s: %v", text, err)
+	}
+	return answer{status: value.String}
+}
+
+// command runs a command line of the program. It ends with a result on the standard output, or with
+// one line on the standard error that begins with "blobnom: ".
+func (s *testServer) command(fields []string) answer {
+	s.t.Helper()
+	s.t.Chdir(s.dir)
+	environ, args := s.environ(fields)
+	var words []string
+	for i, arg := range args {
+		if i == 0 {
+			words = strings.Fields(arg)
+		} else {
+			words = append(words, arg)
+		}
+	}
+	ctx, cancel := context.WithCancel(s.t.Context())
+	defer cancel()
+	if len(words) == 0 || words[0] == "serve" {
+		cancel() // a server that starts ends at once
+	}
+	var out, errs bytes.Buffer
+	code := run(ctx, words, environ, &out, &errs)
+	isLine := strings.HasPrefix(errs.String(), "blobnom: ") && strings.Count(errs.String(), "\n") == 1
+	if code != 0 && !isLine {
+		s.t.Errorf("%v: %q is not one line of an error", words, errs.String())
+	}
+	return answer{status: strconv.Itoa(code), text: out.String() + errs.String(), isError: code != 0}
+}
+
+// writeFile writes a file: "write NAME  TEXT".
+func (s *testServer) writeFile(fields []string) answer {
+	s.t.Helper()
+	fatal(s.t, os.MkdirAll(filepath.Dir(s.path(fields[0])), 0o700))
+	fatal(s.t, os.WriteFile(s.path(fields[0]), []byte(strings.Join(fields[1:], "\n")), 0o600))
+	return answer{}
+}
+
+// copyFiles copies a file or a directory: "copy FROM  TO".
+func (s *testServer) copyFiles(fields []string) answer {
+	s.t.Helper()
+	from := s.path(fields[0])
+	to := s.path(fields[1])
+	info, err := os.Stat(from)
+	fatal(s.t, err)
+	if info.IsDir() {
+		fatal(s.t, os.CopyFS(to, os.DirFS(from)))
+		return answer{}
+	}
+	data, err := os.ReadFile(from)
+	fatal(s.t, err)
+	fatal(s.t, os.WriteFile(to, data, 0o600))
+	return answer{}
+}
+
+// removeFiles removes files and directories.
+func (s *testServer) removeFiles(fields []string) answer {
+	s.t.Helper()
+	for _, name := range fields {
+		fatal(s.t, os.RemoveAll(s.path(name)))
+	}
+	return answer{}
+}
+
+// overwrite writes bytes into a file: "overwrite FILE  OFFSET  BYTES".
+func (s *testServer) overwrite(fields []string) answer {
+	s.t.Helper()
+	file, err := os.OpenFile(s.path(fields[0]), os.O_WRONLY, 0)
+	fatal(s.t, err)
+	_, err = file.WriteAt([]byte(fields[2]), int64(byteCount(fields[1])))
+	fatal(s.t, errors.Join(err, file.Close()))
+	return answer{}
+}
+
+// keep remembers the files of a directory.
+func (s *testServer) keep(fields []string) answer {
+	s.t.Helper()
+	s.kept = snapshot(s.t, s.path(fields[0]))
+	return answer{}
+}
+
+// same wants a directory to be as it was kept. A reader may have made -shm and empty -wal files.
+func (s *testServer) same(fields []string) answer {
+	s.t.Helper()
+	wantUntouched(s.t, s.path(fields[0]), maps.Clone(s.kept))
+	return answer{}
+}
+
+// names answers the names in a directory.
+func (s *testServer) names(fields []string) answer {
+	entries, _ := os.ReadDir(s.path(fields[0]))
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return answer{status: strconv.Itoa(len(names)), text: strings.Join(names, " ")}
 }
 
 // ============================================================================
@@ -1138,84 +1643,6 @@ func headerPairs(lines string) []string {
 	return strings.Split(strings.ReplaceAll(lines, ": ", "\n"), "\n")
 }
 
-// script runs requests, one a line: a method and a path, then headers and a body; behind the arrow
-// the wanted status, headers and body. Two spaces or more separate fields. "Name: -" wants that the
-// header is absent, "~text" a body that contains text. In braces: {tag TEXT}, {sha-256 TEXT} and so
-// on, {noise N}.
-func (s *testServer) script(lines string) {
-	s.t.Helper()
-	for line := range strings.Lines(lines) {
-		line = strings.TrimSpace(line)
-		if line != "" && !strings.HasPrefix(line, "//") {
-			s.scriptLine(line)
-		}
-	}
-}
-
-var (
-	fieldGap    = regexp.MustCompile(`  +`)
-	headerField = regexp.MustCompile(`^([A-Z][A-Za-z0-9-]*):(?: (.*))?$`)
-	inBraces    = regexp.MustCompile(`{[a-z0-9-]+ [^{}]*}`)
-)
-
-func (s *testServer) scriptLine(line string) {
-	s.t.Helper()
-	sent, wanted, _ := strings.Cut(line, "->")
-	fields := fieldGap.Split(inBraces.ReplaceAllStringFunc(strings.TrimSpace(sent), braces), -1)
-	method, path, _ := strings.Cut(fields[0], " ")
-	if path == "" { // aligned: "GET   /path"
-		path = fields[1]
-		fields = fields[1:]
-	}
-	var headers []string
-	body := ""
-	for _, field := range fields[1:] {
-		if m := headerField.FindStringSubmatch(field); m != nil {
-			headers = append(headers, m[1], m[2])
-		} else {
-			body = field
-		}
-	}
-	resp, got, err := s.do(method, strings.TrimSpace(path), strings.NewReader(body), headers...)
-	if err != nil {
-		s.t.Errorf("%s\n\t%v", line, err)
-		return
-	}
-	fields = fieldGap.Split(inBraces.ReplaceAllStringFunc(strings.TrimSpace(wanted), braces), -1)
-	ok := fields[0] == strconv.Itoa(resp.StatusCode)
-	for _, field := range fields[1:] {
-		text := strings.TrimSuffix(string(got), "\n")
-		if m := headerField.FindStringSubmatch(field); m != nil {
-			value := strings.Join(resp.Header.Values(m[1]), ", ")
-			ok = ok && cmp.Or(value, "-") == m[2]
-		} else if part, isPart := strings.CutPrefix(field, "~"); isPart {
-			ok = ok && strings.Contains(text, part)
-		} else {
-			ok = ok && text == field
-		}
-	}
-	if !ok {
-		s.t.Errorf("%s\n\tgot %d %v %.200q", line, resp.StatusCode, resp.Header, got)
-	}
-}
-
-// braces returns the value of an expression in a script.
-func braces(text string) string {
-	name, arg, _ := strings.Cut(strings.Trim(text, "{}"), " ")
-	switch name {
-	case "tag":
-		return tagOf([]byte(arg))
-	case "gzip-tag":
-		return `"` + sumOf([]byte(arg)) + `-gzip"`
-	case "noise":
-		n, _ := strconv.Atoi(arg)
-		return string(noise(n, 1))
-	}
-	hashes := map[string]hash.Hash{"sha-256": sha256.New(), "sha-512": sha512.New(), "md5": md5.New()}
-	io.WriteString(hashes[name], arg)
-	return base64.StdEncoding.EncodeToString(hashes[name].Sum(nil))
-}
-
 func sumOf(content []byte) string { return fmt.Sprintf("%x", sha256.Sum256(content)) }
 func tagOf(content []byte) string { return `"` + sumOf(content) + `"` }
 
@@ -1313,7 +1740,7 @@ func FuzzKeys(f *testing.F) {
 
 func TestHeaders(t *testing.T) {
 	clock := newClock()
-	s := serveAt(t, testConfig(t), stallTimeout, clock.now)
+	s := serveAt(t, testConfig(t), clock)
 	for _, size := range []int{0, 5, chunkSize + 5} {
 		key := fmt.Sprint("size", size)
 		body := noise(size, 1)
@@ -1580,8 +2007,8 @@ func TestConditionalRaces(t *testing.T) {
 const unswept = "SELECT (SELECT count(*) FROM chunks) + (SELECT count(*) FROM orphans)"
 
 func TestParseDigests(t *testing.T) {
-	sha256 := "sha-256=:" + braces("{sha-256 x}") + ":"
-	sha512 := "sha-512=:" + braces("{sha-512 x}") + ":"
+	sha256 := "sha-256=:" + expand("{sha-256 x}") + ":"
+	sha512 := "sha-512=:" + expand("{sha-512 x}") + ":"
 	for _, row := range []struct {
 		what, value string
 		want        int // digests; -1: an error
@@ -1593,7 +2020,7 @@ func TestParseDigests(t *testing.T) {
 		{"an unknown one beside it", "unixsum=:AAA=:, " + sha256, 1},
 		{"an unknown one behind it", sha256 + ", md5=::", 1},
 		{"only unknown ones", "id-sha-256=:AAAA:, crc32c=:AAAA:", -1},
-		{"md5 belongs into Content-MD5", "md5=:" + braces("{md5 x}") + ":", -1},
+		{"md5 belongs into Content-MD5", "md5=:" + expand("{md5 x}") + ":", -1},
 		{"nothing", "", -1},
 		{"capitals", "SHA-256" + sha256[7:], 1},
 		{"without padding", strings.TrimSuffix(sha256, "=:") + ":", 1},
@@ -1634,7 +2061,7 @@ func TestDigests(t *testing.T) {
 		PUT /blob/k  Content-Digest: sha-256=AAAA              body  -> 400  ~sha-256=:BASE64: is the form
 		GET /blob/k  -> 200  body  Blob-Version: 2
 
-		// All of them must match.
+		# All of them must match.
 		PUT /blob/k  Repr-Digest: sha-256=:{sha-256 body}:, sha-512=:{sha-512 new}:                     body  -> 400
 		PUT /blob/k  Repr-Digest: sha-256=:{sha-256 body}:  Content-Digest: sha-256=:{sha-256 new}:     body  -> 400
 		PUT /blob/k  Repr-Digest: sha-256=:{sha-256 new}:   Content-Digest: sha-256=:{sha-256 body}:    body  -> 400
@@ -1643,8 +2070,8 @@ func TestDigests(t *testing.T) {
 	`)
 	large := noise(2*chunkSize+1, 1)
 	for _, name := range []string{"sha-256", "sha-512"} {
-		right := name + "=:" + braces("{"+name+" "+string(large)+"}") + ":"
-		wrong := name + "=:" + braces("{"+name+" x}") + ":"
+		right := name + "=:" + brace(name, string(large)) + ":"
+		wrong := name + "=:" + brace(name, "x") + ":"
 		s.put("large-"+name, large, "Content-Digest", right)
 		s.wantLine(400, "PUT", "/blob/refused", large, "Content-Digest", wrong)
 	}
@@ -1654,12 +2081,12 @@ func TestDigests(t *testing.T) {
 		name, value string
 		status      int
 	}{
-		{"Content-Digest", "sha-256=:" + braces("{sha-256 body}") + ":", 201},
-		{"Content-Digest", "sha-256=:" + braces("{sha-256 new}") + ":", 400},
-		{"Content-Digest", "sha-512=:" + braces("{sha-512 body}") + ":", 201},
-		{"Content-Digest", "sha-512=:" + braces("{sha-512 new}") + ":", 400},
+		{"Content-Digest", "sha-256=:" + expand("{sha-256 body}") + ":", 201},
+		{"Content-Digest", "sha-256=:" + expand("{sha-256 new}") + ":", 400},
+		{"Content-Digest", "sha-512=:" + expand("{sha-512 body}") + ":", 201},
+		{"Content-Digest", "sha-512=:" + expand("{sha-512 new}") + ":", 400},
 		{"Content-Digest", "sha-512=1", 400},
-		{"Content-Md5", braces("{md5 new}"), 400},
+		{"Content-Md5", expand("{md5 new}"), 400},
 		{"Other", "sha-256=:AAAA:", 201},
 	} {
 		req, err := http.NewRequest("PUT", s.base+"/blob/trailer", unknownLength([]byte("body")))
@@ -1680,7 +2107,7 @@ func TestDigests(t *testing.T) {
 
 func TestExpiry(t *testing.T) {
 	clock := newClock()
-	s := serveAt(t, testConfig(t), stallTimeout, clock.now)
+	s := serveAt(t, testConfig(t), clock)
 	for _, ttl := range []string{"", "-1", "1d ", "1&ttl=1", "%zz"} {
 		s.wantLine(400, "PUT", "/blob/k?ttl="+url.PathEscape(ttl), []byte("x"))
 	}
@@ -1730,7 +2157,7 @@ func TestExpiry(t *testing.T) {
 func TestExpirySweep(t *testing.T) {
 	t.Parallel() // it waits for upkeep
 	clock := newClock()
-	s := serveAt(t, testConfig(t, func(c *config) { c.NumShards = 1 }), stallTimeout, clock.now)
+	s := serveAt(t, testConfig(t, func(c *config) { c.NumShards = 1 }), clock)
 	sh := s.store.shards[0]
 	slow := noise(40*chunkSize, 2)
 	s.want(201, "PUT", "/blob/slow?ttl=1m", slow)
@@ -1950,14 +2377,14 @@ func TestListingPages(t *testing.T) {
 // A listing without the keys of a shard would be a lie. Blobs of the other shards are served.
 func TestListingOfCorruptShard(t *testing.T) {
 	cfg := testConfig(t)
-	s := serveConfig(t, cfg, stallTimeout)
+	s := serveConfig(t, cfg)
 	good := s.keyOn(2, "f/k")
 	s.put(good, []byte("good"))
 	missing := s.keyOn(2, "missing")
 	s.stop()
 	file := filepath.Join(cfg.DataDir, shardName(1))
 	fatal(t, os.WriteFile(file, noise(9000, 1), 0o600))
-	s = serveConfig(t, cfg, stallTimeout)
+	s = serveConfig(t, cfg)
 	for _, row := range []struct {
 		name, path, accept string
 		status             int
@@ -2049,7 +2476,7 @@ func (s *testServer) listGrouped(query url.Values, limit int) (all []string) {
 
 func TestDelimiterAfter(t *testing.T) {
 	clock := newClock()
-	s := serveAt(t, testConfig(t), stallTimeout, clock.now)
+	s := serveAt(t, testConfig(t), clock)
 	s.putAll(delimiterKeys)
 	s.want(201, "PUT", "/blob/gone/x?ttl=1s", nil)
 	clock.advance(time.Second)
@@ -2142,7 +2569,7 @@ func TestFolderLinks(t *testing.T) {
 
 func TestFolderPage(t *testing.T) {
 	clock := newClock()
-	s := serveAt(t, testConfig(t), stallTimeout, clock.now)
+	s := serveAt(t, testConfig(t), clock)
 	s.putAll([]string{"top", "p/q/b.txt", "p/q/a&b/1", "p/q/z/1", "p/q/z/2", "p/q/./1", "p/q/.."})
 	s.put("p/q/c", noise(2000, 1), "Content-Type", "image/png")
 	for _, row := range []struct{ name, path, want string }{
@@ -2370,7 +2797,7 @@ func TestStorageCompression(t *testing.T) {
 	blobs := map[string][]byte{}
 	for round, compress := range []bool{false, true, false} {
 		cfg.StorageCompression = compress
-		s := serveConfig(t, cfg, stallTimeout)
+		s := serveConfig(t, cfg)
 		for key, body := range blobs { // whatever the option was when they came
 			s.wantBlob(key, body)
 		}
@@ -2814,7 +3241,7 @@ func TestStopDespiteForeignLock(t *testing.T) {
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			cfg := testConfig(t, func(c *config) { c.AsyncWrite, c.NumShards = true, 1 })
-			s := serveConfig(t, cfg, stallTimeout)
+			s := serveConfig(t, cfg)
 			s.store.drainTimeout = 4 * time.Second
 			unlock := s.lockShard()
 			for i := range 20 {
@@ -2835,7 +3262,7 @@ func TestStopDespiteForeignLock(t *testing.T) {
 				t.Errorf("lost: %v, want %v\n%s", isLost, row.isLost, s.log)
 			}
 			if !row.isLost {
-				s = serveConfig(t, cfg, stallTimeout)
+				s = serveConfig(t, cfg)
 				for i := range 20 {
 					s.wantBlob(fmt.Sprint("k", i), []byte("v"))
 				}
@@ -2867,14 +3294,14 @@ func basic(user, password string) string {
 
 // wantAccess makes each request to a server with both tokens and three blobs. No secret may get
 // into its log.
-func wantAccess(t *testing.T, public bool, now func() time.Time, rows []access) {
+func wantAccess(t *testing.T, public bool, now *clock, rows []access) {
 	t.Helper()
 	s := serveAt(t, testConfig(t, func(c *config) {
 		c.AuthToken = authToken
 		c.ReadToken = readToken
 		c.PublicRead = public
 		c.LogLevel = "debug"
-	}), stallTimeout, now)
+	}), now)
 	for _, key := range []string{"k", "a/b", "slash/"} {
 		s.put(key, []byte("v"), "Authorization", "Bearer "+authToken)
 	}
@@ -2903,7 +3330,7 @@ func wantAccess(t *testing.T, public bool, now func() time.Time, rows []access) 
 
 // Without a token nothing but the health routes is open.
 func TestNoToken(t *testing.T) {
-	wantAccess(t, false, time.Now, []access{
+	wantAccess(t, false, &clock{}, []access{
 		{"no token, GET", "GET", "/blob/k", "", 401, refused},
 		{"no token, HEAD", "HEAD", "/blob/k", "", 401, ""},
 		{"no token, key with a slash at its end", "GET", "/blob/slash/", "", 401, refused},
@@ -2925,7 +3352,7 @@ func TestNoToken(t *testing.T) {
 
 // public_read opens GET and HEAD of blobs, and nothing else.
 func TestPublicRead(t *testing.T) {
-	wantAccess(t, true, time.Now, []access{
+	wantAccess(t, true, &clock{}, []access{
 		{"no token, GET", "GET", "/blob/k", "", 200, ""},
 		{"no token, HEAD", "HEAD", "/blob/k", "", 200, ""},
 		{"no token, key with a slash at its end", "GET", "/blob/slash/", "", 200, ""},
@@ -2969,7 +3396,7 @@ func TestPublicFolders(t *testing.T) {
 
 // The token opens every route. The read token opens what only reads. Any other is refused.
 func TestTokens(t *testing.T) {
-	wantAccess(t, false, time.Now, []access{
+	wantAccess(t, false, &clock{}, []access{
 		{"token, GET", "GET", "/blob/k", "Bearer " + authToken, 200, ""},
 		{"token, PUT", "PUT", "/blob/k", "Bearer " + authToken, 201, ""},
 		{"token, POST", "POST", "/blob/k", "Bearer " + authToken, 201, ""},
@@ -3029,7 +3456,7 @@ func TestSignatures(t *testing.T) {
 	moved := strings.Replace(signed("GET", "a/b", at(10)), "a/b", "k", 1)
 	extended := strings.Replace(signed("GET", "k", at(10)), "expires=", "expires=1", 1)
 	byReader := "/blob/k?expires=" + at(10) + "&sig=" + sign(readToken, "GET", "k", at(10))
-	wantAccess(t, false, clock.now, []access{
+	wantAccess(t, false, clock, []access{
 		{"signed, GET", "GET", signed("GET", "k", at(10)), "", 200, ""},
 		{"signed, GET of a path", "GET", signed("GET", "a/b", at(10)), "", 200, ""},
 		{"signed for GET, HEAD", "HEAD", signed("GET", "k", at(10)), "", 200, ""},
@@ -3222,7 +3649,7 @@ func TestQueries(t *testing.T) {
 		GET     /metrics?x=1                -> 400
 		GET     /nothing?x                  -> 404
 
-		// The server had a token when these were signed.
+		# The server had a token when these were signed.
 		PUT     /blob/k?ttl=5s&expires=1&sig=00  x  -> 201
 		DELETE  /blob/k?expires=1&sig=00            -> 204
 	`)
@@ -3250,7 +3677,7 @@ func TestCacheControl(t *testing.T) {
 			c.CacheControl = row.configured
 			c.AuthToken = "sekret"
 			c.PublicRead = true
-		}), stallTimeout, clock.now)
+		}), clock)
 		for _, path := range []string{"/blob/for-ever", "/blob/k?ttl=100s"} {
 			s.want(201, "PUT", path, []byte("v"), "Authorization", "Bearer sekret")
 		}
@@ -3369,7 +3796,7 @@ func TestContentType(t *testing.T) {
 	expect(t, resp.Header.Get("Cache-Control") == "", "a 404 may be cached")
 	// The clock went back.
 	clock := newClock()
-	back := serveAt(t, testConfig(t), stallTimeout, clock.now)
+	back := serveAt(t, testConfig(t), clock)
 	back.put("k", []byte("v"))
 	clock.advance(-time.Hour)
 	for _, h := range [][]string{nil, {"Range", "bytes=0-0"}, {"If-Modified-Since", clock.now().UTC().Format(http.TimeFormat)}} {
@@ -3684,7 +4111,8 @@ func bubble(t *testing.T, f func(t *testing.T, s *testServer, dial func(request 
 		ln := newPipeListener()
 		client := newClient(func(context.Context, string, string) (net.Conn, error) { return ln.dial(), nil })
 		defer client.CloseIdleConnections()
-		s := serveOn(t, ln, client, testConfig(t, oneShard), time.Now)
+		s := &testServer{t: t, clock: &clock{}, client: client}
+		fatal(t, s.serveOn(ln, testConfig(t, oneShard)))
 		f(t, s, func(request string) net.Conn {
 			conn := ln.dial()
 			io.WriteString(conn, strings.ReplaceAll(request, "\n", "\r\n"))
@@ -3956,7 +4384,7 @@ func TestStorage(t *testing.T) {
 		cfg := testConfig(t, func(c *config) {
 			c.NumShards, c.Hash, c.StorageCompression, c.Durability = []int64{1, 4}[i%2], hash, i >= 3, []string{"full", "normal", "off"}[i/2]
 		})
-		s := serveConfig(t, cfg, stallTimeout)
+		s := serveConfig(t, cfg)
 		for i, size := range sizes {
 			s.put(fmt.Sprint("k", size), noise(size, 1))
 			expect(t, s.status("PUT", fmt.Sprint("/blob/chunked", size), unknownLength(prose(size, 2))) == 201, "PUT of unknown length")
@@ -3964,7 +4392,7 @@ func TestStorage(t *testing.T) {
 			s.wantBlob("replaced", noise(sizes[len(sizes)-1-i], 3))
 		}
 		fatal(t, s.stop())
-		s = serveConfig(t, cfg, stallTimeout)
+		s = serveConfig(t, cfg)
 		for _, size := range sizes {
 			s.wantBlob(fmt.Sprint("k", size), noise(size, 1))
 			s.wantBlob(fmt.Sprint("chunked", size), prose(size, 2))
@@ -3993,7 +4421,7 @@ func TestRefusedDirectories(t *testing.T) {
 		}
 	}
 	three, four := testConfig(t, func(c *config) { c.NumShards = 3 }), testConfig(t) // other directories
-	fatal(t, errors.Join(serveConfig(t, three, stallTimeout).stop(), serveConfig(t, four, stallTimeout).stop()))
+	fatal(t, errors.Join(serveConfig(t, three).stop(), serveConfig(t, four).stop()))
 	for _, c := range []struct {
 		name  string
 		spoil spoil    // of a directory with four shards
@@ -4032,7 +4460,7 @@ func TestRefusedDirectories(t *testing.T) {
 		{"a file", func(cfg *config) { cfg.DataDir = shard(cfg, 0) }, []string{"data_dir"}},
 	} {
 		cfg := testConfig(t)
-		s := serveConfig(t, cfg, stallTimeout)
+		s := serveConfig(t, cfg)
 		fresh := strings.HasPrefix(c.name, "killed creation") // no blob can be there yet
 		s.put("k", []byte("v"))
 		r, err := recordOf(s.store.shards[0].writer)
@@ -4099,7 +4527,7 @@ func TestCorruptShard(t *testing.T) {
 		"tables":         func(data []byte) []byte { copy(data[4096:], bytes.Repeat([]byte("x"), len(data))); return data },
 	} {
 		cfg := testConfig(t)
-		s := serveConfig(t, cfg, stallTimeout)
+		s := serveConfig(t, cfg)
 		bad, good := s.keyOn(1, "k"), s.keyOn(2, "k")
 		s.put(bad, noise(9000, 1))
 		s.put(good, noise(9000, 2))
@@ -4107,7 +4535,7 @@ func TestCorruptShard(t *testing.T) {
 		file := filepath.Join(cfg.DataDir, shardName(1))
 		data, err := os.ReadFile(file)
 		fatal(t, errors.Join(err, os.WriteFile(file, spoil(data), 0o600)))
-		s = serveConfig(t, cfg, stallTimeout)
+		s = serveConfig(t, cfg)
 		s.want(500, "HEAD", blobPath(bad), nil)
 		for _, method := range []string{"GET", "PUT", "DELETE"} {
 			_, body := s.want(500, method, blobPath(bad), nil)
@@ -4136,9 +4564,9 @@ func TestCorruptShard(t *testing.T) {
 func TestReplacedWhileDownloaded(t *testing.T) {
 	t.Parallel() // it waits for upkeep
 	cfg := testConfig(t, oneShard)
-	fatal(t, serveConfig(t, cfg, stallTimeout).stop())
+	fatal(t, serveConfig(t, cfg).stop())
 	exec1(t, filepath.Join(cfg.DataDir, shardName(0)), "INSERT INTO orphans VALUES (77); INSERT INTO chunks SELECT (77<<20)+key, 'x' FROM json_each('[0,0,0,0,0,0,0,0,0,0]')")
-	s := serveConfig(t, cfg, stallTimeout)
+	s := serveConfig(t, cfg)
 	old := noise(40*chunkSize, 1) // more than the sockets buffer
 	s.put("k", old)
 	var bodies []io.ReadCloser
@@ -4308,7 +4736,7 @@ func TestRetryKeepsOrder(t *testing.T) {
 func TestAsync(t *testing.T) {
 	// The window is long: a reader that did not hurry the batch would wait for it.
 	cfg := testConfig(t, func(c *config) { c.AsyncWrite, c.BatchTimeoutMS, c.NumShards = true, 60_000, 2 })
-	s := serveConfig(t, cfg, stallTimeout)
+	s := serveConfig(t, cfg)
 	for i, size := range []int{10, 3 * chunkSize, 0, chunkSize + 1, 20} {
 		s.put("k", noise(size, uint64(i)))
 		s.wantBlob("k", noise(size, uint64(i)), "Blob-Version", strconv.Itoa(i))
@@ -4329,7 +4757,7 @@ func TestAsync(t *testing.T) {
 	})
 	client.CloseIdleConnections() // an unused one delays the stop by five seconds
 	fatal(t, s.stop())            // commits what is queued
-	s = serveConfig(t, cfg, stallTimeout)
+	s = serveConfig(t, cfg)
 	for w := range 16 {
 		s.wantBlob(fmt.Sprint("w", w), []byte("49"), "Blob-Version", "49")
 	}
@@ -4425,7 +4853,7 @@ func TestDiskFull(t *testing.T) {
 	for size, async := range map[int]bool{6000: false, 10_000: true, 300_000: false} {
 		dir := mount(t, "42m")
 		cfg := testConfig(t, func(c *config) { c.DataDir, c.AsyncWrite = filepath.Join(dir, "data"), async })
-		s := serveConfig(t, cfg, stallTimeout)
+		s := serveConfig(t, cfg)
 		fillDisk(t, dir, 12<<20)
 		stored := fill(s, size)
 		quarter := len(stored) / 4
@@ -4439,7 +4867,7 @@ func TestDiskFull(t *testing.T) {
 		remove(stored[:2*quarter])
 		// A restart on the full disk changes nothing.
 		s.stop()
-		s = serveConfig(t, cfg, stallTimeout)
+		s = serveConfig(t, cfg)
 		remove(stored[2*quarter : 3*quarter])
 		// The space comes back and writes work again, on every shard.
 		for shard := range 4 {
@@ -4540,7 +4968,7 @@ func TestStartOnFullDisk(t *testing.T) {
 	t.Parallel() // it waits for upkeep
 	dir := mount(t, "32m")
 	cfg := testConfig(t, func(c *config) { c.DataDir = filepath.Join(dir, "data") })
-	s := serveConfig(t, cfg, stallTimeout)
+	s := serveConfig(t, cfg)
 	for i := range 40 {
 		s.put(fmt.Sprint("k", i), noise(100_000, uint64(i)))
 	}
@@ -4549,7 +4977,7 @@ func TestStartOnFullDisk(t *testing.T) {
 		t.Fatalf("a clean stop left a reserve of %d bytes", n)
 	}
 	free := fillDisk(t, dir, 0)
-	s = serveConfig(t, cfg, stallTimeout)
+	s = serveConfig(t, cfg)
 	s.wantBlob("k1", noise(100_000, 1))
 	for i := 2; i < 40; i++ {
 		s.want(204, "DELETE", fmt.Sprint("/blob/k", i), nil)
@@ -4557,7 +4985,7 @@ func TestStartOnFullDisk(t *testing.T) {
 	s.want(507, "PUT", "/blob/new", noise(5<<20, 1))
 	s.want(503, "GET", "/readyz", nil)
 	fatal(t, s.stop())
-	s = serveConfig(t, cfg, stallTimeout)
+	s = serveConfig(t, cfg)
 	s.wantBlob("k1", noise(100_000, 1))
 	s.want(204, "DELETE", "/blob/k0", nil)
 	free()
@@ -4628,7 +5056,7 @@ func TestFailedSync(t *testing.T) {
 		t.Run(durability, func(t *testing.T) {
 			cfg := testConfig(t, oneShard, func(c *config) { c.Durability = durability })
 			clock := newClock()
-			s := serveAt(t, cfg, stallTimeout, clock.now)
+			s := serveAt(t, cfg, clock)
 			sh := s.store.shards[0]
 			for i := range 20 {
 				s.put(fmt.Sprint("before", i), noise(3000, uint64(i)))
@@ -4664,7 +5092,7 @@ func TestFailedSync(t *testing.T) {
 			if snapshot(t, cfg.DataDir)[shardName(0)] != database {
 				t.Error("the database was written after the failed sync")
 			}
-			s = serveConfig(t, cfg, stallTimeout)
+			s = serveConfig(t, cfg)
 			for i := range 20 {
 				s.wantBlob(fmt.Sprint("before", i), noise(3000, uint64(i)))
 			}
@@ -4723,7 +5151,7 @@ func TestUnreadableAtStart(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			cfg := testConfig(t, oneShard)
-			s := serveConfig(t, cfg, stallTimeout)
+			s := serveConfig(t, cfg)
 			s.put("k", []byte("v"))
 			fatal(t, s.stop())
 			log := new(syncBuffer)
@@ -4749,7 +5177,7 @@ func TestUnreadableAtStart(t *testing.T) {
 			if strings.Contains(text, "corrupt") || strings.Contains(text, "restore") {
 				t.Errorf("%q calls it damaged", text)
 			}
-			serveConfig(t, cfg, stallTimeout).wantBlob("k", []byte("v"))
+			serveConfig(t, cfg).wantBlob("k", []byte("v"))
 		})
 	}
 }
@@ -4757,7 +5185,7 @@ func TestUnreadableAtStart(t *testing.T) {
 // A backup brings an empty WAL along. If another user restored it, the server may not open it.
 func TestRestoredByAnotherUser(t *testing.T) {
 	cfg := testConfig(t, oneShard)
-	s := serveConfig(t, cfg, stallTimeout)
+	s := serveConfig(t, cfg)
 	s.put("k", []byte("v"))
 	fatal(t, s.stop())
 	wal := filepath.Join(cfg.DataDir, shardName(0)+"-wal")
@@ -4786,7 +5214,7 @@ func TestRestoredByAnotherUser(t *testing.T) {
 	if fileExists(wal) {
 		t.Error("the empty WAL is still there")
 	}
-	serveConfig(t, cfg, stallTimeout).wantBlob("k", []byte("v"))
+	serveConfig(t, cfg).wantBlob("k", []byte("v"))
 	// One that has something in it is needed, and named.
 	full := filepath.Join(t.TempDir(), "shard_0.db-wal")
 	fatal(t, os.WriteFile(full, []byte("x"), 0o600))
@@ -4848,13 +5276,13 @@ func TestCheckpointOfUpkeep(t *testing.T) {
 	t.Parallel() // it waits for upkeep
 	cfg := testConfig(t, oneShard)
 	clock := newClock()
-	fatal(t, serveAt(t, cfg, stallTimeout, clock.now).stop())
+	fatal(t, serveAt(t, cfg, clock).stop())
 	path := filepath.Join(cfg.DataDir, shardName(0))
 	exec1(t, path, fmt.Sprintf(`INSERT INTO blobs
 		WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 10000)
 		SELECT i, hex(randomblob(200)), 0, x'%x', 0, 0, NULL, 'text/plain', 0, 0, 1, 0, x''
 		FROM n`, sha256.Sum256(nil)))
-	s := serveAt(t, cfg, stallTimeout, clock.now)
+	s := serveAt(t, cfg, clock)
 	most := int64(0)
 	eventually(t, "all are swept", func() bool {
 		most = max(most, sizeOf(path+"-wal"))
@@ -4869,7 +5297,7 @@ func TestCheckpointOfUpkeep(t *testing.T) {
 func TestRefusedIsUntouched(t *testing.T) {
 	cfg := testConfig(t)
 	clock := newClock()
-	s := serveAt(t, cfg, stallTimeout, clock.now)
+	s := serveAt(t, cfg, clock)
 	s.want(201, "PUT", "/blob/k?ttl=1s", []byte("v"))
 	fatal(t, s.stop())
 	clock.advance(time.Hour)
@@ -4891,7 +5319,7 @@ func TestRefusedIsUntouched(t *testing.T) {
 func TestExpiredLeavesCache(t *testing.T) {
 	t.Parallel() // it waits for upkeep
 	clock := newClock()
-	s := serveAt(t, testConfig(t, oneShard), stallTimeout, clock.now)
+	s := serveAt(t, testConfig(t, oneShard), clock)
 	cached := func() int {
 		c := s.store.shards[0].cache
 		c.mu.Lock()
@@ -4935,10 +5363,10 @@ func TestSpaceReturnsUnderWrites(t *testing.T) {
 // Content ids begin above those of an earlier run, orphans' ids too.
 func TestContentIDs(t *testing.T) {
 	cfg := testConfig(t, oneShard)
-	fatal(t, serveConfig(t, cfg, stallTimeout).stop())
+	fatal(t, serveConfig(t, cfg).stop())
 	path := filepath.Join(cfg.DataDir, shardName(0))
 	exec1(t, path, "INSERT INTO orphans VALUES (1); INSERT INTO chunks VALUES (1 << 20, x'00')")
-	s := serveConfig(t, cfg, stallTimeout)
+	s := serveConfig(t, cfg)
 	s.put("k", noise(2*chunkSize, 1)) // with id 1 it would meet the orphan's chunk
 	s.wantBlob("k", noise(2*chunkSize, 1))
 }
@@ -5239,104 +5667,187 @@ func TestDamagedContent(t *testing.T) {
 	}
 }
 
-// Each row damages one place, and check names it.
-func TestCheck(t *testing.T) {
-	t.Chdir(t.TempDir())
-	sample := sampleDir(t)
-	home := func(key string) int { return int(hashes["fnv1a"](key) % 4) }
-	shard := func(dir, key string) string { return filepath.Join(dir, shardName(home(key))) }
-	update := func(key, what string) func(*testing.T, string) {
-		return func(t *testing.T, dir string) { exec1(t, shard(dir, key), what) }
-	}
-	flip := func(column string) string {
-		return fmt.Sprintf("%s = CAST(substr(%[1]s, 1, 2000) || char((unicode(CAST(substr(%[1]s, 2001, 1) AS TEXT)) + 1) %% 128) || substr(%[1]s, 2002) AS BLOB)", column)
-	}
-	of := func(key string) string { return fmt.Sprintf("shard %d: key %q: ", home(key), key) }
-	in := func(key string) string { return fmt.Sprintf("shard %d: ", home(key)) }
-	for _, c := range []struct {
-		name   string
-		damage func(t *testing.T, dir string)
-		want   []string
-	}{
-		{"nothing", func(*testing.T, string) {}, nil},
-		{"small content", update("small", "UPDATE blobs SET "+flip("data")+" WHERE key = 'small'"), []string{of("small") + "the blob is damaged"}},
-		{"deflated content", update("text", "UPDATE blobs SET data = zeroblob(length(data)) WHERE key = 'text'"), []string{of("text")}},
-		{"a chunk", update("large", "UPDATE chunks SET "+flip("data")+" WHERE id = (SELECT id << 20 | 1 FROM blobs WHERE key = 'large')"), []string{of("large") + "the blob is damaged"}},
-		{"a deflated chunk", update("prose", "UPDATE chunks SET data = zeroblob(length(data)) WHERE id = (SELECT id << 20 | 3 FROM blobs WHERE key = 'prose')"), []string{of("prose")}},
-		{"a chunk is missing", update("large", "DELETE FROM chunks WHERE id = (SELECT id << 20 | 2 FROM blobs WHERE key = 'large')"), []string{of("large"), "chunk 2 ", "is missing"}},
-		{"a chunk too many", update("large", "INSERT INTO chunks SELECT id << 20 | 3, x'00' FROM blobs WHERE key = 'large'"), []string{in("large") + "chunk 3 of content", "belongs to no blob"}},
-		{"a chunk of a small blob", update("small", "INSERT INTO chunks SELECT id << 20, x'00' FROM blobs WHERE key = 'small'"), []string{in("small") + "chunk 0 of content", "belongs to no blob"}},
-		{"stray chunks", update("large", "INSERT INTO chunks VALUES (99 << 20, x'00')"), []string{in("large") + "chunk 0 of content 99 belongs to no blob"}},
-		{"orphaned chunks", update("large", "INSERT INTO chunks VALUES (99 << 20, x'00'); INSERT INTO orphans VALUES (99)"), nil},
-		{"SHA-256", update("small", "UPDATE blobs SET sha256 = zeroblob(32) WHERE key = 'small'"), []string{of("small"), "SHA-256"}},
-		{"half a SHA-256", update("small", "UPDATE blobs SET sha256 = zeroblob(16) WHERE key = 'small'"), []string{of("small"), "16"}},
-		{"CRC-32", update("text", "UPDATE blobs SET crc32 = crc32 + 1 WHERE key = 'text'"), []string{of("text"), "CRC-32"}},
-		{"size", update("small", "UPDATE blobs SET size = size - 1 WHERE key = 'small'"), []string{of("small")}},
-		{"stored", update("prose", "UPDATE blobs SET stored = stored + 1 WHERE key = 'prose'"), []string{of("prose")}},
-		{"codec", update("small", "UPDATE blobs SET codec = 9 WHERE key = 'small'"), []string{of("small"), "codec"}},
-		{"an emptied blob", update("empty", "UPDATE blobs SET data = x'00', stored = 1 WHERE key = 'empty'"), []string{of("empty")}},
-		{"placement", update("small", "UPDATE blobs SET key = 'smalls' WHERE key = 'small'"), []string{fmt.Sprintf("%skey \"smalls\": it belongs to shard %d", in("small"), home("smalls"))}},
-		{"a bad key", update("small", "UPDATE blobs SET key = CAST(x'ff' AS TEXT) WHERE key = 'small'"), []string{in("small"), "not valid UTF-8"}},
-		{"an unreadable row", update("small", "UPDATE blobs SET updated_at = 'x' WHERE key = 'small'; UPDATE blobs SET sha256 = zeroblob(32) WHERE key <> 'small'"),
-			[]string{of("small"), in("small") + `key "more/`, "restore it or delete it"}},
-		{"an id that is not ours", update("small", "UPDATE blobs SET id = -id, sha256 = zeroblob(32) WHERE key = 'small'"), []string{of("small")}},
-		{"an index that lacks rows", update("small", "PRAGMA writable_schema = ON; UPDATE sqlite_master SET sql = replace(sql, 'NOT NULL', 'NULL') WHERE name = 'expiring'"), []string{in("small") + "SQLite: ", "missing from index expiring"}},
-		{"rows of no blob in an index", update("small", "PRAGMA writable_schema = ON; CREATE INDEX more ON blobs (version) WHERE version = 0; "+
-			"UPDATE sqlite_schema SET rootpage = (SELECT rootpage FROM sqlite_schema WHERE name = 'more') WHERE name = 'expiring'; DELETE FROM sqlite_schema WHERE name = 'more'"),
-			[]string{in("small") + "index expiring has "}},
-		{"a table is gone", update("large", "DROP TABLE orphans"), []string{in("large"), "orphans"}},
-		{"another tool's table", update("large", "CREATE TABLE _litestream_seq (id INTEGER)"), nil},
-		{"no version", update("large", "PRAGMA user_version = 0"), []string{in("large"), "schema version 0"}},
-		{"the header", update("large", "PRAGMA application_id = 1"), []string{in("large"), "its header is not that of a shard"}},
-		{"the record", update("large", "UPDATE meta SET value = 'another' WHERE key = 'directory'"), []string{"it does not belong here"}},
-		{"another count", update("large", "UPDATE meta SET value = 100000000000 WHERE key = 'num_shards'"), []string{in("large"), "of 100000000000"}},
-		{"no record", update("large", "DELETE FROM meta"), []string{in("large"), "meta is incomplete"}},
-		{"a shard twice", func(t *testing.T, dir string) {
-			copyFile(t, filepath.Join(dir, shardName(2)), filepath.Join(dir, shardName(3)))
-		}, []string{"shard 3: it does not belong here"}},
-		{"a shard of the Rust server", func(t *testing.T, dir string) {
-			os.Remove(shard(dir, "large"))
-			exec1(t, shard(dir, "large"), "CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB); INSERT INTO blobs VALUES ('k', 'v')")
-		}, []string{in("large"), "its header is not that of a shard"}},
-		{"a missing shard", func(t *testing.T, dir string) { os.Remove(shard(dir, "large")) }, []string{in("large") + "the file is missing"}},
-		{"an empty shard", func(t *testing.T, dir string) { os.Truncate(shard(dir, "large"), 0) }, []string{in("large"), "missing or empty"}},
-		{"a shard too many", func(t *testing.T, dir string) {
-			copyFile(t, shard(dir, "large"), filepath.Join(dir, shardName(7)))
-			exec1(t, filepath.Join(dir, shardName(7)), "UPDATE meta SET value = 7 WHERE key = 'shard'")
-		}, []string{"shard 7: it does not belong here"}},
-		{"no database", func(t *testing.T, dir string) { os.WriteFile(shard(dir, "large"), []byte("garbage"), 0o600) }, []string{in("large"), "not a database"}},
-		{"a torn page", func(t *testing.T, dir string) {
-			data, _ := os.ReadFile(shard(dir, "large"))
-			os.WriteFile(shard(dir, "large"), slices.Replace(data, 4096, 4196, noise(100, 1)...), 0o600)
-		}, []string{in("large")}},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			dir := filepath.Join(t.TempDir(), "data")
-			fatal(t, os.CopyFS(dir, os.DirFS(sample.DataDir)))
-			c.damage(t, dir)
-			code, stdout, stderr := runCommand(t, []string{"BLOBNOM_NUM_SHARDS=no"}, "check", dir) // needs no configuration
-			lines := strings.Split(strings.TrimSuffix(stdout, "\n"), "\n")
-			summary := len(lines) - 1
-			odd := slices.ContainsFunc(lines[:summary], func(line string) bool { return !strings.HasPrefix(line, "shard ") })
-			expect(t, !odd && (code == 1) == (c.want != nil) && code == 1 == (strings.Count(stderr, "\n") == 1) && strings.Contains(lines[summary], " shards, "),
-				"code %d\n%s%s", code, stdout, stderr)
-			for _, want := range c.want {
-				expect(t, strings.Contains(stdout, want), "%s, want %q", stdout, want)
-			}
-		})
-	}
-	wantEnd(t, 0, "4 shards, 55 blobs, ")(runCommand(t, []string{"BLOBNOM_DATA_DIR=" + sample.DataDir}, "check"))
-}
+// sample has every kind of blob: small and large, as it is and deflated.
+const sample = `
+	serve storage_compression=true
+	PUT /blob/empty    ""
+	PUT /blob/small    {noise 5000}
+	PUT /blob/text     {prose 5000}
+	PUT /blob/large    {noise 3C}
+	PUT /blob/prose    {prose 3C+5}
+	PUT /blob/more/1   {prose 1}
+	PUT /blob/more/2   {prose 200}
+	PUT /blob/more/3   {prose 900}
+	stop
+`
 
-// A shard of a newer version is not a damaged one.
-func TestCheckNewerSchema(t *testing.T) {
-	dir := sampleDir(t).DataDir
-	exec1(t, filepath.Join(dir, shardName(2)), "PRAGMA user_version = 7")
-	to := filepath.Join(t.TempDir(), "to")
-	wantEnd(t, 1, "schema version 7 is written by a newer version")(runCommand(t, nil, "check", dir))
-	wantEnd(t, 1, "schema version 7 is written by a newer version")(copyDir(t, "backup", dir, to))
-	wantEnd(t, 1, "schema version 7 is written by a newer version")(copyDir(t, "migrate", dir, to))
-	expect(t, !fileExists(to), "something was made")
+// Each paragraph damages one place, and check names it.
+func TestCheck(t *testing.T) {
+	sample := script(t, sample).path("data")
+	scripts(t, "copy "+sample+"  data", `
+		# nothing
+		blobnom check data  -> 0  ~4 shards, 8 blobs, 
+
+		# without an argument: the configured directory
+		blobnom check  -> 0  ~4 shards, 8 blobs, 
+
+		# no configuration is needed
+		blobnom check data  num_shards=no  -> 0
+
+		# small content
+		sql {shard small}  UPDATE blobs SET data = CAST(substr(data, 1, 2000) || x'00' || substr(data, 2002) AS BLOB) WHERE key = 'small'
+		blobnom check data  -> 1  ~{home small}key "small": the blob is damaged
+
+		# deflated content
+		sql {shard text}  UPDATE blobs SET data = zeroblob(length(data)) WHERE key = 'text'
+		blobnom check data  -> 1  ~{home text}key "text": 
+
+		# a chunk
+		sql {shard large}  UPDATE chunks SET data = CAST(substr(data, 1, 2000) || x'00' || substr(data, 2002) AS BLOB) WHERE id = (SELECT id << 20 | 1 FROM blobs WHERE key = 'large')
+		blobnom check data  -> 1  ~{home large}key "large": the blob is damaged
+
+		# a deflated chunk
+		sql {shard prose}  UPDATE chunks SET data = zeroblob(length(data)) WHERE id = (SELECT id << 20 | 3 FROM blobs WHERE key = 'prose')
+		blobnom check data  -> 1  ~{home prose}key "prose": 
+
+		# a chunk is missing
+		sql {shard large}  DELETE FROM chunks WHERE id = (SELECT id << 20 | 2 FROM blobs WHERE key = 'large')
+		blobnom check data  -> 1  ~{home large}key "large":   ~chunk 2   ~is missing
+
+		# a chunk too many
+		sql {shard large}  INSERT INTO chunks SELECT id << 20 | 3, x'00' FROM blobs WHERE key = 'large'
+		blobnom check data  -> 1  ~{home large}chunk 3 of content  ~belongs to no blob
+
+		# a chunk of a small blob
+		sql {shard small}  INSERT INTO chunks SELECT id << 20, x'00' FROM blobs WHERE key = 'small'
+		blobnom check data  -> 1  ~{home small}chunk 0 of content  ~belongs to no blob
+
+		# stray chunks
+		sql {shard large}  INSERT INTO chunks VALUES (99 << 20, x'00')
+		blobnom check data  -> 1  ~{home large}chunk 0 of content 99 belongs to no blob
+
+		# orphaned chunks
+		sql {shard large}  INSERT INTO chunks VALUES (99 << 20, x'00'); INSERT INTO orphans VALUES (99)
+		blobnom check data  -> 0
+
+		# SHA-256
+		sql {shard small}  UPDATE blobs SET sha256 = zeroblob(32) WHERE key = 'small'
+		blobnom check data  -> 1  ~{home small}key "small":   ~SHA-256
+
+		# half a SHA-256
+		sql {shard small}  UPDATE blobs SET sha256 = zeroblob(16) WHERE key = 'small'
+		blobnom check data  -> 1  ~{home small}key "small":   ~16
+
+		# CRC-32
+		sql {shard text}  UPDATE blobs SET crc32 = crc32 + 1 WHERE key = 'text'
+		blobnom check data  -> 1  ~{home text}key "text":   ~CRC-32
+
+		# size
+		sql {shard small}  UPDATE blobs SET size = size - 1 WHERE key = 'small'
+		blobnom check data  -> 1  ~{home small}key "small": 
+
+		# stored
+		sql {shard prose}  UPDATE blobs SET stored = stored + 1 WHERE key = 'prose'
+		blobnom check data  -> 1  ~{home prose}key "prose": 
+
+		# codec
+		sql {shard small}  UPDATE blobs SET codec = 9 WHERE key = 'small'
+		blobnom check data  -> 1  ~{home small}key "small":   ~codec
+
+		# an emptied blob
+		sql {shard empty}  UPDATE blobs SET data = x'00', stored = 1 WHERE key = 'empty'
+		blobnom check data  -> 1  ~{home empty}key "empty": 
+
+		# placement
+		sql {shard small}  UPDATE blobs SET key = 'smalls' WHERE key = 'small'
+		blobnom check data  -> 1  ~{home small}key "smalls": it belongs to shard 
+
+		# a bad key
+		sql {shard small}  UPDATE blobs SET key = CAST(x'ff' AS TEXT) WHERE key = 'small'
+		blobnom check data  -> 1  ~{home small}  ~not valid UTF-8
+
+		# an unreadable row
+		sql {shard small}  UPDATE blobs SET sha256 = zeroblob(32) WHERE key <> 'small'
+		sql {shard small}  UPDATE blobs SET updated_at = 'x' WHERE key = 'small'
+		blobnom check data  -> 1  ~{home small}key "small":   ~{home small}key "more/  ~restore it or delete it
+
+		# an id that is not ours
+		sql {shard small}  UPDATE blobs SET id = -id, sha256 = zeroblob(32) WHERE key = 'small'
+		blobnom check data  -> 1  ~{home small}key "small": 
+
+		# an index that lacks rows
+		sql {shard small}  PRAGMA writable_schema = ON; UPDATE sqlite_schema SET sql = replace(sql, 'NOT NULL', 'NULL') WHERE name = 'expiring'
+		blobnom check data  -> 1  ~{home small}SQLite:   ~missing from index expiring
+
+		# an index has rows of no blob
+		sql {shard small}  PRAGMA writable_schema = ON; CREATE INDEX more ON blobs (version) WHERE version = 0; UPDATE sqlite_schema SET rootpage = (SELECT rootpage FROM sqlite_schema WHERE name = 'more') WHERE name = 'expiring'; DELETE FROM sqlite_schema WHERE name = 'more'
+		blobnom check data  -> 1  ~{home small}index expiring has 
+
+		# a table is gone
+		sql {shard large}  DROP TABLE orphans
+		blobnom check data  -> 1  ~{home large}  ~orphans
+
+		# a table of another tool
+		sql {shard large}  CREATE TABLE _litestream_seq (id INTEGER)
+		blobnom check data  -> 0
+
+		# no version
+		sql {shard large}  PRAGMA user_version = 0
+		blobnom check data  -> 1  ~{home large}  ~schema version 0
+
+		# the header
+		sql {shard large}  PRAGMA application_id = 1
+		blobnom check data  -> 1  ~{home large}  ~its header is not that of a shard
+
+		# the record
+		sql {shard large}  UPDATE meta SET value = 'another' WHERE key = 'directory'
+		blobnom check data  -> 1  ~it does not belong here
+
+		# another count
+		sql {shard large}  UPDATE meta SET value = 100000000000 WHERE key = 'num_shards'
+		blobnom check data  -> 1  ~{home large}  ~of 100000000000
+
+		# no record
+		sql {shard large}  DELETE FROM meta
+		blobnom check data  -> 1  ~{home large}  ~meta is incomplete
+
+		# a shard twice
+		copy data/shard_2.db  data/shard_3.db
+		blobnom check data  -> 1  ~shard 3: it does not belong here
+
+		# a shard of the Rust server
+		remove {shard large}
+		sql {shard large}  CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB); INSERT INTO blobs VALUES ('k', 'v')
+		blobnom check data  -> 1  ~{home large}  ~its header is not that of a shard
+
+		# a missing shard
+		remove {shard large}
+		blobnom check data  -> 1  ~{home large}the file is missing
+
+		# an empty shard
+		write {shard large}
+		blobnom check data  -> 1  ~{home large}  ~missing or empty
+
+		# a shard too many
+		copy {shard large}  data/shard_7.db
+		sql data/shard_7.db  UPDATE meta SET value = 7 WHERE key = 'shard'
+		blobnom check data  -> 1  ~shard 7: it does not belong here
+
+		# no database
+		write {shard large}  garbage
+		blobnom check data  -> 1  ~{home large}  ~not a database
+
+		# a torn page
+		overwrite {shard large}  4096  {noise 100}
+		blobnom check data  -> 1  ~{home large}
+
+		# a newer version is not damage
+		sql data/shard_2.db  PRAGMA user_version = 7
+		blobnom check data         -> 1  ~schema version 7 is written by a newer version
+		blobnom backup to          -> 1  ~schema version 7 is written by a newer version
+		blobnom migrate data  data_dir=to  -> 1  ~schema version 7 is written by a newer version
+		ls .  -> 1  data
+	`)
 }
 
 // onErr is a context that calls a function whenever it is asked for its error.
@@ -5425,7 +5936,7 @@ func wantIncomplete(t testing.TB, dir string) {
 
 // wantUntouched wants the files in dir as they were. A reader may have made -shm files and empty
 // -wal files.
-func wantUntouched(t *testing.T, dir string, before map[string]string) {
+func wantUntouched(t testing.TB, dir string, before map[string]string) {
 	t.Helper()
 	made := func(name, sum string) bool {
 		return strings.HasSuffix(name, "-shm") || strings.HasSuffix(name, "-wal") && before[name] == "" && sum == sumOf(nil)
@@ -5458,7 +5969,7 @@ func (s *testServer) load() (stop func()) {
 func TestBackup(t *testing.T) {
 	t.Parallel()
 	cfg := testConfig(t, func(c *config) { c.StorageCompression = true })
-	s := serveConfig(t, cfg, stallTimeout)
+	s := serveConfig(t, cfg)
 	want := map[string][]byte{}
 	for i, size := range []int{0, 100, 20_000, 3 * chunkSize, 10 * chunkSize} {
 		want[fmt.Sprint("n", i)], want[fmt.Sprint("p", i)] = noise(size, 1), prose(size, 2)
@@ -5491,7 +6002,7 @@ func TestBackup(t *testing.T) {
 	for _, dir := range []string{to, crashed} {
 		restored := *cfg
 		restored.DataDir = dir
-		r := serveConfig(t, &restored, stallTimeout)
+		r := serveConfig(t, &restored)
 		for key, body := range want {
 			r.wantBlob(key, body, "Blob-Created", s.wantBlob(key, body).Header.Get("Blob-Created"), "Content-Type", "a/b")
 		}
@@ -6169,7 +6680,7 @@ func TestEmptyDatabase(t *testing.T) {
 func TestReshard(t *testing.T) {
 	t.Parallel()
 	cfg := testConfig(t, func(c *config) { c.StorageCompression = true })
-	s := serveConfig(t, cfg, stallTimeout)
+	s := serveConfig(t, cfg)
 	for i, size := range []int{0, 1, 5000, 20_000, chunkSize, 3*chunkSize + 5} {
 		for j, kind := range []func(int, uint64) []byte{noise, prose} {
 			key := fmt.Sprint("blob/", i, j)
@@ -6196,7 +6707,7 @@ func TestReshard(t *testing.T) {
 		wantUntouched(t, from, before)
 		moved := *cfg
 		moved.DataDir, moved.NumShards, moved.Hash = to, c.shards, c.hash
-		s := serveConfig(t, &moved, stallTimeout)
+		s := serveConfig(t, &moved)
 		rows := s.list(url.Values{"limit": {"10000"}}).Blobs
 		expect(t, slices.Equal(rows, want), "%+v: %d rows, want %d", c, len(rows), len(want))
 		s.stop()
@@ -6266,7 +6777,7 @@ type modelBlob struct {
 	created, expires int64
 }
 
-func (m *model) start(t *testing.T) { m.testServer = serveAt(t, m.cfg, stallTimeout, m.clock.now) }
+func (m *model) start(t *testing.T) { m.testServer = serveAt(t, m.cfg, m.clock) }
 
 // live returns what is to be under key, nil for nothing.
 func (m *model) live(key string) *modelBlob {
@@ -6707,7 +7218,7 @@ func BenchmarkList(b *testing.B) {
 // BenchmarkMaintenance runs the commands over 200 MB, half of it in small blobs.
 func BenchmarkMaintenance(b *testing.B) {
 	cfg := testConfig(b)
-	s := serveConfig(b, cfg, stallTimeout)
+	s := serveConfig(b, cfg)
 	var size int64
 	for i := range 400 {
 		body := noise([]int{4 << 10, 1 << 20}[i%2], uint64(i))
