@@ -70,7 +70,8 @@ func TestMain(m *testing.M) {
 	if os.Getenv(asProgram) != "" {
 		main()
 	}
-	flag.Set("test.parallel", strconv.Itoa(2*runtime.GOMAXPROCS(0))) // those that run in parallel mostly wait
+	// Tests that run in parallel mostly wait.
+	flag.Set("test.parallel", strconv.Itoa(2*runtime.GOMAXPROCS(0)))
 	os.Exit(m.Run())
 }
 
@@ -114,7 +115,10 @@ func (s *syncBuffer) String() string {
 
 func testConfig(t testing.TB, change ...func(*config)) *config {
 	cfg := newConfig()
-	cfg.DataDir, cfg.NumShards, cfg.BatchSize, cfg.Durability = filepath.Join(t.TempDir(), "data"), 4, 64, "normal"
+	cfg.DataDir = filepath.Join(t.TempDir(), "data")
+	cfg.NumShards = 4
+	cfg.BatchSize = 64
+	cfg.Durability = "normal"
 	for _, f := range change {
 		f(cfg)
 	}
@@ -255,16 +259,16 @@ func (s *testServer) wantBlob(key string, body []byte, headers ...string) *http.
 
 // blobPath percent-encodes every byte of key that is not plainly safe.
 func blobPath(key string) string {
-	var b strings.Builder
-	b.WriteString("/blob/")
+	const safe = "-0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+	urlPath := "/blob/"
 	for _, c := range []byte(key) {
-		if c == '-' || '0' <= c && c <= '9' || 'A' <= c && c <= 'Z' || 'a' <= c && c <= 'z' {
-			b.WriteByte(c)
+		if strings.IndexByte(safe, c) >= 0 {
+			urlPath += string(c)
 		} else {
-			fmt.Fprintf(&b, "%%%02X", c)
+			urlPath += fmt.Sprintf("%%%02X", c)
 		}
 	}
-	return b.String()
+	return urlPath
 }
 
 // noise returns n bytes that differ for each seed.
@@ -275,18 +279,20 @@ func noise(n int, seed uint64) []byte {
 }
 
 func fatal(t testing.TB, err error) {
-	if t.Helper(); err != nil {
+	t.Helper()
+	if err != nil {
 		t.Fatal(err)
 	}
 }
 
 func expect(t testing.TB, ok bool, format string, args ...any) {
-	if t.Helper(); !ok {
+	t.Helper()
+	if !ok {
 		t.Errorf(format, args...)
 	}
 }
 
-// noErr is for what cannot fail in a test that works.
+// noErr panics on an error that would be a fault of the test.
 func noErr[T any](v T, err error) T {
 	if err != nil {
 		panic(err)
@@ -313,9 +319,11 @@ func together(n int, f func(i int)) {
 	group.Wait()
 }
 
+// eventually waits until ok, a minute at most: the disk of a busy machine is slow.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(time.Minute); !ok(); { // the disk of a busy machine
+	deadline := time.Now().Add(time.Minute)
+	for !ok() {
 		if time.Now().After(deadline) {
 			t.Fatal("not within a minute: " + what)
 		}
@@ -323,60 +331,84 @@ func eventually(t testing.TB, what string, ok func() bool) {
 	}
 }
 
-// verifyDir checks a directory at rest with SQL of its own: structure,
-// placement, every content against its size and SHA-256, and that each chunk
-// belongs to a blob or an orphan. It returns the SHA-256 of every blob.
+// verifyDir checks a directory at rest with SQL of its own: structure, placement, every content
+// against its size and its sums, and that each chunk belongs to a blob or an orphan. It returns the
+// SHA-256 of every blob, in hexadecimal.
 func verifyDir(t testing.TB, dir string) map[string]string {
 	t.Helper()
 	sums := map[string]string{}
 	files, _ := filepath.Glob(filepath.Join(dir, "shard_*.db"))
 	for _, file := range files {
 		db := openDB(file, "mode=ro")
-		defer db.Close()
-		var ok, hash string
-		var n, index, stray int64
-		for query, to := range map[string]any{
-			"PRAGMA integrity_check":                          &ok,
-			"SELECT value FROM meta WHERE key = 'num_shards'": &n,
-			"SELECT value FROM meta WHERE key = 'shard'":      &index,
-			"SELECT value FROM meta WHERE key = 'hash'":       &hash,
-			"SELECT count(*) FROM chunks WHERE id >> 20 NOT IN (SELECT id FROM blobs UNION SELECT id FROM orphans)": &stray,
-		} {
-			if err := db.QueryRow(query).Scan(to); err != nil {
-				t.Errorf("%s: %s: %v", file, query, err)
-				return sums
-			}
-		}
-		expect(t, ok == "ok" && stray == 0, "%s: integrity_check %q, %d stray chunks", file, ok, stray)
-		rows, err := db.Query("SELECT key, id, size, stored, codec, coalesce(crc32, -1), sha256, data FROM blobs")
-		fatal(t, err)
-		defer rows.Close()
-		for rows.Next() {
-			var key string
-			var id, size, stored, codec, crc int64
-			var sum, data []byte
-			fatal(t, rows.Scan(&key, &id, &size, &stored, &codec, &crc, &sum, &data))
-			want := int64(hashes[hash](key) % uint64(n))
-			expect(t, want == index, "key %q lies in shard %d, not %d", key, index, want)
-			if size > chunkSize {
-				data = slices.Concat(chunksOf(t, db, id)...)
-			}
-			expect(t, int64(len(data)) == stored && (codec != 0 || stored == size),
-				"key %q: %d bytes lie there, recorded %d with codec %d, CRC-32 %d, size %d", key, len(data), stored, codec, crc, size)
-			if codec == 1 {
-				data = unzip(t, slices.Concat([]byte(gzipHeader), data, []byte(gzipEnd),
-					binary.LittleEndian.AppendUint32(nil, uint32(crc)), binary.LittleEndian.AppendUint32(nil, uint32(size))))
-			}
-			if sum := crc32.ChecksumIEEE(data); crc != -1 && uint32(crc) != sum {
-				t.Errorf("key %q: CRC-32 %08x, recorded %08x", key, sum, crc)
-			}
-			got := sha256.Sum256(data)
-			expect(t, int64(len(data)) == size && bytes.Equal(got[:], sum), "key %q: %d bytes of SHA-256 %x, recorded %d of %x", key, len(data), got, size, sum)
-			sums[key] = fmt.Sprintf("%x", sum)
-		}
-		expect(t, rows.Err() == nil, "%v", rows.Err())
+		verifyShard(t, file, db, sums)
+		db.Close()
 	}
 	return sums
+}
+
+// verifyShard checks one shard for verifyDir, and adds its blobs to sums.
+func verifyShard(t testing.TB, file string, db *sql.DB, sums map[string]string) {
+	t.Helper()
+	const strayChunks = `SELECT count(*) FROM chunks
+		WHERE id >> 20 NOT IN (SELECT id FROM blobs UNION SELECT id FROM orphans)`
+	want := func(value, query string) {
+		got := ""
+		err := db.QueryRow(query).Scan(&got)
+		expect(t, err == nil && got == value, "%s: %s: %q, %v", file, query, got, err)
+	}
+	want("ok", "PRAGMA integrity_check")
+	want("0", strayChunks)
+	var shards, index int64
+	var hash string
+	err := db.QueryRow(`SELECT
+		(SELECT value FROM meta WHERE key = 'num_shards'),
+		(SELECT value FROM meta WHERE key = 'shard'),
+		(SELECT value FROM meta WHERE key = 'hash')`).Scan(&shards, &index, &hash)
+	if err != nil {
+		t.Errorf("%s: %v", file, err)
+		return
+	}
+	rows, err := db.Query(`SELECT key, id, size, stored, codec, coalesce(crc32, -1), sha256, data
+		FROM blobs`)
+	fatal(t, err)
+	defer rows.Close()
+	for rows.Next() {
+		var b verifiedBlob
+		fatal(t, rows.Scan(&b.key, &b.id, &b.size, &b.stored, &b.codec, &b.crc, &b.sum, &b.data))
+		home := int64(hashes[hash](b.key) % uint64(shards))
+		expect(t, home == index, "key %q lies in shard %d, not %d", b.key, index, home)
+		if b.size > chunkSize {
+			b.data = slices.Concat(chunksOf(t, db, b.id)...)
+		}
+		b.verify(t)
+		sums[b.key] = fmt.Sprintf("%x", b.sum)
+	}
+	fatal(t, rows.Err())
+}
+
+// verifiedBlob is a row of blobs, with its whole content.
+type verifiedBlob struct {
+	key              string
+	id, size, stored int64
+	codec, crc       int64
+	sum, data        []byte
+}
+
+func (b *verifiedBlob) verify(t testing.TB) {
+	t.Helper()
+	length := int64(len(b.data))
+	expect(t, length == b.stored, "key %q: %d bytes, recorded %d", b.key, length, b.stored)
+	if b.codec == 1 {
+		trailer := binary.LittleEndian.AppendUint32(nil, uint32(b.crc))
+		trailer = binary.LittleEndian.AppendUint32(trailer, uint32(b.size))
+		b.data = unzip(t, slices.Concat([]byte(gzipHeader), b.data, []byte(gzipEnd), trailer))
+	}
+	length = int64(len(b.data))
+	expect(t, length == b.size, "key %q: a content of %d bytes, recorded %d", b.key, length, b.size)
+	sum := sha256.Sum256(b.data)
+	expect(t, bytes.Equal(sum[:], b.sum), "key %q: SHA-256 %x, recorded %x", b.key, sum, b.sum)
+	crc := int64(crc32.ChecksumIEEE(b.data))
+	expect(t, b.crc == -1 || b.crc == crc, "key %q: CRC-32 %x, recorded %x", b.key, crc, b.crc)
 }
 
 // unzip decodes exactly one gzip member.
@@ -397,7 +429,8 @@ func prose(n int, seed uint64) []byte {
 	words := strings.Fields("a blob is a sequence of bytes under a key and nothing more than that; 0 1 2 3 4 5 6 7 8 9 {} <p>")
 	b := make([]byte, 0, n+10)
 	for len(b) < n {
-		b = append(append(b, words[rnd.IntN(len(words))]...), ' ')
+		b = append(b, words[rnd.IntN(len(words))]...)
+		b = append(b, ' ')
 	}
 	return b[:n]
 }
@@ -438,7 +471,8 @@ type program struct {
 // asBlobnom lets the test binary that cmd runs be the program, on a free port.
 func asBlobnom(t testing.TB, cmd *exec.Cmd, dir string, env ...string) *exec.Cmd {
 	cmd.Dir = t.TempDir()
-	cmd.Env = append(append(os.Environ(), asProgram+"=1", "BLOBNOM_DATA_DIR="+dir, "BLOBNOM_ADDR=127.0.0.1:0"), env...)
+	own := []string{asProgram + "=1", "BLOBNOM_DATA_DIR=" + dir, "BLOBNOM_ADDR=127.0.0.1:0"}
+	cmd.Env = slices.Concat(os.Environ(), own, env)
 	return cmd
 }
 
@@ -450,21 +484,16 @@ func startProgram(t testing.TB, dir string, env ...string) *program {
 // startBy starts the program by a command that becomes it.
 func startBy(t testing.TB, cmd *exec.Cmd, dir string, env ...string) *program {
 	t.Helper()
-	p := &program{testServer: &testServer{t: t, log: &syncBuffer{}, client: client}, cmd: asBlobnom(t, cmd, dir, env...), done: make(chan error, 1)}
+	p := &program{
+		testServer: &testServer{t: t, log: &syncBuffer{}, client: client},
+		cmd:        asBlobnom(t, cmd, dir, env...),
+		done:       make(chan error, 1),
+	}
 	stderr := noErr(p.cmd.StderrPipe())
 	fatal(t, p.cmd.Start())
-	listening := make(chan string, 1)
-	go func() {
-		for lines := bufio.NewScanner(stderr); lines.Scan(); {
-			fmt.Fprintln(p.log, lines.Text())
-			if _, rest, ok := strings.Cut(lines.Text(), " listen="); ok {
-				addr, _, _ := strings.Cut(rest, " ")
-				listening <- addr // one line of a start has it
-			}
-		}
-		p.done <- p.cmd.Wait()
-	}()
 	t.Cleanup(func() { p.cmd.Process.Kill() })
+	listening := make(chan string, 1)
+	go p.readLog(stderr, listening)
 	select {
 	case addr := <-listening:
 		p.base = "http://" + addr
@@ -474,6 +503,20 @@ func startBy(t testing.TB, cmd *exec.Cmd, dir string, env ...string) *program {
 		t.Fatal("the program does not start")
 	}
 	return p
+}
+
+// readLog reads the log until the program ends. It sends the address in it: one line has that.
+func (p *program) readLog(stderr io.Reader, listening chan<- string) {
+	lines := bufio.NewScanner(stderr)
+	for lines.Scan() {
+		fmt.Fprintln(p.log, lines.Text())
+		_, rest, isListening := strings.Cut(lines.Text(), " listen=")
+		if isListening {
+			addr, _, _ := strings.Cut(rest, " ")
+			listening <- addr
+		}
+	}
+	p.done <- p.cmd.Wait()
 }
 
 // signal sends sig and waits for the end.
