@@ -779,9 +779,13 @@ func (cli *call) runLong(ctx context.Context, row command) error {
 		defer hide()
 	}
 	err := row.run(ctx, cli)
+	left := cli.progress.leaves
 	if err != nil && ctx.Err() != nil {
-		left := cmp.Or(cli.progress.leaves, "nothing was changed")
+		left = cmp.Or(left, "nothing was changed")
 		return fmt.Errorf("interrupted; %s; run the same command again, it starts over", left)
+	}
+	if err != nil && left != "" {
+		return fmt.Errorf("%s: %w", left, err)
 	}
 	return err
 }
@@ -2885,15 +2889,13 @@ func (st *store) shardOf(key string) (*shard, error) {
 func openStore(
 	ctx context.Context, cfg *config, lock *sql.DB, log *slog.Logger, now func() time.Time,
 ) (*store, error) {
-	dir, err := filepath.Abs(cfg.DataDir)
-	if err != nil {
-		return nil, err
-	}
+	dir := cfg.DataDir
 	isCopy := lock != nil
 	if !isCopy {
 		if err := refuseDir(dir); err != nil {
 			return nil, err
 		}
+		var err error
 		lock, err = lockDir(dir)
 		if err != nil {
 			return nil, err
@@ -2941,7 +2943,7 @@ func openStore(
 // open creates what is missing in a new directory, and opens the shards.
 func (st *store) open(cfg *config) error {
 	if err := st.createShards(cfg); err != nil {
-		return err
+		return fmt.Errorf("cannot create the shards: %w", err)
 	}
 	err := st.openShards(cfg)
 	if errors.Is(err, errFull) { // opening a shard writes: the reserve makes room for that
@@ -3104,10 +3106,10 @@ const (
 func lockDir(dir string) (*sql.DB, error) {
 	path := filepath.Join(dir, lockFile)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, fmt.Errorf("cannot create data_dir: %w", err)
+		return nil, fmt.Errorf("cannot create the data directory: %w", err)
 	}
 	if err := createFile(path); err != nil { // for the system's words; SQLite's hide the reason
-		return nil, fmt.Errorf("cannot lock data_dir: %w", err)
+		return nil, fmt.Errorf("cannot lock the data directory: %w", err)
 	}
 	// The journal is in memory, because a full disk has no room for it. Another server that is
 	// starting may hold the lock for a moment: wait 300 ms.
@@ -3200,6 +3202,19 @@ func (r *record) String() string {
 		r.Shard, r.NumShards, r.Hash, r.Directory)
 }
 
+var errMisplaced = errors.New("it does not belong here")
+
+// fits returns an errMisplaced unless r is the record of shard i beside a shard with the record
+// first.
+func (r *record) fits(first *record, i int) error {
+	want := *first
+	want.Shard = int64(i)
+	if *r != want || want.Shard >= want.NumShards {
+		return fmt.Errorf("%w: it is %v, and another one here is %v", errMisplaced, r, first)
+	}
+	return nil
+}
+
 // recordOf reads what a shard of ours knows of its directory. It returns errCorrupt if the file is
 // not a shard, and errNewer if a newer version of this program wrote it.
 func recordOf(db *sql.DB) (*record, error) {
@@ -3238,7 +3253,7 @@ func (st *store) createShards(cfg *config) error {
 	}
 	id, err := creationID(marker)
 	if err != nil {
-		return fmt.Errorf("cannot create the shards: %w", err)
+		return err
 	}
 	for i := range cfg.NumShards {
 		if err := st.stopping.Err(); err != nil {
@@ -3246,20 +3261,18 @@ func (st *store) createShards(cfg *config) error {
 		}
 		path := filepath.Join(st.dir, shardName(int(i)))
 		if err := createShard(path, &record{cfg.NumShards, i, cfg.Hash, id}); err != nil {
-			return fmt.Errorf("cannot create %s: %w", path, translate(err))
+			return fmt.Errorf("%s: %w", path, translate(err))
 		}
 	}
 	// The names are on the disk before the marker goes, else a power loss could remove shards that
 	// have acknowledged writes.
-	for _, dir := range []string{st.dir, filepath.Dir(st.dir)} {
-		if err := syncPath(dir); err != nil {
-			return fmt.Errorf("cannot create the shards: %w", err)
-		}
+	if err := syncPaths(st.dir, parentOf(st.dir)); err != nil {
+		return err
 	}
 	if err := os.Remove(marker); err != nil {
-		return fmt.Errorf("cannot create the shards: %w", err)
+		return err
 	}
-	return syncPath(st.dir)
+	return syncPaths(st.dir)
 }
 
 // creationID returns the id of the directory that is being created. It reads it from the marker of
@@ -3275,10 +3288,7 @@ func creationID(marker string) (string, error) {
 	if err := os.WriteFile(marker, id, 0o600); err != nil {
 		return "", err
 	}
-	if err := syncPath(marker); err != nil {
-		return "", err
-	}
-	return string(id), syncPath(filepath.Dir(marker))
+	return string(id), syncPaths(marker, filepath.Dir(marker))
 }
 
 func createShard(path string, r *record) error {
@@ -3310,7 +3320,7 @@ func (st *store) openShards(cfg *config) error {
 	if err != nil {
 		return err
 	}
-	var want *record // of the first shard that can be read
+	var first *record // of the first shard that can be read
 	st.shards = nil
 	for _, i := range indexes {
 		if err := st.stopping.Err(); err != nil {
@@ -3330,32 +3340,39 @@ func (st *store) openShards(cfg *config) error {
 		if err != nil {
 			return err
 		}
-		if want == nil {
-			want = r
+		if first == nil {
+			first = r
 		}
-		isOfOurs := *r == record{want.NumShards, int64(i), want.Hash, want.Directory}
-		if !isOfOurs || int64(i) >= want.NumShards {
-			return fmt.Errorf("%s does not belong here: it is %v, another is %v; "+
-				"restore the right file from a backup", sh.path, r, want)
+		if err := r.fits(first, i); err != nil {
+			return fmt.Errorf("%s: %w; restore the right file from a backup", sh.path, err)
 		}
 	}
-	if want == nil {
+	if first == nil {
 		return fmt.Errorf("no shard in %s can be read; restore the directory from a backup", st.dir)
 	}
-	if want.NumShards != cfg.NumShards || want.Hash != cfg.Hash {
+	if first.NumShards != cfg.NumShards || first.Hash != cfg.Hash {
 		return fmt.Errorf("data directory %s holds %d shards placed by %s, "+
 			"the configuration asks for num_shards = %d and hash = %q; "+
 			"set them as they were, "+
 			"or copy the blobs into a new data_dir with: blobnom migrate %[1]s",
-			st.dir, want.NumShards, want.Hash, cfg.NumShards, cfg.Hash)
+			st.dir, first.NumShards, first.Hash, cfg.NumShards, cfg.Hash)
 	}
-	for i := range int(cfg.NumShards) {
-		if !slices.Contains(indexes, i) {
-			return fmt.Errorf("in %s, %s is missing; restore it, or the directory, from a backup",
-				st.dir, shardName(i))
-		}
+	missing := missingShards(indexes, cfg.NumShards)
+	if len(missing) > 0 {
+		return fmt.Errorf("in %s, %s is missing; restore it, or the directory, from a backup",
+			st.dir, shardName(missing[0]))
 	}
 	return nil
+}
+
+// missingShards returns the indexes of shards, of count there must be, that are not in indexes.
+func missingShards(indexes []int, count int64) (missing []int) {
+	for i := range int(count) {
+		if !slices.Contains(indexes, i) {
+			missing = append(missing, i)
+		}
+	}
+	return missing
 }
 
 // sizeOf returns the size of a file, negative if there is none.
@@ -3378,14 +3395,23 @@ func createFile(path string) error {
 	return f.Close()
 }
 
-// syncPath makes a file durable, or the names in a directory.
-func syncPath(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
+// parentOf returns the directory that has the name of dir.
+func parentOf(dir string) string { return filepath.Join(dir, "..") }
+
+// syncPaths makes files durable, or the names in directories.
+func syncPaths(paths ...string) error {
+	for _, path := range paths {
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		err = f.Sync()
+		f.Close() // of a file that was only read: it has no error to tell
+		if err != nil {
+			return err
+		}
 	}
-	defer f.Close() // of a file that was only read: it has no error to tell
-	return f.Sync()
+	return nil
 }
 
 // ==== Shard ======================================================================================
@@ -3555,7 +3581,7 @@ func tryOpen(path string) error {
 
 // openDB returns a pool for the database at path; nothing is opened yet. params are URI parameters.
 func openDB(path, params string) *sql.DB {
-	uri := url.URL{Scheme: "file", Path: path, RawQuery: params}
+	uri := url.URL{Scheme: "file", OmitHost: true, Path: path, RawQuery: params}
 	db, _ := sql.Open("sqlite", uri.String()) // fails only for an unknown driver
 	return db
 }
@@ -5469,30 +5495,15 @@ func (r *reserve) write() error {
 // dataDir is a data directory that a command reads, and what the command has found in it.
 type dataDir struct {
 	*call
-	path      string  // absolute
-	indexes   []int   // numbers of the shards, from the names of their files
-	first     *record // of the first shard of ours that could be opened
-	mayBeRust bool    // the command reads directories of the Rust server, too
-	isRust    bool    // the Rust server wrote it; known once the first shard is open
+	path    string
+	indexes []int   // numbers of the shards, from the names of their files
+	isRust  bool    // the Rust server wrote it
+	first   *record // of the first shard that was opened, or what the Rust server would have written
 
 	defects int         // all of them
 	damaged []storedRow // blobs that are defects because of their content
 	blobs   int64
 	bytes   int64 // of the blobs, as the client sees them
-}
-
-// sourceDir lists the directory dir, unless refuse objects to its absolute path.
-func (cli *call) sourceDir(
-	dir string, refuse func(dir string) error,
-) (*dataDir, error) {
-	dir, err := filepath.Abs(dir)
-	if err != nil {
-		return nil, err
-	}
-	if err := refuse(dir); err != nil {
-		return nil, err
-	}
-	return cli.listDir(dir)
 }
 
 func (cli *call) listDir(dir string) (*dataDir, error) {
@@ -5505,58 +5516,47 @@ func (cli *call) listDir(dir string) (*dataDir, error) {
 
 // each calls visit with one shard after the other. The first error ends it.
 func (d *dataDir) each(task string, visit func(*source) error) error {
-	for n, i := range d.indexes {
-		if err := d.open(task, n, visit); err != nil {
+	for _, i := range d.indexes {
+		if err := d.open(task, i, visit); err != nil {
 			return fmt.Errorf("shard %d of %s: %w", i, d.path, err)
 		}
 	}
 	return nil
 }
 
-// open opens the n-th shard, calls visit with it, and closes it. task is shown as progress.
-func (d *dataDir) open(task string, n int, visit func(*source) error) error {
-	d.progress.startTask(task, n, len(d.indexes))
-	s, err := openSource(d.path, d.indexes[n])
+// open opens shard i, calls visit with it, and closes it. task is shown as progress.
+func (d *dataDir) open(task string, i int, visit func(*source) error) error {
+	d.progress.startTask(task, i, len(d.indexes))
+	s, err := openSource(d.path, i)
 	if err != nil {
 		return err
 	}
 	defer s.close()
-	if n == 0 && d.mayBeRust {
-		d.isRust = s.record == nil
-	}
 	if d.isRust != (s.record == nil) {
-		return errNotOurs
+		return fmt.Errorf("%w: its header is not that of a shard", errCorrupt)
 	}
 	if d.first == nil {
 		d.first = s.record
 	}
+	if !d.isRust {
+		if err := s.record.fits(d.first, i); err != nil {
+			return err
+		}
+	}
 	return visit(s)
 }
 
-var errNotOurs = fmt.Errorf("%w: its header is not that of a shard", errCorrupt)
-
-// missing returns the numbers of the shards whose file is not there. The Rust server does not say
-// how many shards there are, and only a gap shows.
-func (d *dataDir) missing() (numbers []int) {
-	count := len(d.indexes)
-	if d.first != nil {
-		count = int(d.first.NumShards)
+// missing returns the numbers of the shards whose file is not there.
+func (d *dataDir) missing() []int {
+	if d.first == nil {
+		return nil
 	}
-	for i := range count {
-		if !slices.Contains(d.indexes, i) {
-			numbers = append(numbers, i)
-		}
-	}
-	return numbers
+	return missingShards(d.indexes, d.first.NumShards)
 }
 
-// fits returns an error unless r is the record of shard i beside a shard with the record first.
-func (r *record) fits(first *record, i int) error {
-	want := record{first.NumShards, int64(i), first.Hash, first.Directory}
-	if *r != want || int64(i) >= r.NumShards {
-		return fmt.Errorf("it does not belong here: it is %v, and another one here is %v", r, first)
-	}
-	return nil
+// home returns the number of the shard that key belongs to.
+func (d *dataDir) home(key string) int {
+	return int(hashes[d.first.Hash](key) % uint64(d.first.NumShards))
 }
 
 // defect counts a defect and reports it.
@@ -5566,9 +5566,9 @@ func (d *dataDir) defect(shard int, format string, args ...any) {
 }
 
 // report prints one line about a shard on stdout.
-func (cli *call) report(shard int, format string, args ...any) {
+func (d *dataDir) report(shard int, format string, args ...any) {
 	text := strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", " ")
-	fmt.Fprintf(cli.stdout, "shard %d: %s\n", shard, text)
+	fmt.Fprintf(d.stdout, "shard %d: %s\n", shard, text)
 }
 
 func (d *dataDir) blobsAndBytes() string {
@@ -5584,32 +5584,20 @@ func (d *dataDir) summarize(format string, args ...any) {
 
 // source is a shard that is only read, ours or the Rust server's.
 type source struct {
-	index   int
-	path    string
-	db      *sql.DB
-	record  *record   // nil: the Rust server wrote the shard
-	rowByID *sql.Stmt // columns for scanBlob; only the content if the Rust server wrote it
-	nextRow *sql.Stmt // the row after an id
-	chunks  shard     // what a blobReader needs of one: only dataStmt is set
-	buffer  []byte    // of verify
+	index     int
+	db        *sql.DB
+	record    *record   // nil: the Rust server wrote the shard
+	structure string    // the query for what is wrong with the shard as a whole: a text a row
+	rowByID   *sql.Stmt // columns for scanBlob; only the content if the Rust server wrote it
+	nextRow   *sql.Stmt // the row after an id
+	chunks    shard     // what a blobReader needs of one: only dataStmt is set
 }
 
 // storedRow is where a blob is in a directory.
 type storedRow struct {
-	shard  int
-	id     int64
-	key    string
-	isNull bool // there is no key
-}
-
-func (row storedRow) checkKey() error {
-	if row.isNull {
-		return fmt.Errorf("row %d: its key is NULL; give it a key, or delete the row", row.id)
-	}
-	if err := checkKey(row.key); err != nil {
-		return fmt.Errorf("key %q: %w", row.key, err)
-	}
-	return nil
+	shard int
+	id    int64
+	key   string
 }
 
 // openSource opens shard i of dir. Nothing in it is changed. The caller closes the source.
@@ -5618,20 +5606,41 @@ func openSource(dir string, i int) (*source, error) {
 	if sizeOf(file) <= 0 { // to open it would delete a WAL that may hold everything
 		return nil, fmt.Errorf("%w: the file is missing or empty", errCorrupt)
 	}
-	s := &source{
-		index:  i,
-		path:   file,
-		db:     openReadOnly(file),
-		buffer: make([]byte, chunkSize),
-	}
+	s := &source{index: i, db: openReadOnly(file)}
 	if err := s.prepare(); err != nil {
 		s.close()
-		return nil, translate(err)
+		return nil, schemaError(translate(err))
 	}
 	return s, nil
 }
 
 func (s *source) close() error { return s.db.Close() }
+
+const (
+	integrityQuery = `SELECT 'SQLite: ' || integrity_check FROM pragma_integrity_check
+		WHERE integrity_check <> 'ok'`
+
+	// What SQLite does not know: each chunk belongs to a blob or to an orphan, and an index of some
+	// rows has no others. A chunk has 262144 bytes, and the low 20 bits of its id count the chunks
+	// of a content. A hundred lines are enough to know.
+	structureQuery = integrityQuery + `
+		UNION ALL
+		SELECT 'chunk ' || (id & 1048575) || ' of content ' || (id >> 20) || ' belongs to no blob'
+		FROM chunks WHERE NOT EXISTS (SELECT 1 FROM orphans WHERE orphans.id = chunks.id >> 20)
+		AND NOT EXISTS (SELECT 1 FROM blobs WHERE blobs.id = chunks.id >> 20
+			AND size > 262144 AND (chunks.id & 1048575) <= (size - 1) / 262144)
+		UNION ALL
+		SELECT 'index expiring has ' || indexed || ' rows instead of ' || there FROM
+			(SELECT count(*) AS indexed FROM blobs INDEXED BY expiring
+				WHERE expires_at IS NOT NULL),
+			(SELECT count(*) AS there FROM blobs NOT INDEXED
+				WHERE expires_at IS NOT NULL)
+		WHERE indexed <> there
+		LIMIT 100`
+
+	nextRowQuery = `SELECT rowid, coalesce(CAST(key AS BLOB), '') FROM blobs
+		WHERE rowid > ? AND rowid <= ? ORDER BY rowid LIMIT 1`
+)
 
 // prepare reads the record and prepares the statements.
 func (s *source) prepare() error {
@@ -5640,8 +5649,10 @@ func (s *source) prepare() error {
 	if err != nil {
 		return err
 	}
+	s.structure = integrityQuery
 	rowByID := "SELECT data FROM blobs WHERE rowid = ?"
 	if application == applicationID {
+		s.structure = structureQuery
 		rowByID = "SELECT " + blobColumns + ", data, key FROM blobs WHERE id = ?"
 		s.record, err = recordOf(s.db)
 		if err != nil {
@@ -5660,9 +5671,6 @@ func (s *source) prepare() error {
 	return err
 }
 
-const nextRowQuery = `SELECT rowid, key IS NULL, coalesce(CAST(key AS BLOB), '') FROM blobs
-	WHERE rowid > ? AND rowid <= ? ORDER BY rowid LIMIT 1`
-
 // eachRow calls visit with the rows that were there when it began, each found by a query of its
 // own. In a table whose pages are not in order it can miss rows: checkStructure finds such a table.
 func (s *source) eachRow(ctx context.Context, visit func(storedRow) error) error {
@@ -5674,8 +5682,7 @@ func (s *source) eachRow(ctx context.Context, visit func(storedRow) error) error
 	row := storedRow{shard: s.index, id: math.MinInt64}
 	for ctx.Err() == nil {
 		above := row.id
-		found := s.nextRow.QueryRow(above, last)
-		err := found.Scan(&row.id, &row.isNull, &row.key)
+		err := s.nextRow.QueryRow(above, last).Scan(&row.id, &row.key)
 		if errors.Is(err, sql.ErrNoRows) {
 			return nil
 		}
@@ -5692,8 +5699,8 @@ func (s *source) eachRow(ctx context.Context, visit func(storedRow) error) error
 	return ctx.Err()
 }
 
-// blobByID returns the blob of ours in the row with this id. An error is errNoBlob, an errDamaged,
-// an errCorrupt, or inconclusive.
+// blobByID returns the blob of ours in the row with this id. A row that cannot be understood is
+// damaged. With errDamaged it may return what the row says, too.
 func (s *source) blobByID(id int64) (*blob, error) {
 	b, _, err := scanBlob(s.rowByID.QueryRow(id))
 	err = translate(err)
@@ -5717,28 +5724,6 @@ func (r contextReader) Read(data []byte) (int, error) {
 	return r.Reader.Read(data)
 }
 
-// verify reads a content of ours, compares it with its row, and returns its size.
-func (s *source) verify(ctx context.Context, id int64) (int64, error) {
-	b, err := s.blobByID(id)
-	if err != nil {
-		return 0, err
-	}
-	content := &blobReader{shard: &s.chunks, blob: b}
-	sha := sha256.New()
-	checksum := crc32.NewIEEE()
-	both := io.MultiWriter(sha, checksum)
-	_, err = io.CopyBuffer(both, contextReader{ctx, content}, s.buffer)
-	if err != nil {
-		return b.size, err
-	}
-	sum := sha.Sum(nil)
-	if !bytes.Equal(sum, b.sum[:]) || content.stored != b.stored {
-		return b.size, fmt.Errorf("%w: SHA-256 %x, %d stored bytes, but the row says %x, %d",
-			errDamaged, sum, content.stored, b.sum, b.stored)
-	}
-	return b.size, b.compare(checksum.Sum32())
-}
-
 // ==== Check ======================================================================================
 // check verifies a data directory, in use or not: the structure of each shard, whether it belongs
 // to the others, and the checksum, the key and the place of each blob. Each defect is a line.
@@ -5751,7 +5736,11 @@ func cmdCheck(ctx context.Context, cli *call) error {
 		}
 		cli.args = []string{cfg.DataDir}
 	}
-	d, err := cli.sourceDir(cli.args[0], refuseDir)
+	dir := cli.args[0]
+	if err := refuseDir(dir); err != nil {
+		return err
+	}
+	d, err := cli.listDir(dir)
 	if err != nil {
 		return err
 	}
@@ -5760,7 +5749,7 @@ func cmdCheck(ctx context.Context, cli *call) error {
 	}
 	d.summarize("%d defects", d.defects)
 	if d.defects > 0 {
-		return fmt.Errorf("%s has defects: restore what is damaged from a backup", d.path)
+		return fmt.Errorf("%s has defects: restore what is damaged from a backup", dir)
 	}
 	return nil
 }
@@ -5768,11 +5757,11 @@ func cmdCheck(ctx context.Context, cli *call) error {
 // check counts and reports what is wrong. An error means that d could not be checked, and says
 // nothing of its state.
 func (d *dataDir) check(ctx context.Context) error {
-	for n, i := range d.indexes {
-		err := d.open("checking", n, func(s *source) error {
+	for _, i := range d.indexes {
+		err := d.open("checking", i, func(s *source) error {
 			return d.checkShard(ctx, s)
 		})
-		if ctx.Err() != nil || isInconclusive(err) {
+		if err != nil && !isDefect(err) {
 			return fmt.Errorf("cannot check shard %d: %w", i, err)
 		}
 		if err != nil {
@@ -5785,24 +5774,14 @@ func (d *dataDir) check(ctx context.Context) error {
 	return nil
 }
 
-// isInconclusive reports whether err only means that something could not be read, not that it is
-// damaged.
-func isInconclusive(err error) bool {
-	code, _ := sqliteCode(err)
-	switch code {
-	case sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR:
-		return false // SQLITE_ERROR: a table is missing
-	case 0: // no error of SQLite
-		return errors.Is(err, errNewer)
-	}
-	return true
+// isDefect reports whether err says that something is wrong with a directory. Any other error only
+// means that something could not be read.
+func isDefect(err error) bool {
+	return errors.Is(err, errCorrupt) || errors.Is(err, errDamaged) || errors.Is(err, errMisplaced)
 }
 
-// checkShard checks one shard. An error is one more defect, unless it is inconclusive.
+// checkShard reports what is wrong with one shard. An error ends it, and may be one more defect.
 func (d *dataDir) checkShard(ctx context.Context, s *source) error {
-	if err := s.record.fits(d.first, s.index); err != nil {
-		d.defect(s.index, "%v", err)
-	}
 	if err := d.checkStructure(ctx, s); err != nil {
 		return err
 	}
@@ -5811,50 +5790,17 @@ func (d *dataDir) checkShard(ctx context.Context, s *source) error {
 	})
 }
 
-const (
-	integrityQuery = `SELECT 'SQLite: ' || integrity_check FROM pragma_integrity_check
-		WHERE integrity_check <> 'ok'`
-
-	// What SQLite does not know: each chunk belongs to a blob or to an orphan, and an index of some
-	// rows has no others. A chunk has 262144 bytes, and the low 20 bits of its id count the chunks
-	// of a content. A hundred lines are enough to know.
-	contentQuery = `
-		SELECT 'chunk ' || (id & 1048575) || ' of content ' || (id >> 20) || ' belongs to no blob'
-		FROM chunks WHERE NOT EXISTS (SELECT 1 FROM orphans WHERE orphans.id = chunks.id >> 20)
-		AND NOT EXISTS (SELECT 1 FROM blobs WHERE blobs.id = chunks.id >> 20
-			AND size > 262144 AND (chunks.id & 1048575) <= (size - 1) / 262144)
-		UNION ALL
-		SELECT 'index expiring has ' || indexed || ' rows instead of ' || there FROM
-			(SELECT count(*) AS indexed FROM blobs INDEXED BY expiring
-				WHERE expires_at IS NOT NULL),
-			(SELECT count(*) AS there FROM blobs NOT INDEXED
-				WHERE expires_at IS NOT NULL)
-		WHERE indexed <> there
-		LIMIT 100`
-)
-
 // checkStructure reports what is wrong with a shard as a whole. An error may come after defects.
 func (d *dataDir) checkStructure(ctx context.Context, s *source) error {
-	if err := d.reportDefects(ctx, s, integrityQuery); err != nil {
-		return err
-	}
-	if d.isRust {
-		return nil
-	}
-	return d.reportDefects(ctx, s, contentQuery)
-}
-
-// reportDefects reports what a query finds: a text a row.
-func (d *dataDir) reportDefects(ctx context.Context, s *source, query string) error {
-	rows, err := s.db.QueryContext(ctx, query)
+	rows, err := s.db.QueryContext(ctx, s.structure)
 	if err != nil {
-		return translate(err)
+		return schemaError(translate(err))
 	}
 	defer rows.Close()
 	for rows.Next() {
 		var text string
 		if err := rows.Scan(&text); err != nil {
-			return translate(err)
+			return err
 		}
 		d.defect(s.index, "%s", text)
 	}
@@ -5871,7 +5817,7 @@ func (d *dataDir) checkBlob(ctx context.Context, s *source, row storedRow) error
 	if errors.Is(err, errNoBlob) {
 		return nil
 	}
-	if ctx.Err() != nil || isInconclusive(err) {
+	if err != nil && !isDefect(err) {
 		return err
 	}
 	d.blobs++
@@ -5880,23 +5826,43 @@ func (d *dataDir) checkBlob(ctx context.Context, s *source, row storedRow) error
 	if errors.Is(err, errDamaged) {
 		d.damaged = append(d.damaged, row)
 	}
-	keyErr := row.checkKey()
-	home := hashes[s.record.Hash](row.key) % uint64(s.record.NumShards)
-	switch {
-	case err != nil:
+	if err == nil {
+		err = checkKey(row.key)
+	}
+	if err == nil && d.home(row.key) != s.index {
+		err = fmt.Errorf("it belongs to shard %d", d.home(row.key))
+	}
+	if err != nil {
 		d.defect(s.index, "key %q: %v", row.key, err)
-	case keyErr != nil:
-		d.defect(s.index, "%v", keyErr)
-	case home != uint64(s.index):
-		d.defect(s.index, "key %q: it belongs to shard %d", row.key, home)
 	}
 	return nil
 }
 
+// verify reads a content of ours, compares it with its row, and returns its size.
+func (s *source) verify(ctx context.Context, id int64) (int64, error) {
+	b, err := s.blobByID(id)
+	if err != nil {
+		return 0, err
+	}
+	content := &blobReader{shard: &s.chunks, blob: b}
+	sha := sha256.New()
+	checksum := crc32.NewIEEE()
+	_, err = io.Copy(io.MultiWriter(sha, checksum), contextReader{ctx, content})
+	if err != nil {
+		return b.size, err
+	}
+	sum := sha.Sum(nil)
+	if !bytes.Equal(sum, b.sum[:]) || content.stored != b.stored {
+		return b.size, fmt.Errorf("%w: SHA-256 %x, %d stored bytes, but the row says %x, %d",
+			errDamaged, sum, content.stored, b.sum, b.stored)
+	}
+	return b.size, b.compare(checksum.Sum32())
+}
+
 // ==== Backup =====================================================================================
 // backup copies the data directory, each shard as it was at the moment when its turn came. How a
-// copy is made is the same for migrate. A marker, partialFile, says that a copy is incomplete, from
-// before its first byte until all of it is verified and synced.
+// copy is begun, checked and completed is the same for migrate. A marker, partialFile, says that a
+// copy is incomplete, from before its first byte until all of it is verified and synced.
 
 func cmdBackup(ctx context.Context, cli *call) error {
 	cfg, _, err := cli.config()
@@ -5904,23 +5870,38 @@ func cmdBackup(ctx context.Context, cli *call) error {
 		return err
 	}
 	start := time.Now()
-	from, err := cli.sourceDir(cfg.DataDir, refuseDir)
+	if err := refuseDir(cfg.DataDir); err != nil {
+		return err
+	}
+	from, err := cli.listDir(cfg.DataDir)
 	if err != nil {
 		return err
 	}
-	fill := func(to string, _ *sql.DB) error {
-		return from.each("copying", func(s *source) error {
-			file := filepath.Join(to, shardName(s.index))
-			if err := createFile(file); err != nil {
-				return err
-			}
-			_, err := s.db.ExecContext(ctx, "VACUUM INTO ?", file)
-			return translate(err)
-		})
-	}
-	verify := func(copied *dataDir) error { return copied.compareDamage(ctx, from) }
-	copied, err := from.copyTo(ctx, cli.args[0], fill, verify)
+	to := cli.args[0]
+	lock, err := from.beginCopy(ctx, to)
 	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	err = from.each("copying", func(s *source) error {
+		file := filepath.Join(to, shardName(s.index))
+		if err := createFile(file); err != nil {
+			return err
+		}
+		_, err := s.db.ExecContext(ctx, "VACUUM INTO ?", file)
+		return translate(err)
+	})
+	if err != nil {
+		return err
+	}
+	copied, err := cli.checkCopy(ctx, to)
+	if err != nil {
+		return err
+	}
+	if err := copied.compareDamage(ctx, from); err != nil {
+		return err
+	}
+	if err := copied.completeCopy(); err != nil {
 		return err
 	}
 	seconds := time.Since(start).Seconds()
@@ -5938,15 +5919,13 @@ func cmdBackup(ctx context.Context, cli *call) error {
 // the directory from as well. Then the copy is as good as the original.
 func (copied *dataDir) compareDamage(ctx context.Context, from *dataDir) error {
 	if copied.defects > len(copied.damaged) {
-		return fmt.Errorf("it has %d defects, see above; check the original", copied.defects)
+		return fmt.Errorf("the copy has %d defects, see above; check the original", copied.defects)
 	}
 	for _, row := range copied.damaged {
-		s, err := openSource(from.path, row.shard)
-		if err != nil {
+		err := from.open("comparing", row.shard, func(s *source) error {
+			_, err := s.verify(ctx, row.id) // VACUUM keeps the ids of rows
 			return err
-		}
-		_, err = s.verify(ctx, row.id) // VACUUM keeps the ids of rows
-		s.close()
+		})
 		if err == nil || errors.Is(err, errNoBlob) {
 			return fmt.Errorf("key %q is whole in the original, or has changed; run backup again",
 				row.key)
@@ -5958,51 +5937,32 @@ func (copied *dataDir) compareDamage(ctx context.Context, from *dataDir) error {
 	return nil
 }
 
-// copyTo makes the directory target a copy of from. fill writes its shards; it is told the absolute
-// path and the lock of the target. verify decides whether the copy is good, after check.
-func (from *dataDir) copyTo(
-	ctx context.Context, target string,
-	fill func(to string, lock *sql.DB) error, verify func(copied *dataDir) error,
-) (*dataDir, error) {
-	to, err := filepath.Abs(target)
-	if err != nil {
-		return nil, err
-	}
+// beginCopy surveys the directory from, and makes the directory to one of an incomplete copy without
+// shards. It returns the lock of to.
+func (from *dataDir) beginCopy(ctx context.Context, to string) (*sql.DB, error) {
 	// Before the survey, which may take long.
-	if err := refuseTarget(to); err != nil {
-		return nil, fmt.Errorf("cannot copy into %s: %w", to, err)
+	if _, err := targetFiles(to); err != nil {
+		return nil, err
 	}
 	if err := from.survey(ctx); err != nil {
 		return nil, err
 	}
 	lock, err := lockDir(to)
 	if err != nil {
-		return nil, fmt.Errorf("cannot copy into %s: %w", to, err)
+		return nil, err
 	}
-	defer lock.Close()
 	if err := startOver(to); err != nil {
-		return nil, fmt.Errorf("cannot copy into %s: %w", to, err)
+		return nil, errors.Join(err, lock.Close())
 	}
 	from.progress.leaves = to + " holds an incomplete copy"
-	var copied *dataDir
-	err = fill(to, lock)
-	if err == nil {
-		copied, err = from.finishCopy(ctx, to, verify)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("%s stays incomplete: %w", to, err)
-	}
-	return copied, nil
+	return lock, nil
 }
 
 // survey returns an error unless all shards are there, belong together and are whole. SQLite reads
 // a damaged table without an error and leaves rows out, so nothing is copied from one.
 func (from *dataDir) survey(ctx context.Context) error {
-	err := from.each("opening", func(s *source) error {
-		if from.isRust {
-			return nil
-		}
-		return s.record.fits(from.first, s.index)
+	err := from.each("checking", func(s *source) error {
+		return from.checkStructure(ctx, s)
 	})
 	if err != nil {
 		return err
@@ -6012,54 +5972,43 @@ func (from *dataDir) survey(ctx context.Context) error {
 		return fmt.Errorf("shard %d of %s is missing; restore it from a backup",
 			missing[0], from.path)
 	}
-	return from.each("checking", func(s *source) error {
-		if err := from.checkStructure(ctx, s); err != nil {
-			return err
-		}
-		if from.defects > 0 {
-			return errors.New("it is damaged, see above; restore it from a backup")
-		}
-		return nil
-	})
+	if from.defects > 0 {
+		return fmt.Errorf("%s is damaged, see above; restore it from a backup", from.path)
+	}
+	return nil
 }
 
-// refuseTarget returns an error unless a copy may go into dir: it is missing, or empty except for a
-// lock file, or has the marker of an incomplete copy.
-func refuseTarget(dir string) error {
-	if fileExists(filepath.Join(dir, partialFile)) {
-		return nil
-	}
+// targetFiles returns what is in dir, or an error unless a copy may go there: dir is missing, or
+// empty except for a lock file, or has the marker of an incomplete copy.
+func targetFiles(dir string) ([]fs.DirEntry, error) {
 	entries, err := os.ReadDir(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("cannot copy into %s: %w", dir, err)
 	}
-	if err != nil {
-		return err
+	if fileExists(filepath.Join(dir, partialFile)) {
+		return entries, nil
 	}
 	for _, entry := range entries {
 		if entry.Name() != lockFile {
-			return fmt.Errorf("it is not empty: %s is in the way; a copy needs a new directory",
-				entry.Name())
+			return nil, fmt.Errorf("cannot copy into %s: it is not empty, %s is in the way; "+
+				"a copy needs a new directory", dir, entry.Name())
 		}
 	}
-	return nil
+	return entries, nil
 }
 
 // startOver writes the marker and removes the shards of an incomplete copy. dir is locked.
 func startOver(dir string) error {
 	// Look again: before dir was locked another command may have completed a copy in it.
-	if err := refuseTarget(dir); err != nil {
-		return err
-	}
-	entries, err := os.ReadDir(dir)
+	entries, err := targetFiles(dir)
 	if err != nil {
 		return err
 	}
 	// The marker first, else what is left of a killed run could pass for a whole copy.
-	if err := os.WriteFile(filepath.Join(dir, partialFile), nil, 0o600); err != nil {
+	if err := createFile(filepath.Join(dir, partialFile)); err != nil {
 		return err
 	}
-	if err := syncPath(dir); err != nil {
+	if err := syncPaths(dir); err != nil {
 		return err
 	}
 	for _, entry := range entries {
@@ -6074,41 +6023,36 @@ func startOver(dir string) error {
 	return nil
 }
 
-// finishCopy verifies the copy that fill has made in dir, syncs it, and removes the marker.
-func (cli *call) finishCopy(
-	ctx context.Context, dir string, verify func(copied *dataDir) error,
-) (*dataDir, error) {
+// checkCopy returns the copy in dir, checked.
+func (cli *call) checkCopy(ctx context.Context, dir string) (*dataDir, error) {
 	copied, err := cli.listDir(dir)
 	if err != nil {
 		return nil, err
 	}
-	if err := copied.check(ctx); err != nil {
-		return nil, err
-	}
-	if err := verify(copied); err != nil {
-		return nil, err
-	}
-	var files []string
+	return copied, copied.check(ctx)
+}
+
+// completeCopy syncs a copy that is good, and removes the marker.
+func (copied *dataDir) completeCopy() error {
+	files := []string{copied.path, parentOf(copied.path)}
 	for _, i := range copied.indexes {
-		file := filepath.Join(dir, shardName(i))
+		file := filepath.Join(copied.path, shardName(i))
 		// A copy is restored by copying its files over a data directory. The WAL that a crashed
 		// server left there is then overwritten by this empty one, and not replayed.
 		if err := createFile(file + "-wal"); err != nil {
-			return nil, err
+			return err
 		}
 		files = append(files, file, file+"-wal")
 	}
-	files = append(files, dir, filepath.Dir(dir))
-	for _, file := range files {
-		if err := syncPath(file); err != nil {
-			return nil, err
-		}
+	if err := syncPaths(files...); err != nil {
+		return err
 	}
 	// The marker last, else a power loss leaves half a copy that passes for a whole one.
-	if err := os.Remove(filepath.Join(dir, partialFile)); err != nil {
-		return nil, err
+	if err := os.Remove(filepath.Join(copied.path, partialFile)); err != nil {
+		return err
 	}
-	return copied, syncPath(dir)
+	copied.progress.leaves = ""
+	return syncPaths(copied.path)
 }
 
 // ==== Migrate ====================================================================================
@@ -6118,11 +6062,10 @@ func (cli *call) finishCopy(
 
 type migration struct {
 	from   *dataDir
-	hash   func(key string) uint64 // of the source
 	target *store
 
 	copied, duplicates int64
-	badKeys, damaged   int64 // keys and contents that are not copied
+	lacking            int64 // blobs that are not copied: a bad key, or a damaged content
 }
 
 func cmdMigrate(ctx context.Context, cli *call) error {
@@ -6131,25 +6074,43 @@ func cmdMigrate(ctx context.Context, cli *call) error {
 		return err
 	}
 	start := time.Now()
-	// Not refuseDir, which refuses the Rust server's directories.
-	from, err := cli.sourceDir(cli.args[0], refusePartial)
+	dir := cli.args[0]
+	if err := refusePartial(dir); err != nil {
+		return err
+	}
+	from, err := cli.listDir(dir)
 	if err != nil {
 		return err
 	}
-	from.mayBeRust = true
-	if fileExists(filepath.Join(from.path, lockFile)) { // else no server of ours was ever there
-		lock, err := lockDir(from.path)
+	if fileExists(filepath.Join(dir, lockFile)) { // else no server of ours was ever there
+		lock, err := lockDir(dir)
 		if err != nil {
 			return err
 		}
 		defer lock.Close()
 	}
-	m := &migration{from: from}
-	fill := func(_ string, lock *sql.DB) error {
-		return m.fill(ctx, cfg, lock)
+	if refuseForeign(dir, from.indexes[0]) != nil {
+		from.isRust = true
+		from.first = &record{NumShards: int64(len(from.indexes)), Hash: "fnv1a"}
 	}
-	copied, err := from.copyTo(ctx, cfg.DataDir, fill, m.verify)
+	lock, err := from.beginCopy(ctx, cfg.DataDir)
 	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	m := &migration{from: from}
+	if err := m.fill(ctx, cfg, lock); err != nil {
+		return err
+	}
+	copied, err := cli.checkCopy(ctx, cfg.DataDir)
+	if err != nil {
+		return err
+	}
+	if copied.defects > 0 || copied.blobs != m.copied {
+		return fmt.Errorf("%d blobs were copied, %d are there, with %d defects: see the log",
+			m.copied, copied.blobs, copied.defects)
+	}
+	if err := copied.completeCopy(); err != nil {
 		return err
 	}
 	seconds := time.Since(start).Seconds()
@@ -6160,21 +6121,15 @@ func cmdMigrate(ctx context.Context, cli *call) error {
 // fill creates the store that cfg describes, and copies every blob into it. lock is the lock of its
 // directory.
 func (m *migration) fill(ctx context.Context, cfg *config, lock *sql.DB) error {
-	m.hash = hashes["fnv1a"] // the Rust server's
-	if !m.from.isRust {
-		m.hash = hashes[m.from.first.Hash]
-	}
-	// Fast rather than durable: finishCopy verifies and syncs the result.
+	// Fast rather than durable: completeCopy syncs the result.
 	target := *cfg
 	target.AsyncWrite = true
 	target.Durability = "normal"
 	target.BatchSize = 64
 	target.BatchTimeoutMS = 0 // a misplaced row waits for its commit, alone
-	target.MaxPendingBytes = 8 << 20
 	// The clock stands at 1970, so that expired blobs are copied as well. The server deletes them.
 	in1970 := func() time.Time { return time.Unix(0, 0) }
-	logger := newLogger(cfg, m.from.stderr)
-	st, err := openStore(ctx, &target, lock, logger, in1970)
+	st, err := openStore(ctx, &target, lock, newLogger(cfg, m.from.stderr), in1970)
 	if err != nil {
 		return err
 	}
@@ -6188,33 +6143,18 @@ func (m *migration) fill(ctx context.Context, cfg *config, lock *sql.DB) error {
 	if err != nil || closeErr != nil {
 		return errors.Join(err, closeErr)
 	}
-	if m.badKeys > 0 {
-		return fmt.Errorf("it lacks %d keys, listed above; rename or delete them", m.badKeys)
-	}
-	if m.damaged > 0 {
-		return fmt.Errorf("it lacks %d damaged blobs, listed above; restore or delete them",
-			m.damaged)
-	}
-	return nil
-}
-
-// verify returns an error unless the copy is whole and has as many blobs as were copied.
-func (m *migration) verify(copied *dataDir) error {
-	if copied.defects > 0 {
-		return fmt.Errorf("it has %d defects, see above", copied.defects)
-	}
-	if copied.blobs != m.copied {
-		return fmt.Errorf("%d blobs were copied, %d are there: see the log", m.copied, copied.blobs)
+	if m.lacking > 0 {
+		return fmt.Errorf("the copy lacks %d blobs, listed above; "+
+			"rename the key, restore the blob, or delete it", m.lacking)
 	}
 	return nil
 }
 
 // copyRows copies either the rows that are in the shard of their hash, or the others.
 func (m *migration) copyRows(ctx context.Context, placed bool) error {
-	shards := uint64(len(m.from.indexes))
 	return m.from.each("copying", func(s *source) error {
 		return s.eachRow(ctx, func(row storedRow) error {
-			isPlaced := m.hash(row.key)%shards == uint64(s.index)
+			isPlaced := m.from.home(row.key) == s.index
 			if isPlaced != placed {
 				return nil
 			}
@@ -6223,35 +6163,28 @@ func (m *migration) copyRows(ctx context.Context, placed bool) error {
 	})
 }
 
-// copyRow copies one blob, or reports why its key is not copied. An error ends the migration.
+// copyRow copies one blob, or reports why it is not copied. An error ends the migration.
 func (m *migration) copyRow(ctx context.Context, s *source, row storedRow, isPlaced bool) error {
-	if err := row.checkKey(); err != nil {
-		m.badKeys++
-		m.from.report(s.index, "%v", err)
-		return nil
-	}
-	err := m.copyContent(ctx, s, row, isPlaced)
+	err := m.copyBlob(ctx, s, row, isPlaced)
 	switch {
+	case err == nil:
+		m.copied++
+		m.from.progress.setDone(fmt.Sprintf("%d blobs", m.copied))
 	case errors.Is(err, errCondition):
 		m.duplicates++
 		m.from.report(s.index, "key %q: not taken, there is another copy of it", row.key)
-	case errors.Is(err, errDamaged):
-		m.damaged++
+	case errors.Is(err, errBadRequest), errors.Is(err, errDamaged):
+		m.lacking++
 		m.from.report(s.index, "key %q: %v", row.key, err)
-	case err != nil:
-		return fmt.Errorf("key %q: %w", row.key, err)
 	default:
-		m.copied++
-		m.from.progress.setDone(fmt.Sprintf("%d blobs", m.copied))
+		return fmt.Errorf("key %q: %w", row.key, err)
 	}
 	return nil
 }
 
-// copyContent copies one blob. A misplaced one is copied only if its key is not there already. An
-// errDamaged is about the source.
-func (m *migration) copyContent(
-	ctx context.Context, s *source, row storedRow, isPlaced bool,
-) error {
+// copyBlob copies one blob. A misplaced one is copied only if its key is not there already. An
+// errBadRequest is about the key, an errDamaged about the source.
+func (m *migration) copyBlob(ctx context.Context, s *source, row storedRow, isPlaced bool) error {
 	sh, err := m.target.shardOf(row.key)
 	if err != nil {
 		return err
@@ -6260,7 +6193,7 @@ func (m *migration) copyContent(
 	if err != nil {
 		return err
 	}
-	options := &putOptions{contentType: b.contentType, length: -1, copyOf: b}
+	options := &putOptions{contentType: b.contentType, copyOf: b}
 	if !isPlaced {
 		options.conditions.noneMatch = "*"
 	}

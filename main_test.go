@@ -4485,10 +4485,10 @@ func TestRefusedDirectories(t *testing.T) {
 		{"other hash", func(cfg *config) { cfg.Hash = "sha256" }, []string{"placed by fnv1a", `hash = "sha256"`, "blobnom migrate"}},
 		{"last missing", func(cfg *config) { os.Remove(shard(cfg, 3)) }, []string{"shard_3.db is missing", "backup"}},
 		{"first missing", func(cfg *config) { os.Remove(shard(cfg, 0)) }, []string{"shard_0.db is missing", "backup"}},
-		{"twice", func(cfg *config) { copyFile(t, shard(cfg, 2), shard(cfg, 1)) }, []string{"shard_1.db does not belong here", "backup"}},
-		{"from another", func(cfg *config) { copyFile(t, shard(four, 2), shard(cfg, 2)) }, []string{"shard_2.db does not belong here", "backup"}},
-		{"from another of three", func(cfg *config) { copyFile(t, shard(three, 1), shard(cfg, 1)) }, []string{"shard_1.db does not belong here", "backup"}},
-		{"one too many", func(cfg *config) { copyFile(t, shard(cfg, 1), shard(cfg, 4)) }, []string{"shard_4.db does not belong"}},
+		{"twice", func(cfg *config) { copyFile(t, shard(cfg, 2), shard(cfg, 1)) }, []string{"shard_1.db: it does not belong here", "backup"}},
+		{"from another", func(cfg *config) { copyFile(t, shard(four, 2), shard(cfg, 2)) }, []string{"shard_2.db: it does not belong here", "backup"}},
+		{"from another of three", func(cfg *config) { copyFile(t, shard(three, 1), shard(cfg, 1)) }, []string{"shard_1.db: it does not belong here", "backup"}},
+		{"one too many", func(cfg *config) { copyFile(t, shard(cfg, 1), shard(cfg, 4)) }, []string{"shard_4.db: it does not belong"}},
 		{"newer schema", func(cfg *config) { exec1(t, shard(cfg, 1), "PRAGMA user_version = 2") }, []string{"shard_1.db", "version 2", "newer version"}},
 		{"unrelated files", func(cfg *config) {
 			for _, name := range []string{"shard_x.db", "shard_01.db", "shard_0.db.new"} {
@@ -4509,7 +4509,7 @@ func TestRefusedDirectories(t *testing.T) {
 		{"the marker comes back", killed(4, func(*config) {}), nil},
 		{"rust", another("PRAGMA journal_mode=WAL; CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)"), []string{"Rust Blobnom", "blobnom migrate"}},
 		{"another program", another("CREATE TABLE notes (x)"), []string{"another program", "blobnom migrate"}},
-		{"a file", func(cfg *config) { cfg.DataDir = shard(cfg, 0) }, []string{"data_dir"}},
+		{"a file", func(cfg *config) { cfg.DataDir = shard(cfg, 0) }, []string{"cannot create the data directory"}},
 	} {
 		cfg := testConfig(t)
 		s := serveConfig(t, cfg)
@@ -5828,7 +5828,7 @@ func TestCheck(t *testing.T) {
 		blobnom check data  -> 1  ~{home small}key "small": 
 
 		# an index that lacks rows
-		sql {shard small}  PRAGMA writable_schema = ON; UPDATE sqlite_schema SET sql = replace(sql, 'NOT NULL', 'NULL') WHERE name = 'expiring'
+		sql {shard small}  UPDATE blobs SET expires_at = 1 << 50; CREATE INDEX more ON blobs (expires_at) WHERE expires_at = 1; PRAGMA writable_schema = ON; UPDATE sqlite_schema SET rootpage = (SELECT rootpage FROM sqlite_schema WHERE name = 'more') WHERE name = 'expiring'; DELETE FROM sqlite_schema WHERE name = 'more'
 		blobnom check data  -> 1  ~{home small}SQLite:   ~missing from index expiring
 
 		# an index has rows of no blob
@@ -5929,11 +5929,11 @@ func TestCheckWhileBlobsChange(t *testing.T) {
 			ctx := onErr{t.Context(), func() {
 				asked++
 				if asked == 2 { // the reader asks before each piece of the content
-					exec1(t, source.path, change)
+					exec1(t, filepath.Join(server.store.dir, shardName(0)), change)
 				}
 			}}
 			var out bytes.Buffer
-			checked := &dataDir{call: &call{stdout: &out}}
+			checked := &dataDir{call: &call{stdout: &out}, first: source.record}
 			fatal(t, source.eachRow(t.Context(), func(row storedRow) error { return checked.checkBlob(ctx, source, row) }))
 			expect(t, asked >= 2, "the content was not being read when it changed")
 			expect(t, checked.defects == 0, "%d defects: %s", checked.defects, &out)
@@ -6110,7 +6110,7 @@ func TestBackupOfDamage(t *testing.T) {
 			next := filepath.Join(t.TempDir(), "next")
 			code, stdout, stderr = copyDir(t, "migrate", from, next)
 			expect(t, code == 1 && strings.Contains(stdout, fmt.Sprintf("key %q: ", c.key)), "migrate: code %d, %q", code, stdout)
-			expect(t, strings.Contains(stdout, cure) && strings.Contains(stderr, "stays incomplete"), "migrate: %q, %q", stdout, stderr)
+			expect(t, strings.Contains(stdout, cure) && strings.Contains(stderr, "holds an incomplete copy"), "migrate: %q, %q", stdout, stderr)
 			wantIncomplete(t, next)
 		})
 	}
@@ -6668,11 +6668,11 @@ func TestMigrateRust(t *testing.T) {
 			if i == 1 {
 				exec("INSERT INTO blobs VALUES (NULL, 'x')")
 			}
-		}, nil, []string{"shard 1: row 2: its key is NULL; give it a key, or delete the row", "it lacks 1 keys"}},
+		}, nil, []string{`shard 1: key "": bad request: the key has 0 bytes`, "the copy lacks 1 blobs"}},
 		{"invalid keys", func(i int, exec func(string, ...any)) {
 			table(exec)
 			exec("INSERT INTO blobs VALUES ('', 'x'), (?, 'x'), (CAST(x'ff' AS TEXT), 'x'), (CAST(x'6100' AS TEXT), 'x'), (?, 'x')", strings.Repeat("k", maxKeyBytes+1), fmt.Sprint("good", i))
-		}, nil, []string{`shard 0: key "": `, `shard 1: key "kkk`, `shard 2: key "\xff": `, `key "a\x00": `, "it lacks 12 keys"}},
+		}, nil, []string{`shard 0: key "": `, `shard 1: key "kkk`, `shard 2: key "\xff": `, `key "a\x00": `, "the copy lacks 12 blobs"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			from, to := foreign(t, shards, c.make), filepath.Join(t.TempDir(), "new", "data")
@@ -6777,7 +6777,7 @@ func TestReshard(t *testing.T) {
 	next := filepath.Join(t.TempDir(), "next")
 	code, stdout, stderr := copyDir(t, "migrate", cfg.DataDir, next)
 	expect(t, code == 1 && strings.Contains(stdout, `key "blob/5`), "code %d, %q", code, stdout)
-	expect(t, strings.Contains(stderr, "damaged blobs, listed above"), "%q", stderr)
+	expect(t, strings.Contains(stderr, "blobs, listed above"), "%q", stderr)
 	wantIncomplete(t, next)
 	os.RemoveAll(cfg.DataDir) // not for the check at the end
 }
