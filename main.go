@@ -3714,12 +3714,12 @@ func (sh *shard) health() error {
 // Looking for a row, or for rows of the listing. Request goroutines run this. A read waits for the
 // writes of its key that were answered 202.
 
-const blobColumns = `id, size, stored, codec, coalesce(crc32, 0), sha256, content_type,
+const blobColumns = `id, key, size, stored, codec, coalesce(crc32, 0), sha256, content_type,
 	created_at, updated_at,
 	coalesce(expires_at, 0), version`
 
-const rowQuery = `SELECT ` + blobColumns + `, CASE WHEN ?2 THEN data END, key FROM blobs WHERE key = ?1`
-const pageQuery = `SELECT ` + blobColumns + `, NULL, key FROM blobs
+const rowQuery = `SELECT ` + blobColumns + `, CASE WHEN ?2 THEN data END FROM blobs WHERE key = ?1`
+const pageQuery = `SELECT ` + blobColumns + `, NULL FROM blobs
 	WHERE key >= ?1 AND key < ?2 AND (expires_at IS NULL OR expires_at > ?3) ORDER BY key LIMIT ?4`
 
 // read returns the content under key, or errNoBlob; headOnly leaves it on the disk. The caller
@@ -3799,23 +3799,25 @@ func (sh *shard) precheck(key string, cond conditions) error {
 	return cond.refuse(br.blob)
 }
 
-// scanBlob scans a row of blobColumns, data and key. It returns errNoBlob if there is none. With
-// errDamaged it returns what the row says, too.
+// scanBlob scans a row of blobColumns and data. It returns errNoBlob if there is none. With
+// errDamaged it returns what it understands of the row, too.
 func scanBlob(row interface{ Scan(...any) error }) (*blob, string, error) {
 	b := &blob{}
 	var key string
 	var sum []byte
-	err := row.Scan(&b.id, &b.size, &b.stored, &b.deflated, &b.crc, &sum, &b.contentType,
-		&b.created, &b.updated, &b.expires, &b.version, &b.data, &key)
+	err := row.Scan(&b.id, &key, &b.size, &b.stored, &b.deflated, &b.crc, &sum, &b.contentType,
+		&b.created, &b.updated, &b.expires, &b.version, &b.data)
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, "", errNoBlob
 	}
-	if err != nil {
+	if err != nil && b.id == 0 {
 		return nil, "", err
 	}
-	if copy(b.sum[:], sum) != len(b.sum) || b.size < 0 {
-		err = fmt.Errorf("%w: a SHA-256 of %d bytes, a size of %d bytes",
-			errDamaged, len(sum), b.size)
+	if err == nil && (copy(b.sum[:], sum) != len(b.sum) || b.size < 0) {
+		err = fmt.Errorf("a SHA-256 of %d bytes, a size of %d bytes", len(sum), b.size)
+	}
+	if err != nil { // a value is not of its column's type
+		err = fmt.Errorf("%w: %w", errDamaged, err)
 	}
 	return b, key, err
 }
@@ -5588,16 +5590,16 @@ type source struct {
 	db        *sql.DB
 	record    *record   // nil: the Rust server wrote the shard
 	structure string    // the query for what is wrong with the shard as a whole: a text a row
-	rowByID   *sql.Stmt // columns for scanBlob; only the content if the Rust server wrote it
-	nextRow   *sql.Stmt // the row after an id
+	nextRow   *sql.Stmt // the first row of a range of ids, as scanBlob wants it
 	chunks    shard     // what a blobReader needs of one: only dataStmt is set
 }
 
-// storedRow is where a blob is in a directory.
+// storedRow is a blob in a source, as its row says.
 type storedRow struct {
-	shard int
-	id    int64
-	key   string
+	*blob
+	source *source
+	key    string
+	damage error // an errDamaged if the row cannot be understood
 }
 
 // openSource opens shard i of dir. Nothing in it is changed. The caller closes the source.
@@ -5638,7 +5640,12 @@ const (
 		WHERE indexed <> there
 		LIMIT 100`
 
-	nextRowQuery = `SELECT rowid, coalesce(CAST(key AS BLOB), '') FROM blobs
+	nextRowQuery = `SELECT ` + blobColumns + `, data FROM blobs
+		WHERE id > ? AND id <= ? ORDER BY id LIMIT 1`
+
+	// The Rust server's table has only keys and contents.
+	rustRowQuery = `SELECT rowid, coalesce(CAST(key AS BLOB), ''), 0, 0, 0, 0, zeroblob(32),
+		'` + octetStream + `', unixepoch() * 1000, unixepoch() * 1000, 0, 0, data FROM blobs
 		WHERE rowid > ? AND rowid <= ? ORDER BY rowid LIMIT 1`
 )
 
@@ -5650,10 +5657,10 @@ func (s *source) prepare() error {
 		return err
 	}
 	s.structure = integrityQuery
-	rowByID := "SELECT data FROM blobs WHERE rowid = ?"
+	nextRow := rustRowQuery
 	if application == applicationID {
 		s.structure = structureQuery
-		rowByID = "SELECT " + blobColumns + ", data, key FROM blobs WHERE id = ?"
+		nextRow = nextRowQuery
 		s.record, err = recordOf(s.db)
 		if err != nil {
 			return err
@@ -5663,11 +5670,7 @@ func (s *source) prepare() error {
 			return err
 		}
 	}
-	s.rowByID, err = s.db.Prepare(rowByID)
-	if err != nil {
-		return err
-	}
-	s.nextRow, err = s.db.Prepare(nextRowQuery)
+	s.nextRow, err = s.db.Prepare(nextRow)
 	return err
 }
 
@@ -5679,19 +5682,19 @@ func (s *source) eachRow(ctx context.Context, visit func(storedRow) error) error
 	if err != nil {
 		return translate(err)
 	}
-	row := storedRow{shard: s.index, id: math.MinInt64}
+	above := int64(math.MinInt64)
 	for ctx.Err() == nil {
-		above := row.id
-		err := s.nextRow.QueryRow(above, last).Scan(&row.id, &row.key)
-		if errors.Is(err, sql.ErrNoRows) {
+		row, err := s.firstRow(above, last)
+		if errors.Is(err, errNoBlob) {
 			return nil
 		}
 		if err != nil {
-			return translate(err)
+			return err
 		}
 		if row.id <= above { // in a damaged table the loop could go on for ever
 			return fmt.Errorf("%w: row %d follows row %d", errCorrupt, row.id, above)
 		}
+		above = row.id
 		if err := visit(row); err != nil {
 			return err
 		}
@@ -5699,29 +5702,46 @@ func (s *source) eachRow(ctx context.Context, visit func(storedRow) error) error
 	return ctx.Err()
 }
 
-// blobByID returns the blob of ours in the row with this id. A row that cannot be understood is
-// damaged. With errDamaged it may return what the row says, too.
-func (s *source) blobByID(id int64) (*blob, error) {
-	b, _, err := scanBlob(s.rowByID.QueryRow(id))
-	err = translate(err)
-	code, _ := sqliteCode(err)
-	if err != nil && code == 0 && !errors.As(err, new(*statusError)) { // a value of another type
-		err = fmt.Errorf("%w: %w", errDamaged, err)
+// firstRow returns the first row with an id above above, up to last, or errNoBlob.
+func (s *source) firstRow(above, last int64) (storedRow, error) {
+	b, key, err := scanBlob(s.nextRow.QueryRow(above, last))
+	row := storedRow{blob: b, source: s, key: key}
+	if errors.Is(err, errDamaged) {
+		row.damage = err
+		return row, nil
 	}
-	return b, err
+	return row, translate(err)
 }
 
-// contextReader is a Reader that fails once ctx is done.
-type contextReader struct {
-	ctx context.Context
-	io.Reader
+// row returns the row with this id, or errNoBlob.
+func (s *source) row(id int64) (storedRow, error) { return s.firstRow(id-1, id) }
+
+// content returns a reader of the blob's content. The Rust server has contents of any size in the
+// row, at most 30 MB, because it took no more.
+func (row storedRow) content() io.Reader {
+	if row.source.record == nil {
+		return bytes.NewReader(row.data)
+	}
+	return &blobReader{shard: &row.source.chunks, blob: row.blob}
 }
 
-func (r contextReader) Read(data []byte) (int, error) {
-	if err := r.ctx.Err(); err != nil {
-		return 0, err
+// verify reads a content of ours and compares it with its row.
+func (row storedRow) verify() error {
+	if row.damage != nil {
+		return row.damage
 	}
-	return r.Reader.Read(data)
+	content := &blobReader{shard: &row.source.chunks, blob: row.blob}
+	sha := sha256.New()
+	checksum := crc32.NewIEEE()
+	if _, err := io.Copy(io.MultiWriter(sha, checksum), content); err != nil {
+		return err
+	}
+	sum := sha.Sum(nil)
+	if !bytes.Equal(sum, row.sum[:]) || content.stored != row.stored {
+		return fmt.Errorf("%w: SHA-256 %x, %d stored bytes, but the row says %x, %d",
+			errDamaged, sum, content.stored, row.sum, row.stored)
+	}
+	return row.compare(checksum.Sum32())
 }
 
 // ==== Check ======================================================================================
@@ -5759,7 +5779,10 @@ func cmdCheck(ctx context.Context, cli *call) error {
 func (d *dataDir) check(ctx context.Context) error {
 	for _, i := range d.indexes {
 		err := d.open("checking", i, func(s *source) error {
-			return d.checkShard(ctx, s)
+			if err := d.checkStructure(ctx, s); err != nil {
+				return err
+			}
+			return s.eachRow(ctx, d.checkBlob)
 		})
 		if err != nil && !isDefect(err) {
 			return fmt.Errorf("cannot check shard %d: %w", i, err)
@@ -5780,16 +5803,6 @@ func isDefect(err error) bool {
 	return errors.Is(err, errCorrupt) || errors.Is(err, errDamaged) || errors.Is(err, errMisplaced)
 }
 
-// checkShard reports what is wrong with one shard. An error ends it, and may be one more defect.
-func (d *dataDir) checkShard(ctx context.Context, s *source) error {
-	if err := d.checkStructure(ctx, s); err != nil {
-		return err
-	}
-	return s.eachRow(ctx, func(row storedRow) error {
-		return d.checkBlob(ctx, s, row)
-	})
-}
-
 // checkStructure reports what is wrong with a shard as a whole. An error may come after defects.
 func (d *dataDir) checkStructure(ctx context.Context, s *source) error {
 	rows, err := s.db.QueryContext(ctx, s.structure)
@@ -5808,55 +5821,32 @@ func (d *dataDir) checkStructure(ctx context.Context, s *source) error {
 }
 
 // checkBlob checks one blob. An error means that the check cannot go on.
-func (d *dataDir) checkBlob(ctx context.Context, s *source, row storedRow) error {
-	size, err := s.verify(ctx, row.id)
+func (d *dataDir) checkBlob(row storedRow) error {
+	err := row.verify()
 	if errors.Is(err, errDamaged) {
-		// If a server has replaced or deleted the blob meanwhile, its row is gone now.
-		size, err = s.verify(ctx, row.id)
-	}
-	if errors.Is(err, errNoBlob) {
-		return nil
+		// If a server has replaced or deleted the blob meanwhile, its row is gone.
+		_, goneErr := row.source.row(row.id)
+		if errors.Is(goneErr, errNoBlob) {
+			return nil
+		}
+		d.damaged = append(d.damaged, row)
 	}
 	if err != nil && !isDefect(err) {
 		return err
 	}
 	d.blobs++
-	d.bytes += size
+	d.bytes += row.size
 	d.progress.setDone(d.blobsAndBytes())
-	if errors.Is(err, errDamaged) {
-		d.damaged = append(d.damaged, row)
-	}
 	if err == nil {
 		err = checkKey(row.key)
 	}
-	if err == nil && d.home(row.key) != s.index {
+	if err == nil && d.home(row.key) != row.source.index {
 		err = fmt.Errorf("it belongs to shard %d", d.home(row.key))
 	}
 	if err != nil {
-		d.defect(s.index, "key %q: %v", row.key, err)
+		d.defect(row.source.index, "key %q: %v", row.key, err)
 	}
 	return nil
-}
-
-// verify reads a content of ours, compares it with its row, and returns its size.
-func (s *source) verify(ctx context.Context, id int64) (int64, error) {
-	b, err := s.blobByID(id)
-	if err != nil {
-		return 0, err
-	}
-	content := &blobReader{shard: &s.chunks, blob: b}
-	sha := sha256.New()
-	checksum := crc32.NewIEEE()
-	_, err = io.Copy(io.MultiWriter(sha, checksum), contextReader{ctx, content})
-	if err != nil {
-		return b.size, err
-	}
-	sum := sha.Sum(nil)
-	if !bytes.Equal(sum, b.sum[:]) || content.stored != b.stored {
-		return b.size, fmt.Errorf("%w: SHA-256 %x, %d stored bytes, but the row says %x, %d",
-			errDamaged, sum, content.stored, b.sum, b.stored)
-	}
-	return b.size, b.compare(checksum.Sum32())
 }
 
 // ==== Backup =====================================================================================
@@ -5869,7 +5859,6 @@ func cmdBackup(ctx context.Context, cli *call) error {
 	if err != nil {
 		return err
 	}
-	start := time.Now()
 	if err := refuseDir(cfg.DataDir); err != nil {
 		return err
 	}
@@ -5898,33 +5887,35 @@ func cmdBackup(ctx context.Context, cli *call) error {
 	if err != nil {
 		return err
 	}
-	if err := copied.compareDamage(ctx, from); err != nil {
+	if err := copied.compareDamage(from); err != nil {
 		return err
 	}
 	if err := copied.completeCopy(); err != nil {
 		return err
 	}
-	seconds := time.Since(start).Seconds()
 	damaged := len(copied.damaged)
 	if damaged == 0 {
-		copied.summarize("copied and verified in %.1f s", seconds)
+		copied.summarize("copied and verified")
 		return nil
 	}
-	copied.summarize("copied in %.1f s, %d damaged, as in the original", seconds, damaged)
+	copied.summarize("copied, %d damaged, as in the original", damaged)
 	return fmt.Errorf("the copy is complete, but has the damaged blobs of %s; restore or delete them",
 		from.path)
 }
 
 // compareDamage returns an error unless all defects of the copy are contents that are damaged in
 // the directory from as well. Then the copy is as good as the original.
-func (copied *dataDir) compareDamage(ctx context.Context, from *dataDir) error {
+func (copied *dataDir) compareDamage(from *dataDir) error {
 	if copied.defects > len(copied.damaged) {
 		return fmt.Errorf("the copy has %d defects, see above; check the original", copied.defects)
 	}
 	for _, row := range copied.damaged {
-		err := from.open("comparing", row.shard, func(s *source) error {
-			_, err := s.verify(ctx, row.id) // VACUUM keeps the ids of rows
-			return err
+		err := from.open("comparing", row.source.index, func(s *source) error {
+			original, err := s.row(row.id) // VACUUM keeps the ids of rows
+			if err != nil {
+				return err
+			}
+			return original.verify()
 		})
 		if err == nil || errors.Is(err, errNoBlob) {
 			return fmt.Errorf("key %q is whole in the original, or has changed; run backup again",
@@ -6073,7 +6064,6 @@ func cmdMigrate(ctx context.Context, cli *call) error {
 	if err != nil {
 		return err
 	}
-	start := time.Now()
 	dir := cli.args[0]
 	if err := refusePartial(dir); err != nil {
 		return err
@@ -6113,8 +6103,7 @@ func cmdMigrate(ctx context.Context, cli *call) error {
 	if err := copied.completeCopy(); err != nil {
 		return err
 	}
-	seconds := time.Since(start).Seconds()
-	copied.summarize("copied and verified in %.1f s; found twice: %d", seconds, m.duplicates)
+	copied.summarize("copied and verified; found twice: %d", m.duplicates)
 	return nil
 }
 
@@ -6158,24 +6147,24 @@ func (m *migration) copyRows(ctx context.Context, placed bool) error {
 			if isPlaced != placed {
 				return nil
 			}
-			return m.copyRow(ctx, s, row, isPlaced)
+			return m.copyRow(row, isPlaced)
 		})
 	})
 }
 
 // copyRow copies one blob, or reports why it is not copied. An error ends the migration.
-func (m *migration) copyRow(ctx context.Context, s *source, row storedRow, isPlaced bool) error {
-	err := m.copyBlob(ctx, s, row, isPlaced)
+func (m *migration) copyRow(row storedRow, isPlaced bool) error {
+	err := m.copyBlob(row, isPlaced)
 	switch {
 	case err == nil:
 		m.copied++
 		m.from.progress.setDone(fmt.Sprintf("%d blobs", m.copied))
 	case errors.Is(err, errCondition):
 		m.duplicates++
-		m.from.report(s.index, "key %q: not taken, there is another copy of it", row.key)
+		m.from.report(row.source.index, "key %q: not taken, there is another copy of it", row.key)
 	case errors.Is(err, errBadRequest), errors.Is(err, errDamaged):
 		m.lacking++
-		m.from.report(s.index, "key %q: %v", row.key, err)
+		m.from.report(row.source.index, "key %q: %v", row.key, err)
 	default:
 		return fmt.Errorf("key %q: %w", row.key, err)
 	}
@@ -6184,40 +6173,26 @@ func (m *migration) copyRow(ctx context.Context, s *source, row storedRow, isPla
 
 // copyBlob copies one blob. A misplaced one is copied only if its key is not there already. An
 // errBadRequest is about the key, an errDamaged about the source.
-func (m *migration) copyBlob(ctx context.Context, s *source, row storedRow, isPlaced bool) error {
+func (m *migration) copyBlob(row storedRow, isPlaced bool) error {
+	if row.damage != nil {
+		return row.damage
+	}
 	sh, err := m.target.shardOf(row.key)
 	if err != nil {
 		return err
 	}
-	b, content, err := s.content(row.id)
-	if err != nil {
-		return err
-	}
-	options := &putOptions{contentType: b.contentType, copyOf: b}
+	options := &putOptions{contentType: row.contentType, copyOf: row.blob}
 	if !isPlaced {
 		options.conditions.noneMatch = "*"
 	}
 	options.verify = func(sum []byte) error {
-		if !m.from.isRust && !bytes.Equal(sum, b.sum[:]) {
-			return fmt.Errorf("%w: its SHA-256 is %x, not %x", errDamaged, sum, b.sum)
+		if !m.from.isRust && !bytes.Equal(sum, row.sum[:]) {
+			return fmt.Errorf("%w: its SHA-256 is %x, not %x", errDamaged, sum, row.sum)
 		}
 		return nil
 	}
-	_, _, err = sh.put(row.key, contextReader{ctx, content}, options)
+	_, _, err = sh.put(row.key, row.content(), options)
 	return translate(err)
-}
-
-// content returns the blob in the row with this id and its content. Of a row of the Rust server
-// only the content is known, at most 30 MB, because that server took no more.
-func (s *source) content(id int64) (*blob, io.Reader, error) {
-	if s.record != nil {
-		b, err := s.blobByID(id)
-		return b, &blobReader{shard: &s.chunks, blob: b}, err
-	}
-	now := time.Now().UnixMilli()
-	b := &blob{contentType: octetStream, created: now, updated: now}
-	err := s.rowByID.QueryRow(id).Scan(&b.data) // NULL is an empty content
-	return b, bytes.NewReader(b.data), translate(err)
 }
 
 // ==== Transport ==================================================================================
