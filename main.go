@@ -2096,9 +2096,8 @@ func (s *server) blobRoot(w *response, r *http.Request) error {
 }
 
 // answerMissing answers a GET of a key without a blob. A browser is redirected to the folder with
-// that name, if the folder has committed blobs. Queued blobs do not count: a reader of a missing key
-// would have to wait for the writes of other keys. Other clients are told how to list the folder,
-// even if it is empty: to look into each shard makes a miss up to twenty times slower.
+// that name, if there are blobs in it. Other clients are told how to list the folder, even if it is
+// empty: to look into each shard makes a miss up to twenty times slower.
 func (s *server) answerMissing(w *response, r *http.Request, key string) error {
 	w.Header().Set("Vary", "Accept")
 	folder := strings.TrimSuffix(key, "/") + "/"
@@ -2109,8 +2108,11 @@ func (s *server) answerMissing(w *response, r *http.Request, key string) error {
 		// A reader of public blobs does not learn whether anything is below the key.
 		mayList := s.authorizeFolder(r) == nil
 		folderPath := pathOf(folder)
-		if mayList && folderPath != "" && s.store.hasPrefix(folder) {
-			return seeOther(w, "/blob/"+folderPath)
+		if mayList && folderPath != "" {
+			row, _, err := s.store.list(listing{prefix: folder, limit: 1})
+			if err == nil && len(row) > 0 {
+				return seeOther(w, "/blob/"+folderPath)
+			}
 		}
 	}
 	prefix := strings.ReplaceAll(url.QueryEscape(folder), "%2F", "/")
@@ -2889,24 +2891,16 @@ func (st *store) shardOf(key string) (*shard, error) {
 func openStore(
 	ctx context.Context, cfg *config, lock *sql.DB, log *slog.Logger, now func() time.Time,
 ) (*store, error) {
-	dir := cfg.DataDir
 	isCopy := lock != nil
 	if !isCopy {
-		if err := refuseDir(dir); err != nil {
-			return nil, err
-		}
 		var err error
-		lock, err = lockDir(dir)
+		lock, err = claimDir(cfg.DataDir)
 		if err != nil {
 			return nil, err
 		}
-		// Look again: a copy may have been killed while this waited for the lock.
-		if err := refusePartial(dir); err != nil {
-			return nil, errors.Join(err, lock.Close())
-		}
 	}
 	st := &store{
-		dir:          dir,
+		dir:          cfg.DataDir,
 		hash:         hashes[cfg.Hash],
 		maxBlob:      hardMaxBlob,
 		async:        cfg.AsyncWrite,
@@ -2917,7 +2911,7 @@ func openStore(
 		maxPending:   cfg.MaxPendingBytes,
 		queueTimeout: queueTimeout,
 		drainTimeout: drainTimeout,
-		reserve:      &reserve{path: filepath.Join(dir, reserveFile), log: log},
+		reserve:      &reserve{path: filepath.Join(cfg.DataDir, reserveFile), log: log},
 	}
 	if cfg.MaxBlobBytes > 0 {
 		st.maxBlob = min(cfg.MaxBlobBytes, hardMaxBlob)
@@ -2929,7 +2923,7 @@ func openStore(
 	if err := st.open(cfg); err != nil {
 		return nil, errors.Join(err, st.close())
 	}
-	if !isCopy { // nothing is deleted in a copy
+	if !isCopy { // the reserve is for deletes, and nothing is deleted in a copy
 		st.reserve.begin()
 	}
 	for _, sh := range st.shards {
@@ -3054,12 +3048,12 @@ func (st *store) list(l listing) (page []listed, more bool, err error) {
 	return page, false, nil
 }
 
-// rows returns all rows of l, however many. They are read page by page, and an error ends them.
+// rows returns all rows of l, however many, to be read once. They are read page by page, and an
+// error ends them.
 func (st *store) rows(l listing) iter.Seq2[listed, error] {
 	return func(yield func(listed, error) bool) {
-		rest := l
 		for {
-			page, more, err := st.list(rest)
+			page, more, err := st.list(l)
 			if err != nil {
 				yield(listed{}, err)
 				return
@@ -3072,20 +3066,9 @@ func (st *store) rows(l listing) iter.Seq2[listed, error] {
 			if !more {
 				return
 			}
-			rest.after = page[len(page)-1].Key
+			l.after = page[len(page)-1].Key
 		}
 	}
-}
-
-// hasPrefix reports whether a committed blob's key begins with prefix. It leaves out shards that
-// cannot be read.
-func (st *store) hasPrefix(prefix string) bool {
-	for _, sh := range st.shards {
-		if sh.broken == nil && sh.hasPrefix(prefix) {
-			return true
-		}
-	}
-	return false
 }
 
 // ==== Directory ==================================================================================
@@ -3096,9 +3079,25 @@ func (st *store) hasPrefix(prefix string) bool {
 const (
 	lockFile     = "blobnom.lock"    // a SQLite file, exclusively locked while a server runs
 	reserveFile  = "blobnom.reserve" // head-room for a full disk, given up when needed
-	creatingFile = "blobnom.new"     // the directory's id, while its shards are being created
+	creatingFile = "blobnom.new"     // the directory's record, while its shards are being created
 	partialFile  = "blobnom.partial" // in a copy that backup or migrate has not completed
 )
+
+// claimDir locks dir for a server, unless it is another program's or an incomplete copy.
+func claimDir(dir string) (*sql.DB, error) {
+	if err := refuseDir(dir); err != nil {
+		return nil, err
+	}
+	lock, err := lockDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	// Look again: a copy may have been killed while this waited for the lock.
+	if err := refusePartial(dir); err != nil {
+		return nil, errors.Join(err, lock.Close())
+	}
+	return lock, nil
+}
 
 // lockDir locks dir, which it creates if it is not there, until the returned database is closed.
 // The lock is a SQLite file in an exclusive transaction: it works anywhere and ends with the
@@ -3178,7 +3177,7 @@ func shardFiles(dir string) (indexes []int, err error) {
 		return nil, fmt.Errorf("cannot read %s: %w", dir, err)
 	}
 	for _, e := range entries {
-		i := -1
+		var i int
 		fmt.Sscanf(e.Name(), "shard_%d.db", &i)
 		if i >= 0 && e.Name() == shardName(i) && !e.IsDir() {
 			indexes = append(indexes, i)
@@ -3243,24 +3242,24 @@ func recordOf(db *sql.DB) (*record, error) {
 
 // createShards makes the shards of a new directory, each in its place. The marker, creatingFile, is
 // written first and removed last: if it is there, an earlier start was killed, and this one
-// completes its work. Every step may be repeated, even after writes, because a power loss can bring
-// a removed file back.
+// completes its work, whatever cfg says now. Every step may be repeated, even after writes, because
+// a power loss can bring a removed file back.
 func (st *store) createShards(cfg *config) error {
 	marker := filepath.Join(st.dir, creatingFile)
 	indexes, _ := shardFiles(st.dir) // if dir cannot be read, createShard fails
 	if len(indexes) > 0 && !fileExists(marker) {
 		return nil
 	}
-	id, err := creationID(marker)
+	r, err := creation(marker, cfg)
 	if err != nil {
 		return err
 	}
-	for i := range cfg.NumShards {
+	for r.Shard = range r.NumShards {
 		if err := st.stopping.Err(); err != nil {
 			return err
 		}
-		path := filepath.Join(st.dir, shardName(int(i)))
-		if err := createShard(path, &record{cfg.NumShards, i, cfg.Hash, id}); err != nil {
+		path := filepath.Join(st.dir, shardName(int(r.Shard)))
+		if err := createShard(path, r); err != nil {
 			return fmt.Errorf("%s: %w", path, translate(err))
 		}
 	}
@@ -3275,20 +3274,21 @@ func (st *store) createShards(cfg *config) error {
 	return syncPaths(st.dir)
 }
 
-// creationID returns the id of the directory that is being created. It reads it from the marker of
-// a start that was killed, or makes one.
-func creationID(marker string) (string, error) {
-	id, err := os.ReadFile(marker)
-	if err == nil && len(id) > 0 {
-		return string(id), nil
+// creation returns the record of the directory that is being created. It reads it from the marker
+// of a start that was killed, or makes it.
+func creation(marker string, cfg *config) (*record, error) {
+	r := &record{}
+	text, _ := os.ReadFile(marker)
+	if json.Unmarshal(text, r) == nil {
+		return r, nil
 	}
-	// It is on the disk before the first shard is made, else a second start could choose another
-	// id.
-	id = []byte(rand.Text())
-	if err := os.WriteFile(marker, id, 0o600); err != nil {
-		return "", err
+	// It is on the disk before the first shard is made, else a second start could choose another.
+	r = &record{NumShards: cfg.NumShards, Hash: cfg.Hash, Directory: rand.Text()}
+	text, _ = json.Marshal(r) // cannot fail
+	if err := os.WriteFile(marker, text, 0o600); err != nil {
+		return nil, err
 	}
-	return string(id), syncPaths(marker, filepath.Dir(marker))
+	return r, syncPaths(marker, filepath.Dir(marker))
 }
 
 func createShard(path string, r *record) error {
@@ -3303,14 +3303,6 @@ func createShard(path string, r *record) error {
 			('num_shards', %d), ('shard', %d), ('hash', '%s'), ('directory', '%s');
 		PRAGMA application_id = %d; PRAGMA user_version = %d; COMMIT; PRAGMA journal_mode = WAL`,
 		schema, r.NumShards, r.Shard, r.Hash, r.Directory, applicationID, schemaVersion))
-	if err != nil {
-		return err
-	}
-	found, err := recordOf(db)
-	if err == nil && *found != *r {
-		return fmt.Errorf("it was begun as %v, not as %v; "+
-			"set num_shards and hash as they were, or remove the directory", found, r)
-	}
 	return err
 }
 
@@ -3883,13 +3875,6 @@ func (b *blob) listed(key string) listed {
 		Version:     b.version,
 		Expires:     stamp(b.expires),
 	}
-}
-
-// hasPrefix reports whether a committed blob's key begins with prefix.
-func (sh *shard) hasPrefix(prefix string) bool {
-	now := sh.store.now().UnixMilli()
-	_, _, err := scanBlob(sh.pageStmt.QueryRow(prefix, prefix+afterPrefix, now, 1))
-	return err == nil
 }
 
 // ==== Writes =====================================================================================
@@ -6128,9 +6113,9 @@ func (m *migration) fill(ctx context.Context, cfg *config, lock *sql.DB) error {
 		err = m.copyRows(ctx, false)
 	}
 	st.stop() // else queued writes would wait for another process's lock without end
-	closeErr := st.closeShards()
-	if err != nil || closeErr != nil {
-		return errors.Join(err, closeErr)
+	err = errors.Join(err, st.closeShards())
+	if err != nil {
+		return err
 	}
 	if m.lacking > 0 {
 		return fmt.Errorf("the copy lacks %d blobs, listed above; "+
@@ -6147,14 +6132,14 @@ func (m *migration) copyRows(ctx context.Context, placed bool) error {
 			if isPlaced != placed {
 				return nil
 			}
-			return m.copyRow(row, isPlaced)
+			return m.copyRow(row)
 		})
 	})
 }
 
 // copyRow copies one blob, or reports why it is not copied. An error ends the migration.
-func (m *migration) copyRow(row storedRow, isPlaced bool) error {
-	err := m.copyBlob(row, isPlaced)
+func (m *migration) copyRow(row storedRow) error {
+	err := m.copyBlob(row)
 	switch {
 	case err == nil:
 		m.copied++
@@ -6173,7 +6158,7 @@ func (m *migration) copyRow(row storedRow, isPlaced bool) error {
 
 // copyBlob copies one blob. A misplaced one is copied only if its key is not there already. An
 // errBadRequest is about the key, an errDamaged about the source.
-func (m *migration) copyBlob(row storedRow, isPlaced bool) error {
+func (m *migration) copyBlob(row storedRow) error {
 	if row.damage != nil {
 		return row.damage
 	}
@@ -6182,7 +6167,7 @@ func (m *migration) copyBlob(row storedRow, isPlaced bool) error {
 		return err
 	}
 	options := &putOptions{contentType: row.contentType, copyOf: row.blob}
-	if !isPlaced {
+	if m.from.home(row.key) != row.source.index {
 		options.conditions.noneMatch = "*"
 	}
 	options.verify = func(sum []byte) error {

@@ -4464,7 +4464,8 @@ func TestRefusedDirectories(t *testing.T) {
 	}
 	killed := func(from int, change spoil) spoil { // a creation, before the shard from
 		return func(cfg *config) {
-			os.WriteFile(filepath.Join(cfg.DataDir, creatingFile), []byte(directory), 0o600)
+			text := noErr(json.Marshal(record{NumShards: 4, Hash: "fnv1a", Directory: directory}))
+			os.WriteFile(filepath.Join(cfg.DataDir, creatingFile), text, 0o600)
 			for i := from; i < 4; i++ {
 				os.Remove(shard(cfg, i))
 			}
@@ -4502,9 +4503,9 @@ func TestRefusedDirectories(t *testing.T) {
 			}
 		}, []string{"no shard", "backup"}},
 		{"killed creation", killed(2, func(cfg *config) { os.WriteFile(shard(cfg, 1), nil, 0o600) }), nil},
-		{"killed creation, more", killed(2, func(cfg *config) { cfg.NumShards = 8 }), []string{"shard 0 of 8", "shard 0 of 4", "num_shards"}},
-		{"killed creation, fewer", killed(3, func(cfg *config) { cfg.NumShards = 2 }), []string{"shard 0 of 2", "shard 0 of 4", "num_shards"}},
-		{"killed creation, other hash", killed(2, func(cfg *config) { cfg.Hash = "sha256" }), []string{"placed by fnv1a", "placed by sha256", "hash"}},
+		{"killed creation, more", killed(2, func(cfg *config) { cfg.NumShards = 8 }), []string{"holds 4 shards", "num_shards = 8"}},
+		{"killed creation, fewer", killed(3, func(cfg *config) { cfg.NumShards = 2 }), []string{"holds 4 shards", "num_shards = 2"}},
+		{"killed creation, other hash", killed(2, func(cfg *config) { cfg.Hash = "sha256" }), []string{"placed by fnv1a", `hash = "sha256"`}},
 		{"the marker comes back", killed(4, func(*config) {}), nil},
 		{"rust", another("PRAGMA journal_mode=WAL; CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)"), []string{"Rust Blobnom", "blobnom migrate"}},
 		{"another program", another("CREATE TABLE notes (x)"), []string{"another program", "blobnom migrate"}},
