@@ -5485,7 +5485,7 @@ type dataDir struct {
 	path    string
 	indexes []int   // numbers of the shards, from the names of their files
 	isRust  bool    // the Rust server wrote it
-	first   *record // of the first shard that was opened, or what the Rust server would have written
+	first   *record // of the first shard that could be opened; of the Rust server's, made up
 
 	defects int         // all of them
 	damaged []storedRow // blobs that are defects because of their content
@@ -5530,7 +5530,7 @@ func (d *dataDir) open(task string, i int, visit func(*source) error) error {
 			return err
 		}
 	}
-	return visit(s)
+	return translate(visit(s))
 }
 
 // missing returns the numbers of the shards whose file is not there.
@@ -5574,7 +5574,7 @@ type source struct {
 	index     int
 	db        *sql.DB
 	record    *record   // nil: the Rust server wrote the shard
-	structure string    // the query for what is wrong with the shard as a whole: a text a row
+	structure *sql.Stmt // what is wrong with the shard as a whole: a text a row
 	nextRow   *sql.Stmt // the first row of a range of ids, as scanBlob wants it
 	chunks    shard     // what a blobReader needs of one: only dataStmt is set
 }
@@ -5584,7 +5584,7 @@ type storedRow struct {
 	*blob
 	source *source
 	key    string
-	damage error // an errDamaged if the row cannot be understood
+	err    error // errNoBlob, an errDamaged about the row itself, or why it could not be read
 }
 
 // openSource opens shard i of dir. Nothing in it is changed. The caller closes the source.
@@ -5641,10 +5641,10 @@ func (s *source) prepare() error {
 	if err != nil {
 		return err
 	}
-	s.structure = integrityQuery
+	structure := integrityQuery
 	nextRow := rustRowQuery
 	if application == applicationID {
-		s.structure = structureQuery
+		structure = structureQuery
 		nextRow = nextRowQuery
 		s.record, err = recordOf(s.db)
 		if err != nil {
@@ -5654,6 +5654,10 @@ func (s *source) prepare() error {
 		if err != nil {
 			return err
 		}
+	}
+	s.structure, err = s.db.Prepare(structure)
+	if err != nil {
+		return err
 	}
 	s.nextRow, err = s.db.Prepare(nextRow)
 	return err
@@ -5665,16 +5669,16 @@ func (s *source) eachRow(ctx context.Context, visit func(storedRow) error) error
 	var last int64
 	err := s.db.QueryRow("SELECT coalesce(max(rowid), 0) FROM blobs").Scan(&last)
 	if err != nil {
-		return translate(err)
+		return err
 	}
 	above := int64(math.MinInt64)
 	for ctx.Err() == nil {
-		row, err := s.firstRow(above, last)
-		if errors.Is(err, errNoBlob) {
+		row := s.firstRow(above, last)
+		if errors.Is(row.err, errNoBlob) {
 			return nil
 		}
-		if err != nil {
-			return err
+		if row.err != nil && !errors.Is(row.err, errDamaged) {
+			return row.err
 		}
 		if row.id <= above { // in a damaged table the loop could go on for ever
 			return fmt.Errorf("%w: row %d follows row %d", errCorrupt, row.id, above)
@@ -5687,19 +5691,14 @@ func (s *source) eachRow(ctx context.Context, visit func(storedRow) error) error
 	return ctx.Err()
 }
 
-// firstRow returns the first row with an id above above, up to last, or errNoBlob.
-func (s *source) firstRow(above, last int64) (storedRow, error) {
+// firstRow returns the first row with an id above above, up to last.
+func (s *source) firstRow(above, last int64) storedRow {
 	b, key, err := scanBlob(s.nextRow.QueryRow(above, last))
-	row := storedRow{blob: b, source: s, key: key}
-	if errors.Is(err, errDamaged) {
-		row.damage = err
-		return row, nil
-	}
-	return row, translate(err)
+	return storedRow{b, s, key, err}
 }
 
-// row returns the row with this id, or errNoBlob.
-func (s *source) row(id int64) (storedRow, error) { return s.firstRow(id-1, id) }
+// row returns the row with this id.
+func (s *source) row(id int64) storedRow { return s.firstRow(id-1, id) }
 
 // content returns a reader of the blob's content. The Rust server has contents of any size in the
 // row, at most 30 MB, because it took no more.
@@ -5712,13 +5711,14 @@ func (row storedRow) content() io.Reader {
 
 // verify reads a content of ours and compares it with its row.
 func (row storedRow) verify() error {
-	if row.damage != nil {
-		return row.damage
+	if row.err != nil {
+		return row.err
 	}
 	content := &blobReader{shard: &row.source.chunks, blob: row.blob}
 	sha := sha256.New()
 	checksum := crc32.NewIEEE()
-	if _, err := io.Copy(io.MultiWriter(sha, checksum), content); err != nil {
+	_, err := io.Copy(io.MultiWriter(sha, checksum), content)
+	if err != nil {
 		return err
 	}
 	sum := sha.Sum(nil)
@@ -5790,9 +5790,9 @@ func isDefect(err error) bool {
 
 // checkStructure reports what is wrong with a shard as a whole. An error may come after defects.
 func (d *dataDir) checkStructure(ctx context.Context, s *source) error {
-	rows, err := s.db.QueryContext(ctx, s.structure)
+	rows, err := s.structure.QueryContext(ctx)
 	if err != nil {
-		return schemaError(translate(err))
+		return err
 	}
 	defer rows.Close()
 	for rows.Next() {
@@ -5802,7 +5802,7 @@ func (d *dataDir) checkStructure(ctx context.Context, s *source) error {
 		}
 		d.defect(s.index, "%s", text)
 	}
-	return translate(rows.Err())
+	return rows.Err()
 }
 
 // checkBlob checks one blob. An error means that the check cannot go on.
@@ -5810,10 +5810,11 @@ func (d *dataDir) checkBlob(row storedRow) error {
 	err := row.verify()
 	if errors.Is(err, errDamaged) {
 		// If a server has replaced or deleted the blob meanwhile, its row is gone.
-		_, goneErr := row.source.row(row.id)
-		if errors.Is(goneErr, errNoBlob) {
+		again := row.source.row(row.id)
+		if errors.Is(again.err, errNoBlob) {
 			return nil
 		}
+		row.data = nil // only its place is needed
 		d.damaged = append(d.damaged, row)
 	}
 	if err != nil && !isDefect(err) {
@@ -5863,7 +5864,7 @@ func cmdBackup(ctx context.Context, cli *call) error {
 			return err
 		}
 		_, err := s.db.ExecContext(ctx, "VACUUM INTO ?", file)
-		return translate(err)
+		return err
 	})
 	if err != nil {
 		return err
@@ -5878,12 +5879,11 @@ func cmdBackup(ctx context.Context, cli *call) error {
 	if err := copied.completeCopy(); err != nil {
 		return err
 	}
-	damaged := len(copied.damaged)
-	if damaged == 0 {
+	if len(copied.damaged) == 0 {
 		copied.summarize("copied and verified")
 		return nil
 	}
-	copied.summarize("copied, %d damaged, as in the original", damaged)
+	copied.summarize("copied, %d damaged, as in the original", len(copied.damaged))
 	return fmt.Errorf("the copy is complete, but has the damaged blobs of %s; restore or delete them",
 		from.path)
 }
@@ -5896,11 +5896,7 @@ func (copied *dataDir) compareDamage(from *dataDir) error {
 	}
 	for _, row := range copied.damaged {
 		err := from.open("comparing", row.source.index, func(s *source) error {
-			original, err := s.row(row.id) // VACUUM keeps the ids of rows
-			if err != nil {
-				return err
-			}
-			return original.verify()
+			return s.row(row.id).verify() // VACUUM keeps the ids of rows
 		})
 		if err == nil || errors.Is(err, errNoBlob) {
 			return fmt.Errorf("key %q is whole in the original, or has changed; run backup again",
@@ -5913,8 +5909,8 @@ func (copied *dataDir) compareDamage(from *dataDir) error {
 	return nil
 }
 
-// beginCopy surveys the directory from, and makes the directory to one of an incomplete copy without
-// shards. It returns the lock of to.
+// beginCopy surveys from. Then it locks the directory to, marks it as an incomplete copy, and removes
+// the shards of an earlier one. The caller closes the lock.
 func (from *dataDir) beginCopy(ctx context.Context, to string) (*sql.DB, error) {
 	// Before the survey, which may take long.
 	if _, err := targetFiles(to); err != nil {
@@ -6159,8 +6155,8 @@ func (m *migration) copyRow(row storedRow) error {
 // copyBlob copies one blob. A misplaced one is copied only if its key is not there already. An
 // errBadRequest is about the key, an errDamaged about the source.
 func (m *migration) copyBlob(row storedRow) error {
-	if row.damage != nil {
-		return row.damage
+	if row.err != nil {
+		return row.err
 	}
 	sh, err := m.target.shardOf(row.key)
 	if err != nil {
@@ -6177,7 +6173,7 @@ func (m *migration) copyBlob(row storedRow) error {
 		return nil
 	}
 	_, _, err = sh.put(row.key, row.content(), options)
-	return translate(err)
+	return err
 }
 
 // ==== Transport ==================================================================================
