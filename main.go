@@ -2902,7 +2902,7 @@ func openStore(
 	st := &store{
 		dir:          cfg.DataDir,
 		hash:         hashes[cfg.Hash],
-		maxBlob:      hardMaxBlob,
+		maxBlob:      min(cmp.Or(cfg.MaxBlobBytes, hardMaxBlob), hardMaxBlob),
 		async:        cfg.AsyncWrite,
 		deflate:      cfg.StorageCompression,
 		now:          now,
@@ -2912,9 +2912,6 @@ func openStore(
 		queueTimeout: queueTimeout,
 		drainTimeout: drainTimeout,
 		reserve:      &reserve{path: filepath.Join(cfg.DataDir, reserveFile), log: log},
-	}
-	if cfg.MaxBlobBytes > 0 {
-		st.maxBlob = min(cfg.MaxBlobBytes, hardMaxBlob)
 	}
 	st.stopping, st.stop = context.WithCancel(ctx)
 	context.AfterFunc(st.stopping, func() {
@@ -2962,11 +2959,6 @@ func (st *store) close() error {
 
 // closeShards commits what is queued and closes the databases. The lock and the reserve are kept.
 func (st *store) closeShards() (err error) {
-	for _, sh := range st.shards {
-		if sh.batcher != nil {
-			sh.batcher.close()
-		}
-	}
 	for _, sh := range st.shards {
 		err = errors.Join(err, sh.close())
 	}
@@ -3624,10 +3616,13 @@ func (sh *shard) startBatcher(cfg *config) {
 	go sh.batcher.run()
 }
 
-// close closes the database; its batcher has ended. The writer closes last: with it SQLite empties
-// the WAL and removes it. After a failed sync the writer stays open, so that nothing is copied out
-// of the WAL: the next start finds out by checksums what is there.
+// close commits what is queued and closes the database. The writer closes last: with it SQLite
+// empties the WAL and removes it. After a failed sync the writer stays open, so that nothing is
+// copied out of the WAL: the next start finds out by checksums what is there.
 func (sh *shard) close() error {
+	if sh.batcher != nil {
+		sh.batcher.close()
+	}
 	err := sh.readers.Close()
 	if sh.syncFailed {
 		return err
