@@ -2850,10 +2850,10 @@ type store struct {
 	hash    func(string) uint64
 	maxBlob int64
 	async   bool             // answer once queued
-	deflate bool             // what gets smaller
+	deflate bool             // contents that shrink are stored deflated
 	now     func() time.Time // the clock of writes and of expiry; any goroutine may call it
 	log     *slog.Logger
-	lock    *sql.DB
+	lock    *sql.DB // of the directory: see lockDir
 
 	pending      atomic.Int64    // bytes of queued writes: see acquire
 	maxPending   int64           // maximum of pending
@@ -2886,8 +2886,8 @@ func (st *store) shardOf(key string) (*shard, error) {
 
 // openStore opens the data directory of cfg, and creates it if nothing is there. It refuses one
 // that is in use, an incomplete copy, another program's, or of another record. A corrupt shard
-// fails alone, with errCorrupt. lock is not nil if the caller has locked dir, to copy into it.
-// Nothing writes to the shards before the whole directory is accepted.
+// fails alone, with errCorrupt. lock is nil, or the caller's lock of the directory, if it copies
+// into it. Nothing writes to the shards before the whole directory is accepted.
 func openStore(
 	ctx context.Context, cfg *config, lock *sql.DB, log *slog.Logger, now func() time.Time,
 ) (*store, error) {
@@ -3138,8 +3138,8 @@ func refusePartial(dir string) error {
 	return nil
 }
 
-// refuseForeign returns an error if shard i in dir is another program's database. Nothing in this
-// process may have it open: to close a file drops all locks that the process has on it.
+// refuseForeign returns an error if shard i in dir is another program's database. This process must
+// not have the file open: to close it here drops all locks that the process has on it.
 func refuseForeign(dir string, i int) error {
 	path := filepath.Join(dir, shardName(i))
 	if sizeOf(path) <= 0 {
@@ -5528,7 +5528,8 @@ func (d *dataDir) open(task string, i int, visit func(*source) error) error {
 	return translate(visit(s))
 }
 
-// missing returns the numbers of the shards whose file is not there.
+// missing returns the numbers of the shards whose file is not there. If no shard could be opened,
+// nobody knows how many there must be.
 func (d *dataDir) missing() []int {
 	if d.first == nil {
 		return nil
@@ -5879,8 +5880,8 @@ func cmdBackup(ctx context.Context, cli *call) error {
 		return nil
 	}
 	copied.summarize("copied, %d damaged, as in the original", len(copied.damaged))
-	return fmt.Errorf("the copy is complete, but has the damaged blobs of %s; restore or delete them",
-		from.path)
+	return fmt.Errorf("the copy is complete, but has the damaged blobs of %s; "+
+		"restore or delete them", from.path)
 }
 
 // compareDamage returns an error unless all defects of the copy are contents that are damaged in
@@ -5904,8 +5905,8 @@ func (copied *dataDir) compareDamage(from *dataDir) error {
 	return nil
 }
 
-// beginCopy surveys from. Then it locks the directory to, marks it as an incomplete copy, and removes
-// the shards of an earlier one. The caller closes the lock.
+// beginCopy surveys from. Then it locks the directory to, marks it as an incomplete copy, and
+// removes the shards of an earlier one. The caller closes the lock.
 func (from *dataDir) beginCopy(ctx context.Context, to string) (*sql.DB, error) {
 	// Before the survey, which may take long.
 	if _, err := targetFiles(to); err != nil {
@@ -5990,7 +5991,7 @@ func startOver(dir string) error {
 	return nil
 }
 
-// checkCopy returns the copy in dir, checked.
+// checkCopy checks the copy in dir. Whether it is good is for the caller to decide.
 func (cli *call) checkCopy(ctx context.Context, dir string) (*dataDir, error) {
 	copied, err := cli.listDir(dir)
 	if err != nil {
@@ -5999,7 +6000,7 @@ func (cli *call) checkCopy(ctx context.Context, dir string) (*dataDir, error) {
 	return copied, copied.check(ctx)
 }
 
-// completeCopy syncs a copy that is good, and removes the marker.
+// completeCopy syncs a copy that was checked, and removes the marker.
 func (copied *dataDir) completeCopy() error {
 	files := []string{copied.path, parentOf(copied.path)}
 	for _, i := range copied.indexes {
