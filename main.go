@@ -136,6 +136,13 @@ const (
 	opOverhead   = 2 << 10 // bytes of a queued write besides key and content
 	reserveBytes = 6 << 20 // more than a shard's WAL: see Upkeep
 
+	// newPageBytes is the size of the pages of a new shard; each shard keeps its own. Every page of a
+	// chunk takes a read on the way out, and on the way in three writes and a read. Against 4 KiB, a
+	// GET of 1 MiB takes an eighth less CPU time, a POST a sixth, and a POST of 4 KiB among 20,000
+	// keys as well; among 4,000 keys, which SQLite's cache nearly holds, 5 % more. With 16 KiB a POST
+	// of 4 KiB takes a quarter more.
+	newPageBytes = 8 << 10
+
 	// A shard's WAL is copied into the database once checkpointBytes are in it. With half as much,
 	// 3 % fewer writes fit into a second; with twice as much, the 99th percentile of their time is
 	// a third longer.
@@ -3291,11 +3298,13 @@ func createShard(path string, r *record) error {
 	db := openDB(path, "_pragma=busy_timeout(1000)")
 	defer db.Close()
 	db.SetMaxOpenConns(1) // the pragmas and the transaction belong to one connection
-	_, err := db.Exec(fmt.Sprintf(`PRAGMA auto_vacuum = INCREMENTAL; BEGIN; %s
+	_, err := db.Exec(fmt.Sprintf(`PRAGMA page_size = %d;
+		PRAGMA auto_vacuum = INCREMENTAL; BEGIN; %s
 		INSERT OR IGNORE INTO meta VALUES
 			('num_shards', %d), ('shard', %d), ('hash', '%s'), ('directory', '%s');
 		PRAGMA application_id = %d; PRAGMA user_version = %d; COMMIT; PRAGMA journal_mode = WAL`,
-		schema, r.NumShards, r.Shard, r.Hash, r.Directory, applicationID, schemaVersion))
+		newPageBytes, schema, r.NumShards, r.Shard, r.Hash, r.Directory, applicationID,
+		schemaVersion))
 	return err
 }
 
@@ -5221,7 +5230,7 @@ func writeProcessMetrics(text io.Writer) {
 // until the reserve is back, and some room with it.
 
 const (
-	vacuumPages  = 256     // freed in one step; fewer are not worth a step
+	vacuumPages  = 128     // freed in one step; fewer are not worth a step
 	expireAtOnce = 64      // rows, deleted within some milliseconds
 	chunksAtOnce = 8       // chunks of an orphan: 2 MiB of pages
 	spareBytes   = 1 << 20 // room besides the reserve, else the disk is full again at once

@@ -2245,7 +2245,7 @@ func TestExpirySweep(t *testing.T) {
 	eventually(t, "its chunks are swept", func() bool { return countRows(t, s.store.dir, unswept) == 0 })
 	n := countRows(t, s.store.dir, "SELECT left_over FROM noted")
 	expect(t, n >= 1000, "the deleted content was swept when %d rows were left", n)
-	eventually(t, "the space is returned", func() bool { return sizeOf(sh.path) <= (vacuumPages+40)*4096 })
+	eventually(t, "the space is returned", func() bool { return sizeOf(sh.path) <= (vacuumPages+40)*newPageBytes })
 	s.wantBlob("stays", []byte("x"))
 }
 
@@ -4576,7 +4576,7 @@ func TestCorruptShard(t *testing.T) {
 		"header":         func(data []byte) []byte { copy(data, "garbage garbage garbage"); return data },
 		"application id": func(data []byte) []byte { copy(data[40:100], noise(60, 1)); return data },
 		"emptied":        func(data []byte) []byte { return nil },
-		"tables":         func(data []byte) []byte { copy(data[4096:], bytes.Repeat([]byte("x"), len(data))); return data },
+		"tables":         func(data []byte) []byte { copy(data[newPageBytes:], bytes.Repeat([]byte("x"), len(data))); return data },
 	} {
 		cfg := testConfig(t)
 		s := serveConfig(t, cfg)
@@ -5454,6 +5454,37 @@ func TestQuota(t *testing.T) {
 	}
 }
 
+// A shard keeps the page size with which it was made, whatever that of new ones is.
+func TestPageSizes(t *testing.T) {
+	cfg := testConfig(t, oneShard)
+	s := serveConfig(t, cfg)
+	want := map[string][]byte{}
+	for _, pageBytes := range []int{newPageBytes, 1 << 10, 4 << 10, 64 << 10} {
+		if pageBytes != newPageBytes {
+			fatal(t, s.stop())
+			change := "PRAGMA journal_mode = DELETE; PRAGMA page_size = %d; VACUUM"
+			exec1(t, filepath.Join(cfg.DataDir, shardName(0)), fmt.Sprintf(change, pageBytes))
+			s = serveConfig(t, cfg)
+		}
+		n := countRows(t, cfg.DataDir, "SELECT page_size FROM pragma_page_size")
+		if n != int64(pageBytes) || s.store.shards[0].pageBytes != n {
+			t.Fatalf("pages have %d bytes, want %d", n, pageBytes)
+		}
+		for key, body := range want { // what was written with other pages
+			s.wantBlob(key, body)
+		}
+		for _, size := range []int{10, 4 << 10, chunkSize, 3*chunkSize + 5} {
+			key := fmt.Sprint(size, " on ", pageBytes)
+			want[key] = noise(size, uint64(pageBytes))
+			s.put(key, want[key])
+			s.wantBlob(key, want[key])
+			s.put(fmt.Sprint(size), want[key]) // replaces what was written with other pages
+		}
+	}
+	fatal(t, s.stop())
+	wantEnd(t, 0, "0 defects")(runCommand(t, nil, "check", cfg.DataDir))
+}
+
 // ============================================================================
 // Batcher
 //
@@ -5892,7 +5923,7 @@ func TestCheck(t *testing.T) {
 		blobnom check data  -> 1  ~{home large}  ~not a database
 
 		# a torn page
-		overwrite {shard large}  4096  {noise 100}
+		overwrite {shard large}  8192  {noise 100}
 		blobnom check data  -> 1  ~{home large}
 
 		# a newer version is not damage
@@ -6187,16 +6218,16 @@ func changeLeaves(t *testing.T, path, table string, change func(leaves [][]byte)
 	t.Helper()
 	db := openDB(path, "mode=ro")
 	defer db.Close()
-	rows, err := db.Query("SELECT pageno FROM dbstat WHERE name = ? AND pagetype = 'leaf' ORDER BY path", table)
+	rows, err := db.Query("SELECT pgoffset, pgsize FROM dbstat WHERE name = ? AND pagetype = 'leaf' ORDER BY path", table)
 	fatal(t, err)
 	defer rows.Close()
 	data, err := os.ReadFile(path)
 	fatal(t, err)
 	var leaves [][]byte
 	for rows.Next() {
-		var n int
-		fatal(t, rows.Scan(&n))
-		leaves = append(leaves, data[(n-1)*4096:n*4096])
+		var offset, size int
+		fatal(t, rows.Scan(&offset, &size))
+		leaves = append(leaves, data[offset:offset+size])
 	}
 	fatal(t, rows.Err())
 	change(leaves)
