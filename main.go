@@ -3430,6 +3430,8 @@ type shard struct {
 	prepared   map[string]*sql.Stmt // by text
 	damageSeen int                  // outcomes in a row that called the file damaged
 	syncFailed bool                 // nothing may be written or checkpointed any more
+	durability string               // of the configuration
+	syncLevel  string               // PRAGMA synchronous, as it is set
 
 	pageBytes int64 // of the database
 
@@ -3461,11 +3463,13 @@ type shard struct {
 // cannot be read just now must not be taken for something to restore.
 func openShard(st *store, i int, cfg *config) (*shard, *record, error) {
 	sh := &shard{
-		store:    st,
-		index:    i,
-		path:     filepath.Join(st.dir, shardName(i)),
-		held:     map[int64]int{},
-		prepared: map[string]*sql.Stmt{},
+		store:      st,
+		index:      i,
+		path:       filepath.Join(st.dir, shardName(i)),
+		held:       map[int64]int{},
+		prepared:   map[string]*sql.Stmt{},
+		durability: cfg.Durability,
+		syncLevel:  cfg.Durability,
 		cache: &cache{
 			limit:   cacheLimit() / int(cfg.NumShards),
 			entries: map[string]*blob{},
@@ -4486,6 +4490,9 @@ func (sh *shard) tryBatch(batch []*op) error {
 		}
 	}
 	start := time.Now()
+	if err := sh.setSyncLevel(batch); err != nil {
+		return sh.recordOutcome(err)
+	}
 	err := sh.inTransaction(func(t *tx) error {
 		for _, o := range batch {
 			if !o.frees && sh.store.reserve.isFull() { // only deletes may use what room there is
@@ -4501,6 +4508,26 @@ func (sh *shard) tryBatch(batch []*op) error {
 	sh.store.batches.Add(1)
 	sh.store.operations.Add(int64(len(batch)))
 	sh.store.commitNanos.Add(int64(time.Since(start)))
+	return err
+}
+
+// setSyncLevel lets a batch that has only chunks be committed without a sync. Nothing refers to them
+// before their content is published. The commit that publishes it syncs the WAL, with all that is
+// before it in the WAL, and a checkpoint syncs the WAL before it copies. So power loss takes a chunk
+// only together with its publication, and a large content is synced once.
+func (sh *shard) setSyncLevel(batch []*op) error {
+	level := sh.durability
+	isVisible := func(o *op) bool { return o.key != "" }
+	if level == "full" && !slices.ContainsFunc(batch, isVisible) {
+		level = "normal"
+	}
+	if level == sh.syncLevel {
+		return nil
+	}
+	_, err := sh.writer.Exec("PRAGMA synchronous = " + level) // at once, so it cannot be prepared
+	if err == nil {
+		sh.syncLevel = level
+	}
 	return err
 }
 

@@ -5485,6 +5485,46 @@ func TestPageSizes(t *testing.T) {
 	wantEnd(t, 0, "0 defects")(runCommand(t, nil, "check", cfg.DataDir))
 }
 
+// Chunks are committed without a sync. What makes them visible is synced with them.
+func TestSyncLevel(t *testing.T) {
+	for durability, want := range map[string][2]int{
+		"full":   {1, 2},
+		"normal": {1, 1},
+		"off":    {0, 0},
+	} {
+		s := newTestServer(t, oneShard, func(cfg *config) { cfg.Durability = durability })
+		sh := s.store.shards[0]
+		wantLevel := func(what string, want int) {
+			t.Helper()
+			var level int
+			fatal(t, sh.writer.QueryRow("PRAGMA synchronous").Scan(&level))
+			if level != want {
+				t.Errorf("%s: %s are committed with synchronous = %d, want %d", durability, what, level, want)
+			}
+		}
+		body := noise(3*chunkSize, 1)
+		for range 2 {
+			r, w := io.Pipe()
+			answer := make(chan int)
+			go func() { answer <- s.status("PUT", "/blob/k", r) }()
+			w.Write(body[:2*chunkSize+1])
+			eventually(t, "two chunks are committed", func() bool {
+				return s.store.operations.Load()%4 == 2 // then come the publication and a small blob
+			})
+			wantLevel("chunks", want[0])
+			w.Write(body[2*chunkSize+1:])
+			w.Close()
+			if status := <-answer; status != 201 {
+				t.Fatalf("answered %d", status)
+			}
+			wantLevel("large blobs", want[1])
+			s.wantBlob("k", body)
+			s.put("small", []byte("x"))
+			wantLevel("small blobs", want[1])
+		}
+	}
+}
+
 // ============================================================================
 // Batcher
 //
