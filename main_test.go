@@ -756,7 +756,7 @@ func script(t *testing.T, text string) *testServer {
 func (s *testServer) script(text string) {
 	s.t.Helper()
 	about := ""
-	for line := range strings.Lines(text) {
+	for _, line := range strings.Split(text, "\n") { // in a range of Lines, Helper has no effect
 		line = strings.TrimSpace(line)
 		if strings.HasPrefix(line, "#") {
 			about = line + "\n"
@@ -875,6 +875,8 @@ func expand(text string) string {
 //	{noise 2C+5}  {prose 100 10:20}   bytes of a size, or some of them; C is the size of a chunk
 //	{tag TEXT}  {gzip-tag TEXT}       the entity tags of a content
 //	{sha-256 TEXT}  {base64 TEXT}     sums in base64; sha-512, md5, too
+//	{sum TEXT}                        the SHA-256 in hexadecimal
+//	{count 2C+5}                      a size as a number
 //	{repeat 256 x}                    a text so many times
 //	{shard KEY}  {home KEY}           the file of the key's shard, of four, and "shard 3: "
 func brace(name, argument string) string {
@@ -890,6 +892,10 @@ func brace(name, argument string) string {
 		return `"` + sumOf([]byte(argument)) + `-gzip"`
 	case "base64":
 		return base64.StdEncoding.EncodeToString([]byte(argument))
+	case "sum":
+		return sumOf([]byte(argument))
+	case "count":
+		return strconv.Itoa(byteCount(argument))
 	case "repeat":
 		return strings.Repeat(rest, byteCount(first))
 	case "shard":
@@ -995,6 +1001,9 @@ func init() {
 		"ls":      (*testServer).names,
 
 		"overwrite": (*testServer).overwrite,
+
+		"fill": (*testServer).putAll,
+		"list": (*testServer).listKeys,
 	}
 }
 
@@ -1702,6 +1711,71 @@ func digestOf(content []byte) string {
 	return "sha-256=:" + base64.StdEncoding.EncodeToString(sum[:]) + ":"
 }
 
+// putAll stores each key with itself as its content: "fill KEY  KEY".
+func (s *testServer) putAll(keys []string) answer {
+	s.t.Helper()
+	for _, key := range keys {
+		s.put(key, []byte(key))
+	}
+	return answer{}
+}
+
+// listKeys lists: "list QUERY -> COUNT  KEYS". Keys are quoted as in a Go string. Behind them stand
+// the folders in brackets, and "next KEY" before a next page. Without a limit in QUERY it asks for
+// pages of several limits, too, which must have the same keys.
+func (s *testServer) listKeys(fields []string) answer {
+	s.t.Helper()
+	query, err := url.ParseQuery(strings.Join(fields, ""))
+	fatal(s.t, err)
+	p := s.list(query)
+	words := keysOf(p)
+	for _, folder := range p.Prefixes {
+		words = append(words, "["+folder+"]")
+	}
+	count := len(words)
+	if p.Next != nil {
+		words = append(words, "next", *p.Next)
+	}
+	if !query.Has("limit") {
+		s.wantPages(query, append(keysOf(p), p.Prefixes...))
+	}
+	text := strconv.Quote(strings.Join(words, " "))
+	text = text[1 : len(text)-1]
+	return answer{status: strconv.Itoa(count), text: text}
+}
+
+func keysOf(p page) (keys []string) {
+	for _, row := range p.Blobs {
+		keys = append(keys, row.Key)
+	}
+	return keys
+}
+
+// wantPages wants the pages of a listing, whatever their limit, to have these keys and folders.
+func (s *testServer) wantPages(query url.Values, want []string) {
+	s.t.Helper()
+	slices.Sort(want)
+	for _, limit := range []int{1, 3, 1000} {
+		page := maps.Clone(query)
+		page.Set("limit", strconv.Itoa(limit))
+		for rest := want; ; rest = rest[limit:] {
+			p := s.list(page)
+			got := append(keysOf(p), p.Prefixes...)
+			slices.Sort(got)
+			first := rest[:min(limit, len(rest))]
+			isLast := len(rest) <= limit
+			if !slices.Equal(got, first) || isLast != (p.Next == nil) {
+				s.t.Errorf("%v: %q, last: %v, want %q of %q", page, got, p.Next == nil, first, rest)
+				return
+			}
+			if isLast {
+				break
+			}
+			page.Set("after", *p.Next)
+		}
+	}
+}
+
 func TestKeys(t *testing.T) {
 	s := newTestServer(t)
 	good := []string{
@@ -2262,316 +2336,173 @@ func (s *testServer) answer(name string, status int, method, path string, header
 	return resp, string(body)
 }
 
-func keysOf(p page) (keys []string) {
-	for _, row := range p.Blobs {
-		keys = append(keys, row.Key)
-	}
-	return keys
-}
-
-// A listing has the keys of all shards in one order, whatever bytes they have.
 func TestListing(t *testing.T) {
-	long := strings.Repeat("k", maxKeyBytes)
-	keys := []string{"é", "日本", "\u2028", "\U0010ffff", "odd", "odd/", "odd0", "oddy", long}
-	keys = append(keys, "odd/\U0010ffff\U0010ffff")
-	for c := 1; c < 128; c++ { // every odd byte, alone and between others
-		keys = append(keys, string(rune(c)), "odd/"+string(rune(c))+"z")
-	}
-	slices.Sort(keys)
-	prefixes := []string{"", "odd", "odd/", "odd/\U0010ffff", "\x01", "é", "b", "\U0010ffff"}
-	prefixes = append(prefixes, "none", "\x00", long, long+"k")
-	afters := []string{"", "odd/", "a", "\U0010ffff", "a\x00", "n"} // keys or not
-	for _, row := range []struct {
-		name   string
-		shards int64
-		async  bool
-	}{
-		{"one shard", 1, false},
-		{"four shards", 4, false},
-		{"async", 4, true},
-	} {
-		s := newTestServer(t, func(c *config) {
-			c.NumShards = row.shards
-			if row.async { // only a listing that waits for the queue ends the window
-				c.AsyncWrite = true
-				c.BatchSize = 1000
-				c.BatchTimeoutMS = 60_000
-			}
-		})
-		for _, i := range rand.Perm(len(keys)) {
-			s.put(keys[i], []byte(keys[i]))
-		}
-		for _, prefix := range prefixes {
-			for _, after := range afters {
-				s.wantPages(row.name, keys, prefix, after)
-			}
-		}
-		s.do("DELETE", "/blob/odd", nil)
-		got := s.listAll("odd", 1000)
-		expect(t, !slices.Contains(got, "odd"), "%s: a deleted key is listed", row.name)
-	}
-}
-
-// wantPages compares pages of several sizes with keys, all that are stored, in order.
-func (s *testServer) wantPages(name string, keys []string, prefix, after string) {
-	s.t.Helper()
-	want := slices.DeleteFunc(slices.Clone(keys), func(key string) bool {
-		return key <= after || !strings.HasPrefix(key, prefix)
-	})
-	for _, limit := range []int{1, 7, max(len(want), 1), 1000} {
-		query := url.Values{"prefix": {prefix}, "after": {after}}
-		query.Set("limit", strconv.Itoa(limit))
-		p := s.list(query)
-		got, first := keysOf(p), want[:min(limit, len(want))]
-		expect(s.t, slices.Equal(got, first), "%s: %v: %q, want %q", name, query, got, first)
-		if len(want) <= limit {
-			expect(s.t, p.Next == nil, "%s: %v: the last page has a next", name, query)
-			continue
-		}
-		next := p.Next != nil && *p.Next == first[limit-1]
-		expect(s.t, next, "%s: %v: next is not %q", name, query, first[limit-1])
-	}
+	script(t, `
+		serve
+		list                          -> 0
+		fill  a  a/  a/b  a/b/c  a0  ab  b  b/1  b/2  ä/日
+		list                          -> 10  a a/ a/b a/b/c a0 ab b b/1 b/2 ä/日
+		# A prefix is how keys begin. "after" is a key, whether there is one or not.
+		list  prefix=a/               -> 3   a/ a/b a/b/c
+		list  prefix=none             -> 0
+		list  prefix=%00              -> 0
+		list  prefix={repeat 1025 k}  -> 0
+		list  after=ab                -> 4   b b/1 b/2 ä/日
+		list  after=b/0               -> 3   b/1 b/2 ä/日
+		list  prefix=a&after=a/b      -> 3   a/b/c a0 ab
+		list  prefix=b&after=a        -> 3   b b/1 b/2
+		list  prefix=a&after=b        -> 0
+		# The last page, full or not, has no next.
+		list  limit=2                 -> 2   a a/ next a/
+		list  limit=2&after=a/        -> 2   a/b a/b/c next a/b/c
+		list  limit=2&after=b/1       -> 2   b/2 ä/日
+		list  limit=10000             -> 10  a a/ a/b a/b/c a0 ab b b/1 b/2 ä/日
+		# A listing waits for the writes that were answered 202: nothing else ends their window.
+		stop
+		serve   async_write=true  batch_size=1000  batch_timeout_ms=60000
+		DELETE  /blob/a/b                                -> 202
+		list    prefix=a/                                -> 2   a/ a/b/c
+		PUT     /blob/new  x                             -> 202
+		list    delimiter=/                              -> 8   a a0 ab b new [a/] [b/] [ä/]
+		PUT     /blob/b/3  x                             -> 202
+		GET     /blob/b/             Accept: text/html   -> 200  ~Folders: 0. Files: 3, 7 B.
+		# What a listing cannot mean is refused.
+		GET     /blob/?limit=10001          -> 400  ~limit must be a number from 1 to 10000
+		GET     /blob/?limit=0              -> 400  ~limit must be a number from 1 to 10000
+		GET     /blob/?limit=%2B5           -> 400  ~limit must be a number from 1 to 10000
+		GET     /blob/?limit=               -> 400  ~limit must be a number from 1 to 10000
+		GET     /blob/?prefix=%ff           -> 400  ~prefix, after and delimiter must be valid UTF-8
+		GET     /blob/?delimiter=%ff        -> 400  ~prefix, after and delimiter must be valid UTF-8
+		GET     /blob/?prefix=%c3&after=%a9 -> 400  ~prefix, after and delimiter must be valid UTF-8
+		GET     /blob/?delimiter=           -> 400  bad request: the delimiter must not be empty
+	`)
 }
 
 // A row of the listing says what HEAD says.
 func TestListingRow(t *testing.T) {
-	s := newTestServer(t)
-	body := noise(chunkSize+5, 1)
-	s.want(201, "PUT", "/blob/row?ttl=1h", []byte("old"))
-	s.want(201, "PUT", "/blob/row?ttl=1h", body, "Content-Type", "a/b")
-	resp, _ := s.want(200, "HEAD", "/blob/row", nil)
-	want := listed{
-		Key:         "row",
-		Size:        chunkSize + 5,
-		ContentType: "a/b",
-		ETag:        tagOf(body),
-		Created:     resp.Header.Get("Blob-Created"),
-		Updated:     resp.Header.Get("Blob-Updated"),
-		Version:     1,
-		Expires:     resp.Header.Get("Blob-Expires"),
-	}
-	p := s.list(url.Values{"prefix": {"row"}})
-	expect(t, len(p.Blobs) == 1 && p.Blobs[0] == want, "%+v, want %+v", p.Blobs, want)
+	script(t, `
+		clock  2026-01-02T03:04:05.678Z
+		serve
+		GET    /blob/              -> 200  {"blobs":[]}  Content-Type: application/json
+		GET    /blob/?delimiter=/  -> 200  {"blobs":[],"prefixes":[]}
+		PUT    /blob/f/k  old
+		clock  +1s
+		PUT    /blob/f/k?ttl=1h  Content-Type: a/b  {noise C+5}
+		GET    /blob/  -> 200  ~{"blobs":[{"key":"f/k","size":{count C+5},"content_type":"a/b",
+		GET    /blob/  -> 200  ~,"etag":"\"{sum {noise C+5}}\"",
+		GET    /blob/  -> 200  ~","created":"2026-01-02T03:04:05.678Z","updated":"
+		GET    /blob/  -> 200  ~","updated":"2026-01-02T03:04:06.678Z","version":1,
+		GET    /blob/  -> 200  ~,"version":1,"expires":"2026-01-02T04:04:06.678Z"}]}
+		PUT    /blob/f/k  new
+		GET    /blob/  -> 200  ~,"version":2}]}
+		PUT    /blob/z    x
+		GET    /blob/?delimiter=/&limit=1  -> 200  {"blobs":[],"prefixes":["f/"],"next":"f/"}
+	`)
 }
 
-func TestListingAnswers(t *testing.T) {
-	s := newTestServer(t)
-	const badLimit = "bad request: limit must be a number from 1 to 10000\n"
-	const badText = "bad request: prefix, after and delimiter must be valid UTF-8\n"
-	const badQuery = "bad request: the query is malformed"
-	for _, row := range []struct {
-		name, query string
-		status      int
-		text        string // how the answer begins
-	}{
-		{"nothing", "", 200, "{\"blobs\":[]}\n"},
-		{"nothing to group", "delimiter=/", 200, "{\"blobs\":[],\"prefixes\":[]}\n"},
-		{"largest limit", "limit=10000", 200, "{\"blobs\":[]}\n"},
-		{"limit 0", "limit=0", 400, badLimit},
-		{"limit too large", "limit=10001", 400, badLimit},
-		{"limit of 30 digits", "limit=100000000000000000000000000001", 400, badLimit},
-		{"negative limit", "limit=-1", 400, badLimit},
-		{"empty limit", "limit=", 400, badLimit},
-		{"limit with a sign", "limit=%2B5", 400, badLimit},
-		{"limit with a point", "limit=1.0", 400, badLimit},
-		{"limit in letters", "limit=x", 400, badLimit},
-		{"limit twice", "limit=1&limit=2", 400, "bad request: the query has limit more than once"},
-		{"delimiter twice", "delimiter=/&delimiter=/", 400, "bad request: the query has delimiter more than once"},
-		{"malformed escape", "prefix=%zz", 400, badQuery},
-		{"semicolon", "a;b", 400, badQuery},
-		{"prefix not UTF-8", "prefix=%ff", 400, badText},
-		{"after not UTF-8", "after=%c3", 400, badText},
-		{"delimiter not UTF-8", "delimiter=%ff", 400, badText},
-		{"halves of a rune", "prefix=%c3&after=%a9", 400, badText},
-		{"empty delimiter", "delimiter=", 400, "bad request: the delimiter must not be empty"},
-	} {
-		_, body := s.answer(row.name, row.status, "GET", "/blob/?"+row.query)
-		expect(t, strings.HasPrefix(body, row.text), "%s: %q, want %q", row.name, body, row.text)
-	}
-	s.want(200, "HEAD", "/blob/", nil)
-}
-
-// Pages of many keys, of all shards in one order, are as long as the query asks for.
-func TestListingPages(t *testing.T) {
-	s := newTestServer(t, func(c *config) { c.Durability = "off" })
-	want := make([]string, 2000)
-	together(16, func(w int) {
-		for i := w; i < len(want); i += 16 {
-			want[i] = fmt.Sprintf("k%05d", i)
-			s.put(want[i], nil)
+// The order is that of the keys' bytes, whatever they are and however many shards there are.
+func TestListingOrder(t *testing.T) {
+	for _, shards := range []string{"1", "4"} {
+		keys := []string{"é", "\u2028", "\U0010ffff", "odd/\U0010ffff", strings.Repeat("k", 1024)}
+		for c := rune(1); c < 128; c++ {
+			keys = append(keys, string(c), "odd/"+string(c)+"z")
 		}
-	})
-	for _, row := range []struct {
-		name, query string
-		from, to    int
-	}{
-		{"default limit", "", 0, 1000},
-		{"one", "limit=1", 0, 1},
-		{"all but one", "limit=1999", 0, 1999},
-		{"as many as there are", "limit=2000", 0, 2000},
-		{"more than there are", "limit=10000", 0, 2000},
-		{"second page", "limit=999&after=k00999", 1000, 1999},
-		{"last page, full", "limit=1000&after=k00999", 1000, 2000},
-	} {
-		p := s.list(noErr(url.ParseQuery(row.query)))
-		got, rows := keysOf(p), want[row.from:row.to]
-		expect(t, slices.Equal(got, rows), "%s: %q, want %q", row.name, got, rows)
-		isLast := row.to == len(want)
-		expect(t, (p.Next == nil) == isLast, "%s: next is %v", row.name, p.Next)
+		s := script(t, "serve  num_shards="+shards)
+		s.putAll(keys)
+		s.wantPages(url.Values{}, keys)
+		isAbove := func(key string) bool { return !strings.HasPrefix(key, "odd/") }
+		s.wantPages(url.Values{"prefix": {"odd/"}}, slices.DeleteFunc(keys, isAbove))
 	}
-	for _, limit := range []int{999, 1000} { // the last page has 2 rows, or is full
-		got := s.listAll("k0", limit)
-		expect(t, slices.Equal(got, want), "limit %d: %d keys", limit, len(got))
+}
+
+// A listing and a folder's page have as many rows as there are, over many pages.
+func TestListingOfMany(t *testing.T) {
+	s := script(t, "serve  num_shards=1")
+	s.fillRows(2001)
+	s.script(`
+		list  limit=2000                     -> 2000  ~ key/00001999 next key/00001999
+		list  limit=2001                     -> 2001  !next
+		list  limit=10000                    -> 2001  !next
+		list  limit=1000&after=key/00001000  -> 1000  !next
+		# The default limit is 1000.
+		GET   /blob/                         -> 200  ~"next":"key/00000999"  !"key":"key/00001000"
+		GET   /blob/key/  Accept: text/html  -> 200  ~<p>Folders: 0. Files: 2001, 0 B.
+		# A folder costs one look, however many keys it has: the second one is not read.
+		fill    last
+		sql     data/shard_0.db  UPDATE blobs SET sha256 = x'' WHERE key = 'key/00000001'
+		GET     /blob/?limit=2           -> 500
+		list    delimiter=/              -> 2  last [key/]
+		DELETE  /blob/key/00000001       -> 204
+	`)
+	_, page := s.want(200, "GET", "/blob/key/", nil, "Accept", "text/html")
+	links := bytes.Count(page, []byte(`href="./`))
+	expect(t, links == 2000, "%d links, want 2000", links)
+}
+
+// fillRows makes n empty blobs key/00000000 and so on, 20 times as fast as by HTTP. They are
+// misplaced if there are several shards. Their ids leave room for other blobs.
+func (s *testServer) fillRows(n int) {
+	for i := range s.store.shards {
+		file := filepath.Join(s.store.dir, shardName(i))
+		exec1(s.t, file, fmt.Sprintf(`INSERT INTO blobs
+			WITH RECURSIVE n (i) AS (SELECT %d UNION ALL SELECT i + %d FROM n WHERE i + %[2]d < %d)
+			SELECT i + 1e6, printf('key/%%08d', i), 0, x'%x', 0, 0, NULL, 'a/b', 1, 1, NULL, 0, x''
+			FROM n`,
+			i, len(s.store.shards), n, sha256.Sum256(nil)))
 	}
 }
 
 // A listing without the keys of a shard would be a lie. Blobs of the other shards are served.
 func TestListingOfCorruptShard(t *testing.T) {
-	cfg := testConfig(t)
-	s := serveConfig(t, cfg)
-	good := s.keyOn(2, "f/k")
-	s.put(good, []byte("good"))
-	missing := s.keyOn(2, "missing")
-	s.stop()
-	file := filepath.Join(cfg.DataDir, shardName(1))
-	fatal(t, os.WriteFile(file, noise(9000, 1), 0o600))
-	s = serveConfig(t, cfg)
-	for _, row := range []struct {
-		name, path, accept string
-		status             int
-		text               string
-	}{
-		{"listing", "/blob/", "*/*", 500, "shard is corrupt\n"},
-		{"listing of a folder", "/blob/?prefix=f/", "*/*", 500, "shard is corrupt\n"},
-		{"page", "/blob/", "text/html", 500, "shard is corrupt\n"},
-		{"page of a folder", "/blob/f/", "text/html", 500, "shard is corrupt\n"},
-		{"blob", blobPath(good), "*/*", 200, "good"},
-		{"missing key", blobPath(missing), "*/*", 404, "not found: no blob under this key; " +
-			"keys below it are listed by /blob/?prefix=" + missing + "/\n"},
-	} {
-		_, body := s.answer(row.name, row.status, "GET", row.path, "Accept", row.accept)
-		expect(t, body == row.text, "%s: %q, want %q", row.name, body, row.text)
-	}
-	s.stop()
-	os.RemoveAll(cfg.DataDir) // it would not pass the check at the end
+	script(t, `
+		serve
+		PUT    /blob/f/k  text
+		stop
+		write  {shard corrupt}  garbage
+		serve
+		GET    /blob/                        -> 500  shard is corrupt
+		GET    /blob/?prefix=f/&limit=1      -> 500  shard is corrupt
+		GET    /blob/    Accept: text/html   -> 500  shard is corrupt
+		GET    /blob/f/  Accept: text/html   -> 500  shard is corrupt
+		GET    /blob/corrupt                 -> 500  shard is corrupt
+		GET    /blob/f/k                     -> 200  text
+		GET    /blob/f   Accept: text/html   -> 404
+		GET    /blob/missing                 -> 404
+		stop
+		remove data
+	`)
 }
 
-// delimiterKeys are stored by the tests of delimiters.
-var delimiterKeys = strings.Fields("a a/ a/b a/b/c a/b/d a// a//x a0 ab abab " +
-	"b/1 b/2 b/3 c/ä/1 c/ä/2 / // /x \U0010ffff/1 \U0010ffff/2 z")
-
-func (s *testServer) putAll(keys []string) {
-	s.t.Helper()
-	for _, key := range keys {
-		s.put(key, []byte(key))
-	}
-}
-
+// Keys that have the delimiter behind the prefix are one row, a folder. It counts in the limit.
 func TestDelimiter(t *testing.T) {
-	s := newTestServer(t)
-	s.putAll(delimiterKeys)
-	for _, row := range []struct {
-		name, prefix, delimiter string
-		blobs, prefixes         string
-	}{
-		{"top", "", "/", "a a0 ab abab z", "/ a/ b/ c/ \U0010ffff/"},
-		{"a folder", "a/", "/", "a/ a/b", "a// a/b/"},
-		{"a folder of blobs", "b/", "/", "b/1 b/2 b/3", ""},
-		{"a folder of folders", "c/", "/", "", "c/ä/"},
-		{"a folder without a name", "/", "/", "/ /x", "//"},
-		{"part of a name", "a", "/", "a a0 ab abab", "a/"},
-		{"a key and a folder", "a/b", "/", "a/b", "a/b/"},
-		{"the last rune", "\U0010ffff", "/", "", "\U0010ffff/"},
-		{"no key", "none", "/", "", ""},
-		{"a letter", "a", "b", "a a/ a// a//x a0", "a/b ab"},
-		{"two letters", "ab", "ab", "ab", "abab"},
-		{"two slashes", "a", "//", "a a/ a/b a/b/c a/b/d a0 ab abab", "a//"},
-		{"a rune of two bytes", "c/", "ä", "", "c/ä"},
-	} {
-		query := url.Values{"prefix": {row.prefix}, "delimiter": {row.delimiter}}
-		p := s.list(query)
-		blobs, prefixes := strings.Fields(row.blobs), strings.Fields(row.prefixes)
-		ok := slices.Equal(keysOf(p), blobs) && slices.Equal(p.Prefixes, prefixes)
-		expect(t, ok && p.Next == nil, "%s: %+v, want %q and %q", row.name, p, blobs, prefixes)
-		want := append(blobs, prefixes...)
-		slices.Sort(want)
-		for _, limit := range []int{1, 2, 3} {
-			got := s.listGrouped(query, limit)
-			ok := slices.Equal(got, want)
-			expect(t, ok, "%s, limit %d: %q, want %q", row.name, limit, got, want)
-		}
-	}
-}
-
-// listGrouped returns the blobs and prefixes of all pages, in order.
-func (s *testServer) listGrouped(query url.Values, limit int) (all []string) {
-	s.t.Helper()
-	query = maps.Clone(query)
-	query.Set("limit", strconv.Itoa(limit))
-	for range delimiterKeys {
-		p := s.list(query)
-		rows := append(keysOf(p), p.Prefixes...)
-		slices.Sort(rows)
-		all = append(all, rows...)
-		if p.Next == nil {
-			return all
-		}
-		if len(rows) != limit || *p.Next != rows[limit-1] {
-			s.t.Fatalf("%v: %q, next %q", query, rows, *p.Next)
-		}
-		query.Set("after", *p.Next)
-	}
-	s.t.Fatalf("%v: more pages than keys", query)
-	return nil
-}
-
-func TestDelimiterAfter(t *testing.T) {
-	clock := newClock()
-	s := serveAt(t, testConfig(t), clock)
-	s.putAll(delimiterKeys)
-	s.want(201, "PUT", "/blob/gone/x?ttl=1s", nil)
-	clock.advance(time.Second)
-	for _, row := range []struct {
-		name, query     string
-		blobs, prefixes string
-	}{
-		{"a blob", "prefix=b/&after=b/1", "b/2 b/3", ""},
-		{"a folder: none of its keys", "after=a/&limit=1", "a0", ""},
-		{"a key in a folder: the rest of it", "after=a/b&limit=1", "", "a/"},
-		{"an expired folder", "after=c/&limit=1", "z", ""},
-	} {
-		p := s.list(noErr(url.ParseQuery("delimiter=/&" + row.query)))
-		blobs, prefixes := strings.Fields(row.blobs), strings.Fields(row.prefixes)
-		ok := slices.Equal(keysOf(p), blobs) && slices.Equal(p.Prefixes, prefixes)
-		expect(t, ok, "after %s: %+v, want %q and %q", row.name, p, blobs, prefixes)
-	}
-}
-
-// A folder costs one look, however many keys it has: only its first key is read.
-func TestDelimiterSkips(t *testing.T) {
-	s := newTestServer(t, oneShard)
-	s.putAll([]string{"key/1", "last"})
-	file := filepath.Join(s.store.dir, shardName(0))
-	exec1(t, file, `INSERT INTO blobs SELECT id + 1000, 'key/2', size, x'', codec, stored, crc32,
-		content_type, created_at, updated_at, expires_at, version, data FROM blobs WHERE key = 'key/1'`)
-	s.want(500, "GET", "/blob/?prefix=key/", nil) // key/2 has no SHA-256: its row cannot be read
-	_, body := s.want(200, "GET", "/blob/?delimiter=/&limit=1", nil)
-	want := "{\"blobs\":[],\"prefixes\":[\"key/\"],\"next\":\"key/\"}\n"
-	expect(t, string(body) == want, "%q, want %q", body, want)
-	p := s.list(url.Values{"delimiter": {"/"}, "after": {"key/"}})
-	expect(t, slices.Equal(keysOf(p), []string{"last"}), "%+v", p)
-	exec1(t, file, "DELETE FROM blobs WHERE key = 'key/2'")
-}
-
-// fillRows makes n empty blobs key/00000000 and so on, 20 times as fast as by HTTP. They are
-// misplaced if there are several shards.
-func (s *testServer) fillRows(n int) {
-	for i := range s.store.shards {
-		exec1(s.t, filepath.Join(s.store.dir, shardName(i)), fmt.Sprintf(`INSERT INTO blobs
-			WITH RECURSIVE n (i) AS (SELECT %d UNION ALL SELECT i + %d FROM n WHERE i + %[2]d < %d)
-			SELECT i + 1, printf('key/%%08d', i), 0, x'%x', 0, 0, NULL, 'text/plain', 0, 0, NULL, 0, x'' FROM n`,
-			i, len(s.store.shards), n, sha256.Sum256(nil)))
-	}
+	script(t, `
+		clock  2026-01-02T03:04:05.678Z
+		serve
+		fill   a  a/  a/b  a/b/c  a/b/d  a//  a//x  a0  ab  abab
+		fill   b/1  b/2  c/ä/1  c/ä/2  /  //  /x
+		PUT    /blob/%F4%8F%BF%BF/1        x
+		PUT    /blob/%F4%8F%BF%BF/2        x
+		list   delimiter=/                 -> 9  a a0 ab abab [/] [a/] [b/] [c/] [\U0010ffff/]
+		list   delimiter=/&prefix=a/       -> 4  a/ a/b [a//] [a/b/]
+		list   delimiter=/&prefix=b/       -> 2  b/1 b/2
+		list   delimiter=/&prefix=c/       -> 1  [c/ä/]
+		list   delimiter=/&prefix=/        -> 3  / /x [//]
+		list   delimiter=/&prefix=a        -> 5  a a0 ab abab [a/]
+		list   delimiter=/&prefix=a/b      -> 2  a/b [a/b/]
+		# It may be any text.
+		list   delimiter=b&prefix=a        -> 7  a a/ a// a//x a0 [a/b] [ab]
+		list   delimiter=ab&prefix=ab      -> 2  ab [abab]
+		list   delimiter=//&prefix=a       -> 9  a a/ a/b a/b/c a/b/d a0 ab abab [a//]
+		list   delimiter=ä&prefix=c/       -> 1  [c/ä]
+		# Behind a folder comes none of its keys. Behind one of its keys comes the folder.
+		list   delimiter=/&limit=3             -> 3  a [/] [a/] next a/
+		list   delimiter=/&limit=1&after=a/    -> 1  a0 next a0
+		list   delimiter=/&limit=1&after=a/b   -> 1  [a/] next a/
+		# What has expired makes no folder.
+		PUT    /blob/gone/x?ttl=1s         x
+		clock  +1s
+		list   delimiter=/&prefix=g        -> 0
+	`)
 }
 
 // folderRow is a row of a folder page: its link, its name, and "<td>" if it is a file.
