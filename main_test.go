@@ -1002,6 +1002,7 @@ func init() {
 
 		"overwrite": (*testServer).overwrite,
 
+		"read": (*testServer).read,
 		"fill": (*testServer).putAll,
 		"list": (*testServer).listKeys,
 	}
@@ -1711,6 +1712,19 @@ func digestOf(content []byte) string {
 	return "sha-256=:" + base64.StdEncoding.EncodeToString(sum[:]) + ":"
 }
 
+// read makes a GET and a HEAD, which must have the same status and headers: "read PATH".
+func (s *testServer) read(fields []string) answer {
+	s.t.Helper()
+	get := s.request("GET", fields)
+	head := s.request("HEAD", fields)
+	delete(get.header, "Date")
+	delete(head.header, "Date")
+	want := fmt.Sprintln(get.status, get.header)
+	got := fmt.Sprintln(head.status, head.header)
+	expect(s.t, got == want, "HEAD %s: %swant %s", fields, got, want)
+	return get
+}
+
 // putAll stores each key with itself as its content: "fill KEY  KEY".
 func (s *testServer) putAll(keys []string) answer {
 	s.t.Helper()
@@ -1776,73 +1790,77 @@ func (s *testServer) wantPages(query url.Values, want []string) {
 	}
 }
 
+// table returns the fields of each line of text.
+func table(text string) (rows [][]string) {
+	for line := range strings.Lines(strings.TrimSpace(text)) {
+		rows = append(rows, splitFields(line))
+	}
+	return rows
+}
+
+// A key is what stands behind /blob/, percent-decoded. Only dot segments that are not encoded are
+// resolved. The first path of a row is fully encoded, the others are spellings of the same key.
 func TestKeys(t *testing.T) {
-	s := newTestServer(t)
-	good := []string{
-		"a", "photos/2026/cat.jpg", "a//b", "../x", "..", "a/./b", "/", "//", "a/..//b", "dir/", "a b",
-		"ä/日本", "%", "%2F", "a?b#c", "a+b&c=d", "\x01\x7f", "'; DROP TABLE blobs; --",
-		strings.Repeat("k", maxKeyBytes),
-	}
-	for _, key := range good {
-		s.put(key, []byte(key))
-	}
-	for _, key := range good {
-		s.wantBlob(key, []byte(key))
-	}
-	// Whatever spelling a PUT used, the encoded path reads it.
-	for _, row := range []struct{ key, paths string }{
-		{"photos/2026/cat.jpg", "/blob/photos/2026/cat.jpg /blob/photos%2F2026/c%61t.jpg"},
-		{"photos/2026/cat.jpg", "/x/../blob/photos/2026/cat.jpg"},
-		{"a//b", "/blob/a//b /blob/a%2F%2Fb /blob/a%2f/b /blob/a/./%2Fb /blob/a//x/../b"},
-		{"//", "/blob/// /blob/%2F/ /blob///. /blob///x/.."},
-		{"a", "/blob/a /blob/x/../a /blob/./a /blob/%2E%2E/../a /blob/../blob/a /./blob/a /blob//../a"},
-		{"dir/", "/blob/dir/ /blob/dir/. /blob/dir/x/.. /blob/dir/./ /blob/dir%2F"},
-		{"../x", "/blob/%2E%2E/x /blob/%2e./x /blob/..%2Fx /blob/y/../%2E%2E/x"},
-		{"a/..//b", "/blob/a/%2E%2E//b /blob/a/%2e%2e/%2Fb"},
-	} {
-		for _, path := range strings.Fields(row.paths) {
-			s.script("PUT " + path + "  " + path + "  -> 201  Location: -")
-			s.script("GET " + path + "  -> 200  Location: -")
-			s.wantBlob(row.key, []byte(path))
+	s := script(t, "serve")
+	for _, row := range table(`
+		a        /blob/a  /blob/x/../a  /blob/./a  /blob/%2E%2E/../a  /x/../blob/a  /blob//../a
+		a/b.jpg  /blob/a%2Fb%2Ejpg  /blob/a/b.jpg  /blob/a%2Fb.jp%67
+		a//b     /blob/a%2F%2Fb  /blob/a//b  /blob/a%2f/b  /blob/a/./%2Fb  /blob/a//x/../b
+		/        /blob/%2F
+		//       /blob/%2F%2F  /blob///  /blob/%2F/  /blob///.  /blob///x/..
+		dir/     /blob/dir%2F  /blob/dir/  /blob/dir/.  /blob/dir/x/..  /blob/dir/./
+		..       /blob/%2E%2E  /blob/./%2E%2E  /blob/x/../%2E%2E
+		../x     /blob/%2E%2E%2Fx  /blob/%2E%2E/x  /blob/%2e./x  /blob/y/../%2E%2E/x
+		a/..//b  /blob/a%2F%2E%2E%2F%2Fb  /blob/a/%2E%2E//b  /blob/a/%2e%2e/%2Fb
+		a +&=?%2F    /blob/a%20%2B%26%3D%3F%252F  /blob/a%20+&=%3F%252F
+		ä日'\x01\x7f  /blob/%C3%A4%E6%97%A5%27%01%7F  /blob/ä日'%01%7F
+		{repeat 1024 k}  /blob/{repeat 1024 k}
+	`) {
+		for _, path := range row[1:] {
+			names := strings.NewReplacer("KEY", row[0], "FIRST", row[1], "PATH", path)
+			s.script(names.Replace(`
+				PUT     PATH   PATH  -> 201  Location: -
+				GET     FIRST  -> 200  PATH
+				list    -> 1   KEY
+				DELETE  PATH   -> 204
+			`))
 		}
 	}
-	n := countRows(t, s.store.dir, "SELECT count(*) FROM blobs")
-	expect(t, n == int64(len(good)), "%d blobs of %d keys", n, len(good))
-	// A raw character that a client should have escaped leaves %2F as it is.
-	s.put("ü//\"", []byte("raw"))
+	// A raw quote, which a client should have escaped, leaves %2F as it is.
+	s.put(`ü//"`, nil)
 	conn := s.dial("GET /blob/ü%2F%2F\" HTTP/1.1\r\nHost: x\r\n\r\n" +
 		"GET http://x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
 	got, err := io.ReadAll(conn)
 	expect(t, strings.Count(string(got), " 200 OK\r\n") == 2, "%s %v", got, err)
 }
 
-// Paths and methods that lead nowhere.
+// Requests of other paths, and of other methods, are refused.
 func TestRefusedPaths(t *testing.T) {
-	s := newTestServer(t)
-	s.put("a", nil)
-	for _, path := range []string{
-		"/blob/..",
-		"/blob/../healthz",
-		"/blob/a/../../x",
-		"/blob/%2E%2E/../..",
-		"/blob/%00",
-		"/blob/%ff",
-		"/blob/" + strings.Repeat("k", maxKeyBytes+1),
-	} {
-		for _, method := range []string{"GET", "PUT", "DELETE"} {
-			s.wantLine(400, method, path, nil)
-		}
-	}
-	for path := range strings.FieldsSeq(`/blob /blobs/a /nothing /healthz/ //blob/a //healthz /x/./y
-		/blob/a. /blob/.a /blob/a/ /blob/a// /blob/%2E /blob/a/%2e%2E/b`) {
-		s.wantLine(404, "GET", path, nil)
+	s := script(t, "serve\nfill a")
+	for _, method := range []string{"GET", "PUT", "DELETE"} {
+		s.script(strings.ReplaceAll(`
+			METHOD  /blob/..               -> 400  ~percent-encode a ".." of the key
+			METHOD  /blob/a/../../x        -> 400
+			METHOD  /blob/%2E%2E/../..     -> 400
+			METHOD  /blob/%00              -> 400  ~the key is not valid UTF-8, or has a NUL byte
+			METHOD  /blob/%ff              -> 400
+			METHOD  /blob/{repeat 1025 k}  -> 400  ~the key has 1025 bytes
+			METHOD  /blobs/a               -> 404  not found: blobs are at /blob/KEY
+			METHOD  /x/./y                 -> 404
+			METHOD  //blob/a               -> 404
+			METHOD  /healthz/              -> 404
+		`, "METHOD", method))
 	}
 	s.script(`
-		PUT     /blob/      -> 400
-		DELETE  /blob/x/..  -> 400
-		PATCH   /blob/a     -> 405  Allow: GET, HEAD, PUT, POST, DELETE
-		POST    /           -> 405  Allow: GET, HEAD
-		DELETE  /healthz    -> 405  Allow: GET, HEAD
+		# These are other keys than a.
+		GET     /blob/a.         -> 404
+		GET     /blob/a/         -> 404
+		GET     /blob/a/%2e%2e/  -> 404
+		PUT     /blob/           -> 400  ~the key has 0 bytes
+		DELETE  /blob/x/..       -> 400
+		PATCH   /blob/a          -> 405  Allow: GET, HEAD, PUT, POST, DELETE
+		POST    /                -> 405  Allow: GET, HEAD
+		GET     /blob/a          -> 200  a
 	`)
 }
 
@@ -1853,59 +1871,52 @@ func FuzzKeys(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, key string) {
 		s.t = t
-		resp, body, err := s.do("PUT", blobPath(key), strings.NewReader(key))
-		if err != nil || resp.StatusCode != 201 && resp.StatusCode != 400 {
-			t.Fatalf("%q: %v %v %s", key, err, resp, body)
-		}
-		if resp.StatusCode == 201 {
+		resp, text, err := s.do("PUT", blobPath(key), strings.NewReader(key))
+		fatal(t, err)
+		if checkKey(key) == nil {
 			s.wantBlob(key, []byte(key))
+		} else {
+			expect(t, resp.StatusCode/100 == 4, "%q: %s %s", key, resp.Status, text)
 		}
 	})
 }
 
+// A read describes the blob, whatever its size.
 func TestHeaders(t *testing.T) {
-	clock := newClock()
-	s := serveAt(t, testConfig(t), clock)
-	for _, size := range []int{0, 5, chunkSize + 5} {
-		key := fmt.Sprint("size", size)
-		body := noise(size, 1)
-		start := clock.now().UTC()
-		created := stamp(start.UnixMilli())
-		resp, _ := s.want(201, "POST", "/blob/"+key, body, "Content-Type", "text/html")
-		expect(t, resp.Header.Get("ETag") == tagOf(body), "POST: ETag %s", resp.Header.Get("ETag"))
-		get := s.wantBlob(key, body)
-		head, _ := s.want(200, "HEAD", "/blob/"+key, nil)
-		for _, row := range []struct{ name, want string }{
-			{"Content-Type", "text/html"},
-			{"Content-Length", strconv.Itoa(size)},
-			{"ETag", tagOf(body)},
-			{"Accept-Ranges", "bytes"},
-			{"Blob-Version", "0"},
-			{"Blob-Created", created},
-			{"Blob-Updated", created},
-			{"Last-Modified", start.Format(http.TimeFormat)},
-			{"Repr-Digest", digestOf(body)},
-			{"X-Content-Type-Options", "nosniff"},
-			{"Content-Security-Policy", "sandbox allow-same-origin allow-downloads allow-popups"},
-		} {
-			expect(t, get.Header.Get(row.name) == row.want, "GET %v: %q", row, get.Header.Get(row.name))
-			expect(t, head.Header.Get(row.name) == row.want, "HEAD %v: %q", row, head.Header.Get(row.name))
-		}
-		clock.advance(time.Millisecond)
-		s.put(key, []byte("new"))
-		s.wantBlob(key, []byte("new"), "Blob-Version", "1", "Blob-Created", created,
-			"Blob-Updated", stamp(clock.ms.Load()), "Content-Type", octetStream)
-		s.want(204, "DELETE", "/blob/"+key, nil)
-		s.put(key, body)
-		s.wantBlob(key, body, "Blob-Version", "0")
+	for _, size := range []string{"0", "5", "C", "C+5"} {
+		script(t, strings.NewReplacer("SIZE", size, "BYTE", "\xff").Replace(`
+			clock   2026-01-02T03:04:05.678Z
+			serve
+			POST    /blob/k  Content-Type: a/b  {noise SIZE}  -> 201  ETag: {tag {noise SIZE}}
+			read    /blob/k  -> 200  {noise SIZE}  Content-Length: {count SIZE}  Content-Type: a/b
+			read    /blob/k  -> 200  ETag: {tag {noise SIZE}}  Accept-Ranges: bytes
+			read    /blob/k  -> 200  Repr-Digest: sha-256=:{sha-256 {noise SIZE}}:
+			read    /blob/k  -> 200  Last-Modified: Fri, 02 Jan 2026 03:04:05 GMT  Blob-Version: 0
+			read    /blob/k  -> 200  Blob-Created: 2026-01-02T03:04:05.678Z  Blob-Expires: -
+			read    /blob/k  -> 200  Blob-Updated: 2026-01-02T03:04:05.678Z
+			# No script of a stored page runs.
+			read    /blob/k  -> 200  X-Content-Type-Options: nosniff
+			read    /blob/k  -> 200  Content-Security-Policy: sandbox allow-same-origin allow-downloads allow-popups
+			# A replaced blob has the next version, and its own type.
+			clock   +1ms
+			PUT     /blob/k  new  -> 201
+			read    /blob/k  -> 200  new  Content-Type: application/octet-stream  Blob-Version: 1
+			read    /blob/k  -> 200  Blob-Created: 2026-01-02T03:04:05.678Z
+			read    /blob/k  -> 200  Blob-Updated: 2026-01-02T03:04:05.679Z
+			# A deleted blob begins anew. DELETE does not tell whether there was one.
+			DELETE  /blob/k  -> 204
+			DELETE  /blob/k  -> 204
+			read    /blob/k  -> 404  Blob-Version: -
+			PUT     /blob/k  {noise SIZE}  -> 201
+			read    /blob/k  -> 200  Blob-Created: 2026-01-02T03:04:05.679Z  Blob-Version: 0
+			# A write that a read could not give back is refused.
+			PUT     /blob/k  Content-Encoding: gzip        x  -> 400
+			PUT     /blob/k  Content-Range: bytes 0-1/2    x  -> 400
+			PUT     /blob/k  Content-Type: {repeat 256 x}  x  -> 400  ~longer than 255 bytes
+			PUT     /blob/k  Content-Type: a/BYTE           x  -> 400  ~or not UTF-8
+			read    /blob/k  -> 200  {noise SIZE}  Blob-Version: 0
+		`))
 	}
-	s.wantLine(400, "PUT", "/blob/h", nil, "Content-Type", strings.Repeat("x", 256))
-	s.wantLine(400, "PUT", "/blob/h", nil, "Content-Type", "a/\xff")
-	s.script(`
-		PUT /blob/h  Content-Encoding: gzip        x  -> 400
-		PUT /blob/h  Content-Range: bytes 0-1/2    x  -> 400
-		GET /blob/h  -> 404
-	`)
 }
 
 // rangeRow is a GET of a blob, with headers a line each, and its answer.
