@@ -1005,6 +1005,8 @@ func init() {
 		"read": (*testServer).read,
 		"fill": (*testServer).putAll,
 		"list": (*testServer).listKeys,
+
+		"trailer": (*testServer).putTrailer,
 	}
 }
 
@@ -1707,11 +1709,6 @@ func headerPairs(lines string) []string {
 func sumOf(content []byte) string { return fmt.Sprintf("%x", sha256.Sum256(content)) }
 func tagOf(content []byte) string { return `"` + sumOf(content) + `"` }
 
-func digestOf(content []byte) string {
-	sum := sha256.Sum256(content)
-	return "sha-256=:" + base64.StdEncoding.EncodeToString(sum[:]) + ":"
-}
-
 // read makes a GET and a HEAD, which must have the same status and headers: "read PATH".
 func (s *testServer) read(fields []string) answer {
 	s.t.Helper()
@@ -2097,196 +2094,157 @@ func (s *testServer) increment(key string, times, tries int) {
 
 const unswept = "SELECT (SELECT count(*) FROM chunks) + (SELECT count(*) FROM orphans)"
 
-func TestParseDigests(t *testing.T) {
-	sha256 := "sha-256=:" + expand("{sha-256 x}") + ":"
-	sha512 := "sha-512=:" + expand("{sha-512 x}") + ":"
-	for _, row := range []struct {
-		what, value string
-		want        int // digests; -1: an error
-	}{
-		{"one", sha256, 1},
-		{"the longer one", sha512, 1},
-		{"both", sha256 + ",\t" + sha512, 2},
-		{"twice", sha256 + ", " + sha256, 2},
-		{"an unknown one beside it", "unixsum=:AAA=:, " + sha256, 1},
-		{"an unknown one behind it", sha256 + ", md5=::", 1},
-		{"only unknown ones", "id-sha-256=:AAAA:, crc32c=:AAAA:", -1},
-		{"md5 belongs into Content-MD5", "md5=:" + expand("{md5 x}") + ":", -1},
-		{"nothing", "", -1},
-		{"capitals", "SHA-256" + sha256[7:], 1},
-		{"without padding", strings.TrimSuffix(sha256, "=:") + ":", 1},
-		{"too much padding", strings.TrimSuffix(sha256, ":") + "=:", -1},
-		{"a parameter", sha256 + " ;x=1", 1},
-		{"without colons", strings.ReplaceAll(sha256, ":", ""), -1},
-		{"without the first colon", strings.Replace(sha256, ":", "", 1), -1},
-		{"the name alone", "sha-256", -1},
-		{"too short", "sha-256=:AAAA:", -1},
-		{"empty", "sha-256=::", -1},
-		{"a colon", "sha-256=:", -1},
-		{"no base64", "sha-256=:" + strings.Repeat("!", 44) + ":", -1},
-		{"a sum of the other length", "sha-512=" + sha256[8:], -1},
-		{"a wrong one beside a right one", sha256 + ", sha-512=:AAAA:", -1},
-	} {
-		for _, name := range []string{"Repr-Digest", "Content-Digest"} {
-			digests, err := parseDigests(http.Header{name: {row.value}})
-			got := len(digests)
-			if err != nil {
-				got = -1
-			}
-			expect(t, got == row.want, "%s: %s %q: %d, %v, want %d", row.what, name, row.value, got, err, row.want)
-		}
-	}
-}
-
+// A body that does not match every digest that its client sent is not stored.
 func TestDigests(t *testing.T) {
-	s := newTestServer(t)
-	s.script(`
-		PUT /blob/k  Repr-Digest: sha-256=:{sha-256 body}:     body  -> 201
-		PUT /blob/k  Content-Digest: sha-512=:{sha-512 body}:  body  -> 201
-		PUT /blob/k  Content-MD5: {md5 body}                   body  -> 201
-		PUT /blob/k  Repr-Digest: sha-256=:{sha-256 new}:      body  -> 400  ~does not match its digest: its sha-256 is
-		PUT /blob/k  Content-Digest: sha-512=:{sha-512 new}:   body  -> 400  ~does not match its digest: its sha-512 is
-		PUT /blob/k  Content-MD5: {md5 new}                    body  -> 400  ~does not match its digest: its md5 is
-		PUT /blob/k  Content-MD5: {sha-256 body}               body  -> 400  ~Content-MD5 must be the base64 of 16 bytes
-		PUT /blob/k  Repr-Digest: crc32c=:AAAA:                body  -> 400  ~sha-256=:BASE64: or sha-512=:BASE64: is the form
-		PUT /blob/k  Content-Digest: sha-256=AAAA              body  -> 400  ~sha-256=:BASE64: is the form
-		GET /blob/k  -> 200  body  Blob-Version: 2
-
-		# All of them must match.
-		PUT /blob/k  Repr-Digest: sha-256=:{sha-256 body}:, sha-512=:{sha-512 new}:                     body  -> 400
-		PUT /blob/k  Repr-Digest: sha-256=:{sha-256 body}:  Content-Digest: sha-256=:{sha-256 new}:     body  -> 400
-		PUT /blob/k  Repr-Digest: sha-256=:{sha-256 new}:   Content-Digest: sha-256=:{sha-256 body}:    body  -> 400
-		PUT /blob/k  Repr-Digest: sha-512=:{sha-512 body}:  Content-MD5: {md5 new}                      body  -> 400
-		PUT /blob/k  Repr-Digest: sha-512=:{sha-512 body}:  Content-MD5: {md5 body}                     body  -> 201
+	t.Parallel() // it waits for upkeep
+	script(t, `
+		serve
+		PUT  /blob/k  Repr-Digest: sha-256=:{sha-256 x}:     x  -> 201
+		PUT  /blob/k  Content-Digest: sha-512=:{sha-512 x}:  x  -> 201
+		PUT  /blob/k  Content-MD5: {md5 x}                   x  -> 201
+		PUT  /blob/k  Repr-Digest: sha-256=:{sha-256 y}:     x  -> 400  ~its sha-256 is
+		PUT  /blob/k  Content-Digest: sha-512=:{sha-512 y}:  x  -> 400  ~its sha-512 is
+		PUT  /blob/k  Content-MD5: {md5 y}                   x  -> 400  ~its md5 is
+		PUT /blob/k  Repr-Digest: sha-256=:{sha-256 x}:, sha-512=:{sha-512 y}:  x  -> 400
+		PUT /blob/k  Repr-Digest: sha-256=:{sha-256 x}:  Content-Digest: sha-256=:{sha-256 y}:  x  -> 400
+		PUT /blob/k  Repr-Digest: sha-256=:{sha-256 y}:  Content-Digest: sha-256=:{sha-256 x}:  x  -> 400
+		PUT /blob/k  Repr-Digest: sha-512=:{sha-512 x}:  Content-MD5: {md5 y}  x  -> 400
+		GET  /blob/k  -> 200  x  Blob-Version: 2
+		# A trailer has the digest of a body that was not known before.
+		trailer  /blob/k  x  Content-Digest: sha-256=:{sha-256 x}:  -> 201
+		trailer  /blob/k  x  Content-Digest: sha-256=:{sha-256 y}:  -> 400
+		trailer  /blob/k  x  Content-Digest: sha-512=:{sha-512 x}:  -> 201
+		trailer  /blob/k  x  Content-Digest: sha-512=:{sha-512 y}:  -> 400
+		trailer  /blob/k  x  Content-Digest: sha-512=1              -> 400
+		trailer  /blob/k  x  Content-Md5: {md5 y}                   -> 400
+		trailer  /blob/k  x  Other: sha-256=:AAAA:                  -> 201
+		# Large uploads that are refused leave nothing.
+		PUT  /blob/large  Repr-Digest: sha-256=:{sha-256 x}:           {noise 3C}  -> 400
+		PUT  /blob/large  Repr-Digest: sha-512=:{sha-512 x}:           {noise 3C}  -> 400
+		GET  /blob/large  -> 404
+		wait sql data  `+unswept+`  -> 0
+		PUT  /blob/large  Repr-Digest: sha-256=:{sha-256 {noise 3C}}:  {noise 3C}  -> 201
+		PUT  /blob/large  Repr-Digest: sha-512=:{sha-512 {noise 3C}}:  {noise 3C}  -> 201
 	`)
-	large := noise(2*chunkSize+1, 1)
-	for _, name := range []string{"sha-256", "sha-512"} {
-		right := name + "=:" + brace(name, string(large)) + ":"
-		wrong := name + "=:" + brace(name, "x") + ":"
-		s.put("large-"+name, large, "Content-Digest", right)
-		s.wantLine(400, "PUT", "/blob/refused", large, "Content-Digest", wrong)
-	}
-	s.want(404, "GET", "/blob/refused", nil)
-	// A trailer has the digest of a body that was not known before.
-	for _, row := range []struct {
-		name, value string
-		status      int
-	}{
-		{"Content-Digest", "sha-256=:" + expand("{sha-256 body}") + ":", 201},
-		{"Content-Digest", "sha-256=:" + expand("{sha-256 new}") + ":", 400},
-		{"Content-Digest", "sha-512=:" + expand("{sha-512 body}") + ":", 201},
-		{"Content-Digest", "sha-512=:" + expand("{sha-512 new}") + ":", 400},
-		{"Content-Digest", "sha-512=1", 400},
-		{"Content-Md5", expand("{md5 new}"), 400},
-		{"Other", "sha-256=:AAAA:", 201},
-	} {
-		req, err := http.NewRequest("PUT", s.base+"/blob/trailer", unknownLength([]byte("body")))
-		fatal(t, err)
-		req.Trailer = http.Header{row.name: {row.value}}
-		resp, err := client.Do(req)
-		fatal(t, err)
-		resp.Body.Close()
-		expect(t, resp.StatusCode == row.status, "trailer %v: %s", row, resp.Status)
-	}
-	s.want(412, "PUT", "/blob/large", noise(3*chunkSize, 1), "If-Match", "*")
-	s.script(`
-		DELETE /blob/large-sha-256  -> 204
-		DELETE /blob/large-sha-512  -> 204
-	`)
-	eventually(t, "the chunks of refused uploads are swept", func() bool { return countRows(t, s.store.dir, unswept) == 0 })
 }
 
+// putTrailer uploads with a header behind a body of unknown length: "trailer PATH  BODY  HEADER".
+func (s *testServer) putTrailer(fields []string) answer {
+	s.t.Helper()
+	header := headerField.FindStringSubmatch(fields[2])
+	body := unknownLength([]byte(fields[1]))
+	request, err := http.NewRequest("PUT", s.base+fields[0], body)
+	fatal(s.t, err)
+	request.Trailer = http.Header{header[1]: {header[2]}}
+	resp, err := s.client.Do(request)
+	fatal(s.t, err)
+	resp.Body.Close()
+	return answer{status: strconv.Itoa(resp.StatusCode)}
+}
+
+// A digest that the server cannot check is refused. The refusal shows the form.
+func TestFormsOfDigests(t *testing.T) {
+	script(t, `
+		serve
+		PUT  /blob/k  Repr-Digest: SHA-256=:{sha-256 x}: ;parameter=1  x  -> 201
+		PUT  /blob/k  Repr-Digest: sha-256={sha-256 x}         x  -> 400  ~sha-256=:BASE64: is
+		PUT  /blob/k  Content-Digest: sha-512=:{sha-256 x}:    x  -> 400  ~sha-512=:BASE64: is
+		PUT  /blob/k  Repr-Digest: sha-256={sha-256 x}:        x  -> 400
+		PUT  /blob/k  Repr-Digest: sha-256=:{sha-256 x}        x  -> 400
+		PUT  /blob/k  Repr-Digest: sha-256=:AAAA:              x  -> 400
+		PUT  /blob/k  Repr-Digest: sha-256=:{repeat 43 !}=:    x  -> 400
+		PUT  /blob/k  Repr-Digest: sha-256=::                  x  -> 400
+		PUT  /blob/k  Repr-Digest: sha-256                     x  -> 400
+		PUT  /blob/k  Repr-Digest:                             x  -> 400
+		PUT  /blob/k  Content-MD5: {sha-256 x}                 x  -> 400  ~the base64 of 16 bytes
+		# The padding may be missing, but base64 has not more.
+		PUT /blob/k  Repr-Digest: sha-256=:LXEWQrcmsEQBYnyp+6wy9chTD7GQPMTbAiWHF5IaSIE:  x  -> 201
+		PUT /blob/k  Repr-Digest: sha-256=:LXEWQrcmsEQBYnyp+6wy9chTD7GQPMTbAiWHF5IaSIE==:  x  -> 400
+		# An algorithm that the server does not know may stand only beside one that it knows.
+		PUT  /blob/k  Repr-Digest: unixsum=:AAA=:, sha-256=:{sha-256 x}:, md5=::  x  -> 201
+		PUT  /blob/k  Repr-Digest: id-sha-256=:AAAA:, crc32c=:AAAA:               x  -> 400
+		PUT  /blob/k  Content-Digest: md5=:{md5 x}:                               x  -> 400
+		PUT  /blob/k  Repr-Digest: sha-256=:{sha-256 x}:, sha-512=:AAAA:          x  -> 400
+		GET  /blob/k  -> 200  x  Blob-Version: 2
+	`)
+}
+
+// A blob with a ttl is gone from the millisecond of its Blob-Expires: whatever reads it, cached or
+// not, large or small.
 func TestExpiry(t *testing.T) {
-	clock := newClock()
-	s := serveAt(t, testConfig(t), clock)
-	for _, ttl := range []string{"", "-1", "1d ", "1&ttl=1", "%zz"} {
-		s.wantLine(400, "PUT", "/blob/k?ttl="+url.PathEscape(ttl), []byte("x"))
-	}
-	s.want(404, "GET", "/blob/k", nil)
-	for _, ttl := range []string{"90", "1.5h", "7d"} {
-		d, err := parseTTL(ttl)
-		fatal(t, err)
-		want := clock.now().Add(d).UTC().Format("2006-01-02T15:04:05.000Z")
-		resp, _ := s.want(201, "PUT", "/blob/k?ttl="+ttl, []byte("x"))
-		s.wantBlob("k", []byte("x"), "Blob-Expires", want)
-		expect(t, resp.Header.Get("Blob-Expires") == want, "ttl %s: Blob-Expires %s, want %s", ttl, resp.Header.Get("Blob-Expires"), want)
-	}
-	s.put("k", []byte("for ever")) // a write without ttl ends it
-	s.wantBlob("k", []byte("for ever"), "Blob-Expires", "")
-	// To the millisecond, for whatever reads it, cached or not, large or small.
-	for i, size := range []int{0, 10, cacheItem + 10, 3 * chunkSize} {
-		key, body := fmt.Sprint("e", i), noise(size, 1)
-		s.put(key, []byte("before"))
-		s.wantBlob(key, []byte("before"))
-		created := stamp(clock.ms.Load())
-		clock.advance(time.Minute)
-		s.want(201, "PUT", "/blob/"+key+"?ttl=10s", body)
-		s.want(201, "PUT", "/blob/"+key+"?ttl=10s", body)
-		clock.advance(9999 * time.Millisecond)
-		s.wantBlob(key, body, "Blob-Version", "2", "Blob-Created", created)
-		s.want(200, "HEAD", "/blob/"+key, nil)
-		s.want(412, "PUT", "/blob/"+key, nil, "If-None-Match", "*")
-		clock.advance(time.Millisecond)
-		s.want(404, "GET", "/blob/"+key, nil)
-		s.want(404, "HEAD", "/blob/"+key, nil)
-		s.want(404, "GET", "/blob/"+key, nil, "If-None-Match", "*")
-		_, page := s.want(200, "GET", "/blob/?prefix=e", nil)
-		expect(t, !bytes.Contains(page, []byte(`"key"`)), "listed: %s", page)
-		s.want(412, "PUT", "/blob/"+key, nil, "If-Match", "*")
-		s.want(412, "DELETE", "/blob/"+key, nil, "If-Match", "*")
-		s.want(201, "PUT", "/blob/"+key+"?ttl=10s", []byte("anew"), "If-None-Match", "*")
-		s.wantBlob(key, []byte("anew"), "Blob-Version", "0", "Blob-Created", stamp(clock.ms.Load()))
-		clock.advance(time.Hour)
-		s.want(201, "PUT", "/blob/"+key, []byte("anew")) // over what has expired, unconditionally
-		s.wantBlob(key, []byte("anew"), "Blob-Version", "0")
-		s.want(204, "DELETE", "/blob/"+key, nil)
+	for _, size := range []string{"0", "10", "65546", "3C"} {
+		script(t, strings.ReplaceAll(`
+			clock   2026-01-02T03:04:05.678Z
+			serve
+			PUT     /blob/k?ttl=90          x  -> 201  Blob-Expires: 2026-01-02T03:05:35.678Z
+			PUT     /blob/k?ttl=7d          x  -> 201  Blob-Expires: 2026-01-09T03:04:05.678Z
+			read    /blob/k                    -> 200  x  Blob-Expires: 2026-01-09T03:04:05.678Z
+			PUT     /blob/k?ttl=            y  -> 400  ~ttl must be whole seconds, days such as 7d
+			# A write without a ttl ends it.
+			PUT     /blob/k          for ever  -> 201  Blob-Expires: -
+			read    /blob/k                    -> 200  for ever  Blob-Expires: -  Blob-Version: 2
+			clock   +1m
+			PUT     /blob/k?ttl=10s  {noise SIZE}
+			clock   +9999ms
+			read    /blob/k                    -> 200  {noise SIZE}  Blob-Version: 3
+			read    /blob/k                    -> 200  Blob-Created: 2026-01-02T03:04:05.678Z
+			PUT     /blob/k  If-None-Match: *  -> 412
+			clock   +1ms
+			read    /blob/k                    -> 404
+			read    /blob/k  If-None-Match: *  -> 404
+			list                               -> 0
+			PUT     /blob/k  If-Match: *       -> 412
+			DELETE  /blob/k  If-Match: *       -> 412
+			PUT     /blob/k?ttl=10s  If-None-Match: *  {noise SIZE}  -> 201
+			read    /blob/k  -> 200  Blob-Created: 2026-01-02T03:05:15.678Z  Blob-Version: 0
+			clock   +10s
+			PUT     /blob/k              anew  -> 201
+			read    /blob/k                    -> 200  anew  Blob-Version: 0
+		`, "SIZE", size))
 	}
 }
 
-// Nobody asks for what has expired. It leaves the cache and gives its space back. A deleted content
-// does not wait for all of it. A download that has begun ends whole.
+// Upkeep deletes what has expired, and returns its space. A deleted content does not wait for all
+// of that. What is being read stays.
 func TestExpirySweep(t *testing.T) {
 	t.Parallel() // it waits for upkeep
-	clock := newClock()
-	s := serveAt(t, testConfig(t, func(c *config) { c.NumShards = 1 }), clock)
+	s := script(t, `
+		clock  2026-01-02T03:04:05.678Z
+		serve  num_shards=1
+		PUT    /blob/read?ttl=1m   {noise 40C}
+		PUT    /blob/large?ttl=1m  {noise 3C}
+		PUT    /blob/deleted       {noise 20C}
+		PUT    /blob/stays         x
+	`)
 	sh := s.store.shards[0]
-	slow := noise(40*chunkSize, 2)
-	s.want(201, "PUT", "/blob/slow?ttl=1m", slow)
-	resp, err := client.Get(s.base + "/blob/slow")
+	reader, err := sh.read("read", false)
 	fatal(t, err)
-	defer resp.Body.Close()
-	s.put("deleted", noise(20*chunkSize, 1))
-	for i := range 100 {
-		s.want(201, "PUT", fmt.Sprintf("/blob/small%d?ttl=1m", i), noise(20_000, uint64(i)))
-		s.wantBlob(fmt.Sprint("small", i), noise(20_000, uint64(i)))
-		if i%10 == 0 {
-			s.want(201, "PUT", fmt.Sprintf("/blob/large%d?ttl=1m", i), noise(3*chunkSize, uint64(i)))
-		}
-	}
-	s.put("stays", []byte("x"))
-	s.wantBlob("stays", []byte("x"))
-	// In one transaction "deleted" goes and many rows come that have expired. The trigger notes how
-	// many are left when a chunk of "deleted" is swept.
+	// In one transaction "deleted" goes, and many rows come that have expired. The trigger notes
+	// how many are left when a chunk of "deleted" is swept.
 	exec1(t, sh.path, fmt.Sprintf(`BEGIN IMMEDIATE;
 		CREATE TABLE noted AS SELECT id, 0 AS left_over FROM blobs WHERE key = 'deleted';
-		CREATE TRIGGER note AFTER DELETE ON chunks WHEN old.id >> 20 = (SELECT id FROM noted) BEGIN UPDATE noted SET left_over = (SELECT count(*) FROM blobs); END;
+		CREATE TRIGGER note AFTER DELETE ON chunks WHEN old.id >> 20 = (SELECT id FROM noted)
+		BEGIN UPDATE noted SET left_over = (SELECT count(*) FROM blobs); END;
 		INSERT INTO orphans SELECT id FROM noted;
 		DELETE FROM blobs WHERE key = 'deleted';
-		INSERT INTO blobs WITH RECURSIVE n (i) AS (SELECT 1000000 UNION ALL SELECT i + 1 FROM n WHERE i < 1002000)
-			SELECT i, printf('k%%d', i), 0, x'%x', 0, 0, NULL, 'text/plain', 0, 0, %d, 0, x'' FROM n;
-		COMMIT`, sha256.Sum256(nil), clock.ms.Load()))
-	clock.advance(time.Minute)
-	s.want(404, "GET", "/blob/slow", nil)
-	eventually(t, "all but the download is swept", func() bool {
-		return countRows(t, s.store.dir, "SELECT (SELECT count(*) FROM blobs) + (SELECT count(*) FROM orphans)") <= 2
-	})
-	got, err := io.ReadAll(resp.Body)
-	expect(t, err == nil && bytes.Equal(got, slow), "a download ends with %d bytes, %v", len(got), err)
-	eventually(t, "its chunks are swept", func() bool { return countRows(t, s.store.dir, unswept) == 0 })
-	n := countRows(t, s.store.dir, "SELECT left_over FROM noted")
-	expect(t, n >= 1000, "the deleted content was swept when %d rows were left", n)
-	eventually(t, "the space is returned", func() bool { return sizeOf(sh.path) <= (vacuumPages+40)*newPageBytes })
-	s.wantBlob("stays", []byte("x"))
+		INSERT INTO blobs
+			WITH RECURSIVE n (i) AS (SELECT 1000 UNION ALL SELECT i + 1 FROM n LIMIT 2000)
+			SELECT i, printf('k%%d', i), 0, x'%x', 0, 0, NULL, 'a/b', 0, 0, %d, 0, x'' FROM n;
+		COMMIT`, sha256.Sum256(nil), s.clock.ms.Load()))
+	s.script(`
+		clock +1m
+		GET /blob/read  -> 404
+		# "stays" is left, and the content that is being read.
+		wait sql data  SELECT (SELECT count(*) FROM blobs) + (SELECT count(*) FROM orphans)  -> 2
+		sql data  SELECT left_over >= 1000 FROM noted  -> 1
+	`)
+	got, err := io.ReadAll(reader)
+	isWhole := bytes.Equal(got, noise(40*chunkSize, 1))
+	expect(t, err == nil && isWhole, "the read ends with %d bytes, %v", len(got), err)
+	reader.close()
+	s.script("wait sql data  " + unswept + "  -> 0")
+	const most = (vacuumPages + 40) * newPageBytes
+	eventually(t, "the space is returned", func() bool { return sizeOf(sh.path) <= most })
 }
 
 // answer sends the request of the row called name, and reports a status other than the wanted one.
