@@ -3616,7 +3616,7 @@ func TestCacheControl(t *testing.T) {
 			GET   /blob/for-ever                   -> 200  Cache-Control: KEPT
 			GET   /blob/k                          -> 200  Cache-Control: YOUNG
 			GET   /blob/none                       -> 404  Cache-Control: -
-			GET   /blob/k  Range: bytes=9-         -> 416  Cache-Control: -
+			GET   /blob/k  If-Match: "x"           -> 412  Cache-Control: -
 			GET   SIGNED                           -> 200  Cache-Control: private, no-store
 			clock +98s
 			GET   /blob/k                          -> 200  Cache-Control: OLD
@@ -4418,6 +4418,21 @@ func TestCorruptShard(t *testing.T) {
 			remove  data
 		`, "SPOIL", spoil))
 	}
+}
+
+// A file that was emptied is corrupt, too. Its WAL stays, because it may hold everything.
+func TestEmptiedShard(t *testing.T) {
+	script(t, `
+		serve
+		stop
+		write   data/shard_3.db
+		write   data/shard_3.db-wal  everything
+		serve
+		GET     /blob/sick  -> 500  shard is corrupt
+		stop
+		ls      data  -> 7  ~shard_3.db-wal
+		remove  data
+	`)
 }
 
 // Damage that is met later, by a read or a write, makes the shard unready until a restart.
