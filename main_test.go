@@ -93,7 +93,8 @@ type testServer struct {
 	base  string       // its URL up to the path
 	stop  func() error // drains and closes; the error of both
 
-	kept map[string]string // the files of a directory, see keep
+	program *program          // see start
+	kept    map[string]string // the files of a directory, see keep
 
 	connections map[string]*connection // by name, see send
 }
@@ -498,6 +499,17 @@ func startProgram(t testing.TB, dir string, env ...string) *program {
 // startBy starts the program by a command that becomes it.
 func startBy(t testing.TB, cmd *exec.Cmd, dir string, env ...string) *program {
 	t.Helper()
+	p, err := tryStart(t, cmd, dir, env...)
+	if p.base == "" {
+		t.Fatalf("the program ended: %v\n%s", err, p.log)
+	}
+	return p
+}
+
+// tryStart starts the program by a command that becomes it. If the program ends instead of serving,
+// it has no base, and the error says how it ended.
+func tryStart(t testing.TB, cmd *exec.Cmd, dir string, env ...string) (*program, error) {
+	t.Helper()
 	p := &program{
 		testServer: &testServer{t: t, log: &syncBuffer{}, client: client},
 		cmd:        asBlobnom(t, cmd, dir, env...),
@@ -512,11 +524,11 @@ func startBy(t testing.TB, cmd *exec.Cmd, dir string, env ...string) *program {
 	case addr := <-listening:
 		p.base = "http://" + addr
 	case err := <-p.done:
-		t.Fatalf("the program ended: %v\n%s", err, p.log)
+		return p, err
 	case <-time.After(30 * time.Second):
 		t.Fatal("the program does not start")
 	}
-	return p
+	return p, nil
 }
 
 // readLog reads the log until the program ends. It sends the address in it: one line has that.
@@ -720,13 +732,15 @@ func contents(t *testing.T, dir string) map[string][]byte {
 // its exit code and what it prints. A wanted field is one of
 //
 //	201                what the answer begins with: status, exit code, result
-//	Name: value        a header; "Name: -" is an absent one
+//	Name: value        a header; "Name: -" is an absent one. A command has "Stderr"
 //	~text, !text       the text of the answer contains it, or does not
 //	cut                the answer ends before its end
 //	"", anything else  the whole text, without the newline at its end
 //
 // An action without an arrow has to succeed. A line "wait ACTION -> ANSWER" tries
 // again for a minute. Braces hold what is made by the test: see brace.
+// serve and stop run a server in this process; start, signal and kill the program
+// in one of its own.
 //
 // Lines with send, take, answer and ends use a connection of their own, byte by
 // byte. In a bubble the time of the server is fake, and sleep makes it pass.
@@ -753,7 +767,7 @@ func scripts(t *testing.T, setup, text string) {
 }
 
 // script runs the lines of text in a new directory, and returns what is left running.
-func script(t *testing.T, text string) *testServer {
+func script(t testing.TB, text string) *testServer {
 	t.Helper()
 	s := &testServer{t: t, dir: t.TempDir(), client: client, clock: &clock{}}
 	s.script(text)
@@ -1029,13 +1043,21 @@ func init() {
 		"metric":  (*testServer).metric,
 		"pair":    (*testServer).newPair,
 		"trust":   (*testServer).trust,
+
+		"start":  (*testServer).start,
+		"signal": (*testServer).sendSignal,
+		"kill":   (*testServer).kill,
 	}
 }
 
-var settingField = regexp.MustCompile(`^([a-z_]+)=(.*)$`)
+var (
+	settingField  = regexp.MustCompile(`^([a-z_]+)=(.*)$`)
+	variableField = regexp.MustCompile(`^[A-Z_]+[a-z_]*=`)
+)
 
-// environ returns the environment that settings of a script make, and the other fields. A value that
-// begins with "./" is a file of the script. Without a setting a directory has four shards in ./data.
+// environ returns the environment that settings and variables of a script make, and the other
+// fields: "num_shards=2", "BLOBNOM_NUM_SHARDS=2". A setting that begins with "./" is a file of the
+// script. Without a setting a directory has four shards in ./data.
 func (s *testServer) environ(fields []string) (environ, rest []string) {
 	values := map[string]string{
 		"data_dir":   s.path("data"),
@@ -1047,6 +1069,8 @@ func (s *testServer) environ(fields []string) (environ, rest []string) {
 	for _, field := range fields {
 		m := settingField.FindStringSubmatch(field)
 		switch {
+		case variableField.MatchString(field):
+			environ = append(environ, field)
 		case m == nil:
 			rest = append(rest, field)
 		case strings.HasPrefix(m[2], "./"):
@@ -1108,7 +1132,7 @@ func (s *testServer) logged(fields []string) answer {
 			count++
 		}
 	}
-	return answer{status: strconv.Itoa(count), text: text}
+	return answer{status: strconv.Itoa(count), text: text, isError: count == 0}
 }
 
 // query executes SQL: "sql FILE  TEXT". Its answer is the first value of the first row. In place of
@@ -1155,7 +1179,12 @@ func (s *testServer) command(fields []string) answer {
 	if code != 0 && !isLine {
 		s.t.Errorf("%v: %q is not one line of an error", words, errs.String())
 	}
-	return answer{status: strconv.Itoa(code), text: out.String() + errs.String(), isError: code != 0}
+	return answer{
+		status:  strconv.Itoa(code),
+		header:  http.Header{"Stderr": {errs.String()}},
+		text:    out.String() + errs.String(),
+		isError: code != 0,
+	}
 }
 
 // writeFile writes a file: "write NAME  TEXT".
@@ -1230,89 +1259,148 @@ func (s *testServer) names(fields []string) answer {
 // Commands
 // ============================================================================
 
-func TestCommandLine(t *testing.T) {
-	t.Chdir(t.TempDir())
-	const usage = "usage: blobnom [-config FILE] [COMMAND] [ARGUMENTS]"
-	for _, c := range []struct {
-		args string
-		code int
-		says string // on standard output with code 0, else on standard error; the other one stays empty
-	}{
-		{"-h", 0, usage},
-		{"help", 0, usage},
-		{"sign -h", 0, "sign [-method M] [-ttl D] KEY\n\nprint a signed"},
-		{"sign -help", 0, "-ttl D "},
-		{"-h check", 0, "check [DIR]\n\nverify"},
-		{"check -h x", 0, "check [DIR]\n\nverify"},
-		{"help check", 0, "check [DIR]\n\nverify"},
-		{"help sign", 0, "-ttl D "},
-		{"help help", 0, "help [COMMAND]"},
-		{"help config", 0, exampleConfig},
-		{"version", 0, "blobnom " + version()},
-		{"--version", 0, "blobnom " + version()},
-		{"frobnicate", 2, `there is no command "frobnicate"`},
-		{"frobnicate -h", 2, `there is no command "frobnicate"`},
-		{"help frobnicate", 2, `there is no command "frobnicate"`},
-		{"help check sign", 2, "the arguments of help are: [COMMAND]"},
-		{"-frob", 2, "not defined: -frob"},
-		{"-conf x", 2, "not defined: -conf"},
-		{"-conf check", 2, "not defined: -conf"},
-		{"check -frob", 2, "not defined: -frob"},
-		{"check -ttl 1s", 2, "not defined: -ttl"},
-		{"version please", 2, "the arguments of version are: none"},
-		{"serve here", 2, "the arguments of serve are: none"},
-		{"check a b", 2, "the arguments of check are: [DIR]"},
-		{"backup", 2, "the arguments of backup are: DIR"},
-		{"migrate", 2, "the arguments of migrate are: SRC"},
-		{"sign", 2, "the arguments of sign are"},
-		{"sign a b", 2, "the arguments of sign are"},
-		{"sign \xff", 2, "not valid UTF-8"},
-		{"sign -method BREW k", 2, "-method is one of GET"},
-		{"sign -ttl 0s k", 2, "more than 0"},
-		{"sign -ttl soon k", 2, `"soon"`},
-		{"sign k", 2, "is empty"},
-		{"-config", 2, "-config"},
-		{"-config missing.toml", 2, "missing.toml"},
-	} {
-		t.Run(c.args, func(t *testing.T) {
-			code, said, silent := runCommand(t, nil, strings.Fields(c.args)...)
-			if code != 0 {
-				said, silent = silent, said
-				oneLine := strings.Count(said, "\n") == 1 && strings.Contains(said, "blobnom help")
-				expect(t, oneLine, "%q is not one line that names blobnom help", said)
-			}
-			expect(t, code == c.code, "code %d, want %d", code, c.code)
-			expect(t, strings.Contains(said, c.says), "it says %q, want %q", said, c.says)
-			expect(t, silent == "", "%q where nothing should be", silent)
-			left, _ := os.ReadDir(".")
-			expect(t, len(left) == 0, "files are left: %v", left)
-		})
+// start starts the program in a process of its own: "start  key=value". Where a line of shell is
+// given, "blobnom" in it becomes the program: "start  ulimit -n 40; blobnom". A program that ends
+// instead of serving answers as kill does.
+func (s *testServer) start(fields []string) answer {
+	s.t.Helper()
+	environ, rest := s.environ(fields)
+	line := strings.Join(append(rest, "blobnom")[:1], "")
+	line = strings.ReplaceAll(line, "blobnom", `exec "$0"`)
+	cmd := exec.Command("bash", "-c", line, os.Args[0])
+	p, err := tryStart(s.t, cmd, s.path("data"), environ...)
+	s.program = p
+	s.log = p.log
+	s.base = p.base
+	if p.base != "" {
+		return answer{}
 	}
+	return p.ended(err)
 }
 
-func TestServeRefusesPortInUse(t *testing.T) {
-	addr := strings.TrimPrefix(newTestServer(t).base, "http://")
-	dir := filepath.Join(t.TempDir(), "data")
-	wantEnd(t, 1, addr)(runCommand(t, []string{"BLOBNOM_ADDR=" + addr, "BLOBNOM_DATA_DIR=" + dir}))
-	expect(t, !fileExists(dir), "a directory was created")
+// ended answers how the program ended, and its log. The status is its exit code, or the signal that
+// ended it: "signal: killed".
+func (p *program) ended(err error) answer {
+	status := "0"
+	exit, isExit := errors.AsType[*exec.ExitError](err)
+	if isExit {
+		status = strings.TrimPrefix(exit.Error(), "exit status ")
+	} else if err != nil {
+		status = err.Error()
+	}
+	return answer{status: status, text: p.log.String(), isError: status != "0"}
 }
 
-// The log says what to open in a browser.
+var signals = map[string]syscall.Signal{
+	"HUP":  syscall.SIGHUP,
+	"INT":  syscall.SIGINT,
+	"TERM": syscall.SIGTERM,
+	"KILL": syscall.SIGKILL,
+}
+
+// sendSignal sends a signal to the program: "signal HUP".
+func (s *testServer) sendSignal(fields []string) answer {
+	s.t.Helper()
+	fatal(s.t, s.program.cmd.Process.Signal(signals[fields[0]]))
+	return answer{}
+}
+
+// kill sends a signal to the program, and waits for its end: "kill TERM -> 0  ~msg=stopped". A
+// program that has stopped leaves no WAL.
+func (s *testServer) kill(fields []string) answer {
+	s.t.Helper()
+	ended := s.program.ended(s.program.signal(signals[fields[0]]))
+	left, _ := filepath.Glob(s.path("data/*-wal"))
+	expect(s.t, ended.status != "0" || left == nil, "a stop leaves %q", left)
+	verifyDir(s.t, s.path("data"))
+	return ended
+}
+
+// Commands and flags that are not there, and wrong arguments, end with code 2 and one line.
+func TestUsage(t *testing.T) {
+	script(t, `
+		# A question for help is answered on the standard output.
+		blobnom -h              -> 0  Stderr: -  ~usage: blobnom [-config FILE] [COMMAND] [ARGUM
+		blobnom help            -> 0  Stderr: -  ~check [DIR]  ~sign [-method M] [-ttl D] KEY
+		blobnom sign -h         -> 0  Stderr: -  ~usage: blobnom [-config FILE] sign [-method M]
+		blobnom sign -help      -> 0  ~-ttl D
+		blobnom -h check        -> 0  ~check [DIR]  ~verify
+		blobnom check -h x      -> 0  ~check [DIR]  ~verify
+		blobnom help check      -> 0  ~check [DIR]  ~verify
+		blobnom help sign       -> 0  ~-ttl D
+		blobnom help help       -> 0  ~help [COMMAND]
+		blobnom version         -> 0  Stderr: -  ~blobnom devel go1.
+		blobnom --version       -> 0  Stderr: -  ~blobnom devel go1.
+		blobnom --version sign  -> 0  ~blobnom devel go1.
+
+		# A command or a flag that does not exist is refused.
+		blobnom frobnicate       -> 2  blobnom: there is no command "frobnicate"; see: blobnom help
+		blobnom frobnicate -h    -> 2  blobnom: there is no command "frobnicate"; see: blobnom help
+		blobnom help frobnicate  -> 2  blobnom: there is no command "frobnicate"; see: blobnom help
+		blobnom -frob            -> 2  ~not defined: -frob; see: blobnom help
+		blobnom -conf x          -> 2  ~not defined: -conf
+		blobnom -conf check      -> 2  ~not defined: -conf
+		blobnom check -frob      -> 2  ~not defined: -frob
+		blobnom check -ttl 1s    -> 2  ~not defined: -ttl
+
+		# Arguments that a command does not take are refused.
+		blobnom help check sign  -> 2  ~the arguments of help are: [COMMAND]; see: blobnom help
+		blobnom version please   -> 2  ~the arguments of version are: none
+		blobnom serve here       -> 2  ~the arguments of serve are: none
+		blobnom check a b        -> 2  ~the arguments of check are: [DIR]
+		blobnom backup           -> 2  ~the arguments of backup are: DIR
+		blobnom migrate          -> 2  ~the arguments of migrate are: SRC
+		blobnom sign             -> 2  ~the arguments of sign are: [-method M] [-ttl D] KEY
+		blobnom sign a b         -> 2  ~the arguments of sign are: [-method M] [-ttl D] KEY
+
+		# Values that a command does not take are refused.
+		blobnom sign  `+"\xff"+`         -> 2  ~not valid UTF-8
+		blobnom sign -method BREW k  -> 2  ~-method is one of GET, HEAD, PUT, POST, DELETE
+		blobnom sign -ttl 0s k       -> 2  ~more than 0
+		blobnom sign -ttl soon k     -> 2  ~"soon"
+		blobnom sign k               -> 2  ~auth_token in built-in config.toml.example is empty
+		blobnom -config              -> 2  ~flag needs an argument: -config
+		blobnom -config none.toml    -> 2  ~blobnom: wrong configuration (none.toml): cannot read it
+
+		# Nothing was created.
+		ls .  -> 0
+	`)
+	_, example, _ := runCommand(t, nil, "help", "config")
+	expect(t, example == exampleConfig, "help config does not print the example: %q", example)
+}
+
+func TestPortInUse(t *testing.T) {
+	s := script(t, "serve")
+	address := strings.TrimPrefix(s.base, "http://")
+	s.script("blobnom serve  data_dir=other  addr=" + address + "  -> 1  ~cannot listen on addr ")
+	s.script("ls .  -> 1  data")
+}
+
+// The log has the URL that a browser on this machine can open.
 func TestURLOf(t *testing.T) {
-	for _, row := range []struct {
-		name, ip, cert, want string
-	}{
-		{"all addresses", "0.0.0.0", "", "http://localhost:3000/"},
-		{"all addresses, IPv6", "::", "", "http://localhost:3000/"},
-		{"loopback", "127.0.0.1", "", "http://127.0.0.1:3000/"},
-		{"IPv6", "::1", "", "http://[::1]:3000/"},
-		{"TLS", "10.0.0.1", "cert.pem", "https://10.0.0.1:3000/"},
+	for _, row := range []struct{ ip, cert, want string }{
+		{"::", "", "http://localhost:3000/"},
+		{"::1", "", "http://[::1]:3000/"},
+		{"10.0.0.1", "cert.pem", "https://10.0.0.1:3000/"},
 	} {
 		address := &net.TCPAddr{IP: net.ParseIP(row.ip), Port: 3000}
-		if got := urlOf(&config{TLSCert: row.cert}, address); got != row.want {
-			t.Errorf("%s: %s, want %s", row.name, got, row.want)
-		}
+		got := urlOf(&config{TLSCert: row.cert}, address)
+		expect(t, got == row.want, "%s: %s, want %s", row.ip, got, row.want)
 	}
+}
+
+// A server warns at its start if it has no token and others can reach it.
+func TestOpenServerWarning(t *testing.T) {
+	script(t, `
+		start   addr=0.0.0.0:0
+		kill INT -> 0  ~url=http://localhost:  ~level=WARN msg="anyone who can reach this address
+
+		start   addr=0.0.0.0:0  auth_token=a
+		kill INT -> 0  ~url=http://localhost:  !level=WARN
+
+		start   addr=127.0.0.1:0
+		kill INT -> 0  ~url=http://127.0.0.1:  !level=WARN
+	`)
 }
 
 func TestServeEndsCleanly(t *testing.T) {
@@ -1623,25 +1711,6 @@ func TestConfigWarning(t *testing.T) {
 		}
 		if strings.Contains(stderr, "sekret") {
 			t.Errorf("%s: the value is in the log: %s", c.name, stderr)
-		}
-	}
-}
-
-// Only a server that others can reach and that has no token warns at its start.
-func TestOpenServerWarning(t *testing.T) {
-	for _, c := range []struct {
-		addr, variable string
-		isWarned       bool
-	}{
-		{"0.0.0.0:0", "X=", true},
-		{"0.0.0.0:0", "BLOBNOM_AUTH_TOKEN=a", false},
-		{"127.0.0.1:0", "X=", false},
-	} {
-		p := startProgram(t, filepath.Join(t.TempDir(), "data"), "BLOBNOM_ADDR="+c.addr, c.variable)
-		fatal(t, p.signal(os.Interrupt))
-		isWarned := strings.Contains(p.log.String(), "anyone who can reach this address")
-		if isWarned != c.isWarned {
-			t.Errorf("%s %s: warned %v, want %v\n%s", c.addr, c.variable, isWarned, c.isWarned, p.log)
 		}
 	}
 }
