@@ -36,7 +36,6 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"reflect"
 	"regexp"
@@ -1403,27 +1402,6 @@ func TestOpenServerWarning(t *testing.T) {
 		start   addr=127.0.0.1:0
 		kill INT -> 0  ~url=http://127.0.0.1:  !level=WARN
 	`)
-}
-
-func TestServeEndsCleanly(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "data")
-	p := startProgram(t, dir, "BLOBNOM_BATCH_TIMEOUT_MS=60000")
-	answered := make(chan struct{})
-	go func() {
-		defer close(answered)
-		p.put("k", []byte("v")) // waits for its batch until the server stops
-	}()
-	eventually(t, "the write is queued", func() bool {
-		_, text := p.want(200, "GET", "/metrics", nil)
-		return !bytes.Contains(text, []byte("\nblobnom_queue_bytes 0\n"))
-	})
-	fatal(t, p.signal(os.Interrupt))
-	<-answered
-	// Four shards, the lock and the reserve stay: no WAL.
-	left, _ := filepath.Glob(filepath.Join(dir, "*"))
-	expect(t, len(left) == 6 && len(verifyDir(t, dir)) == 1, "left behind: %v", left)
-	said := regexp.MustCompile(`(?s)config\.toml\.example.* num_shards=4 durability=full\n.*msg=stopped\n$`)
-	expect(t, said.MatchString(p.log.String()), "the start line lacks the configuration, or the end is not told:\n%s", p.log)
 }
 
 // ============================================================================
@@ -6712,41 +6690,54 @@ func TestReshard(t *testing.T) {
 // All together
 // ============================================================================
 
-// TestModel compares the server with a map over random operations.
+// TestModel compares servers of several configurations with a map, over random operations.
 func TestModel(t *testing.T) {
-	*seed = cmp.Or(*seed, rand.Uint64())
+	if *seed == 0 {
+		*seed = rand.Uint64()
+	}
 	t.Logf("-seed %d", *seed)
+	steps := 500
+	if testing.Short() {
+		steps = 150
+	}
 	for i := range 8 {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {
 			t.Parallel() // it waits for the disk
-			rnd := rand.New(rand.NewPCG(*seed, uint64(i)))
-			m := &model{rnd: rnd, clock: newClock(), blobs: map[string]*modelBlob{}}
-			m.cfg = testConfig(t, func(c *config) {
-				c.AsyncWrite, c.NumShards, c.BatchSize = i&1 != 0, []int64{1, 4}[i>>1&1], 1+rnd.Int64N(8)
-				c.StorageCompression, c.OutputCompression = i&4 != 0, i&4 != 0
-			})
-			m.start(t)
-			steps := map[bool]int{false: 500, true: 150}[testing.Short()]
+			m := newModel(t, i)
 			for step := 0; step < steps && !t.Failed(); step++ {
 				m.step()
 			}
-			fatal(t, m.stop())
-			sums := verifyDir(t, m.cfg.DataDir)
-			for key := range m.blobs {
-				b := m.live(key)
-				expect(t, b == nil || sums[key] == sumOf(b.body), "%q is %s", key, sums[key])
-			}
+			m.script("stop")
+			m.verify()
 		})
 	}
 }
 
+// newModel starts the server of model i, whose bits are options.
+func newModel(t *testing.T, i int) *model {
+	m := &model{
+		testServer: script(t, "clock 2026-01-02T03:04:05.678Z"),
+		rnd:        rand.New(rand.NewPCG(*seed, uint64(i))),
+		blobs:      map[string]*modelBlob{},
+		isDeflated: i&4 == 0,
+	}
+	hash := []string{"fnv1a", "crc32c", "sha256"}[i%3]
+	m.settings = fmt.Sprintf("num_shards=%d  hash=%s", 1+i&2, hash)
+	m.settings += fmt.Sprintf("  async_write=%v  output_compression=%v", i&1 != 0, i&4 != 0)
+	m.start()
+	return m
+}
+
+// pick returns one of the values.
+func pick[T any](random func(n int) int, values ...T) T { return values[random(len(values))] }
+
 // model is a server and the map it is to agree with.
 type model struct {
 	*testServer
-	cfg   *config
-	rnd   *rand.Rand
-	clock *clock
-	blobs map[string]*modelBlob
+	settings   string
+	isDeflated bool // the last run had storage_compression
+	rnd        *rand.Rand
+	blobs      map[string]*modelBlob // those that have expired, too
 }
 
 type modelBlob struct {
@@ -6755,314 +6746,394 @@ type modelBlob struct {
 	created, expires int64
 }
 
-func (m *model) start(t *testing.T) { m.testServer = serveAt(t, m.cfg, m.clock) }
+// start starts the server, with other values of what may change between two runs.
+func (m *model) start() {
+	m.isDeflated = !m.isDeflated
+	m.script(fmt.Sprintf(
+		"serve  %s  storage_compression=%v  durability=%s  batch_size=%d  batch_timeout_ms=%d",
+		m.settings,
+		m.isDeflated,
+		pick(m.rnd.IntN, "full", "normal", "off"),
+		1+m.rnd.IntN(8),
+		m.rnd.IntN(3)))
+}
+
+// chance is true once in n times.
+func (m *model) chance(n int) bool { return m.rnd.IntN(n) == 0 }
 
 // live returns what is to be under key, nil for nothing.
 func (m *model) live(key string) *modelBlob {
-	if b := m.blobs[key]; b != nil && (b.expires == 0 || b.expires > m.clock.ms.Load()) {
-		return b
+	b := m.blobs[key]
+	if b == nil || b.expires != 0 && b.expires <= m.clock.ms.Load() {
+		return nil
 	}
-	return nil
-}
-
-// condition returns a random precondition and whether it holds for b.
-func (m *model) condition(b *modelBlob) (headers []string, holds bool) {
-	tag, same := `"other"`, false
-	if b != nil && m.rnd.IntN(2) == 0 {
-		tag, same = tagOf(b.body), true
-		if m.rnd.IntN(2) == 0 {
-			tag = strings.TrimSuffix(tag, `"`) + `-gzip"`
-		}
-	} else if m.rnd.IntN(2) == 0 {
-		tag, same = "*", b != nil
-	}
-	if m.rnd.IntN(2) == 0 {
-		return []string{"If-Match", tag}, same
-	}
-	return []string{"If-None-Match", tag}, !same
+	return b
 }
 
 // step does one operation on both.
 func (m *model) step() {
-	t, rnd := m.t, m.rnd
-	t.Helper()
-	key := fmt.Sprint("key/", rnd.IntN(12))
-	b, now := m.live(key), m.clock.ms.Load()
-	accepted := func(committed int) int {
-		if m.cfg.AsyncWrite {
-			return 202
-		}
-		return committed
+	m.t.Helper()
+	operations := []func(key string, b *modelBlob){
+		m.write, m.write, m.write, m.write, m.delete,
+		m.read, m.read, m.read, m.readRange, m.readGzip,
+		m.readList, m.restart,
 	}
-	switch rnd.IntN(12) {
-	case 0, 1, 2, 3:
-		size := []int{rnd.IntN(100), rnd.IntN(20_000), rnd.IntN(4 * chunkSize)}[rnd.IntN(3)]
-		body := prose(size, rnd.Uint64())
-		if rnd.IntN(2) == 0 {
-			body = noise(size, rnd.Uint64())
-		}
-		status, headers, path, expires := accepted(201), []string{"Content-Type", "text/plain"}, "/blob/"+key, int64(0)
-		if rnd.IntN(3) == 0 {
-			condition, holds := m.condition(b)
-			headers = append(headers, condition...)
-			if status = 201; !holds {
-				status = 412
-			}
-		}
-		if rnd.IntN(3) == 0 {
-			ttl := 1 + rnd.IntN(60)
-			path, expires = fmt.Sprintf("%s?ttl=%d", path, ttl), now+int64(ttl)*1000
-		}
-		m.want(status, "PUT", path, body, headers...)
-		if status == 412 {
-			return
-		}
-		next := &modelBlob{body, 0, now, expires}
-		if b != nil {
-			next.version, next.created = b.version+1, b.created
-		}
+	key := fmt.Sprint("key/", m.rnd.IntN(12))
+	operation := pick(m.rnd.IntN, operations...)
+	operation(key, m.live(key))
+}
+
+func (m *model) write(key string, b *modelBlob) {
+	next := &modelBlob{body: m.content(), created: m.clock.ms.Load()}
+	path := "/blob/" + key
+	if m.chance(3) {
+		ttl := 1 + m.rnd.Int64N(60)
+		path += fmt.Sprintf("?ttl=%d", ttl)
+		next.expires = next.created + ttl*1000
+	}
+	if b != nil {
+		next.version = b.version + 1
+		next.created = b.created
+	}
+	body := io.Reader(bytes.NewReader(next.body))
+	if m.chance(2) {
+		body = unknownLength(next.body)
+	}
+	if m.isDone(b, 201, "PUT", path, body) {
 		m.blobs[key] = next
-	case 4:
-		status, headers := accepted(204), []string(nil)
-		if rnd.IntN(2) == 0 {
-			var holds bool
-			headers, holds = m.condition(b)
-			if status = 204; !holds {
-				status = 412
-			}
-		}
-		if m.want(status, "DELETE", "/blob/"+key, nil, headers...); status != 412 {
-			delete(m.blobs, key)
-		}
-	case 5:
-		if b == nil || len(b.body) == 0 {
-			return
-		}
-		from := rnd.IntN(len(b.body))
-		to := min(from+rnd.IntN(chunkSize), len(b.body)-1)
-		_, got := m.want(206, "GET", "/blob/"+key, nil, "Range", fmt.Sprintf("bytes=%d-%d", from, to))
-		expect(t, bytes.Equal(got, b.body[from:to+1]), "range %d-%d of %q", from, to, key)
-	case 6: // the listing, which also waits for what is queued before the time changes
-		var want []string
-		for key := range m.blobs {
-			if m.live(key) != nil {
-				want = append(want, key)
-			}
-		}
-		slices.Sort(want)
-		got := m.listAll("key/", 1+rnd.IntN(12))
-		expect(t, slices.Equal(got, want), "listed %q, want %q", got, want)
-		m.clock.advance(time.Duration(rnd.IntN(20)) * time.Second)
-	case 7:
-		if rnd.IntN(20) == 0 {
-			fatal(t, m.stop())
-			m.cfg.StorageCompression = rnd.IntN(2) == 0
-			m.start(t.(*testing.T))
-		}
-	case 8:
-		if b == nil {
-			return
-		}
-		resp, got := m.want(200, "GET", "/blob/"+key, nil, "Accept-Encoding", "gzip")
-		if resp.Header.Get("Content-Encoding") == "gzip" {
-			got = unzip(t, got)
-		}
-		expect(t, bytes.Equal(got, b.body), "%q with gzip: %d bytes, want %d", key, len(got), len(b.body))
-	default:
-		if b == nil {
-			m.want(404, "GET", "/blob/"+key, nil)
-			return
-		}
-		expires := map[bool]string{true: stamp(b.expires)}[b.expires != 0]
-		m.wantBlob(key, b.body, "Blob-Version", strconv.Itoa(b.version), "Blob-Created", stamp(b.created), "Blob-Expires", expires, "Etag", tagOf(b.body))
 	}
 }
 
-// TestCrash kills the program under load, again and again: every acknowledged
-// write is there, whole, or a later one that was under way.
-func TestCrash(t *testing.T) {
-	rounds := map[bool]int{false: *soak, true: 1}[testing.Short()]
-	dir := filepath.Join(t.TempDir(), "data")
-	type state struct {
-		acked  string   // SHA-256 of the last acknowledged content, empty: deleted
-		flying []string // of those sent since
+// content returns noise or prose. One in four is at the edge of a chunk, of a row, or empty.
+func (m *model) content() []byte {
+	size := m.rnd.IntN(pick(m.rnd.IntN, 100, 20_000, 4*chunkSize))
+	if m.chance(4) {
+		const C = chunkSize
+		size = pick(m.rnd.IntN, 0, 1, C-1, C, C+1, 2*C, 5*C+7)
 	}
-	const writers, keys = 16, 4
-	states := make([][keys]state, writers)
-	for round := range rounds {
-		p := startProgram(t, dir, "BLOBNOM_BATCH_SIZE=16", fmt.Sprintf("BLOBNOM_STORAGE_COMPRESSION=%v", round%2 == 0))
-		var wg sync.WaitGroup
-		var acks atomic.Int64
-		for w := range writers {
-			wg.Go(func() {
-				rnd := rand.New(rand.NewPCG(uint64(round), uint64(w)))
-				for {
-					k := rnd.IntN(keys)
-					st, path := &states[w][k], fmt.Sprintf("/blob/w%d/k%d", w, k)
-					method, body, sum := "PUT", []byte(nil), ""
-					if rnd.IntN(5) == 0 {
-						method = "DELETE"
-					} else {
-						make := []func(int, uint64) []byte{noise, prose}[rnd.IntN(2)]
-						body = make([]int{0, 100, 4096, rnd.IntN(3 << 20)}[rnd.IntN(4)], rnd.Uint64())
-						sum = sumOf(body)
-					}
-					st.flying = append(st.flying, sum)
-					resp, _, err := p.do(method, path, bytes.NewReader(body))
-					if err != nil {
-						return // killed
-					}
-					if resp.StatusCode != 201 && resp.StatusCode != 204 {
-						t.Errorf("%s: %s", method, resp.Status)
-						return
-					}
-					st.acked, st.flying = sum, nil
-					acks.Add(1)
-				}
-			})
-		}
-		before := acks.Load()
-		eventually(t, "acknowledged writes", func() bool { return acks.Load() > before+int64(100+rand.IntN(300)) })
-		p.cmd.Process.Kill()
-		<-p.done
-		wg.Wait()
-		p = startProgram(t, dir)
-		for w := range writers {
-			for k := range keys {
-				st, key := &states[w][k], fmt.Sprintf("w%d/k%d", w, k)
-				resp, body, err := p.do("GET", "/blob/"+key, nil)
-				fatal(t, err)
-				sum := ""
-				if resp.StatusCode == 200 {
-					sum = sumOf(body)
-				}
-				expect(t, sum == st.acked || slices.Contains(st.flying, sum), "round %d, %s: %s with %q, acknowledged was %q", round, key, resp.Status, sum, st.acked)
-				st.acked, st.flying = sum, nil
-			}
-		}
-		eventually(t, "orphans are swept", func() bool { return countRows(t, dir, "SELECT count(*) FROM orphans") == 0 })
-		fatal(t, p.signal(syscall.SIGTERM))
-		verifyDir(t, dir)
+	if m.chance(2) {
+		return noise(size, m.rnd.Uint64())
+	}
+	return prose(size, m.rnd.Uint64())
+}
+
+func (m *model) delete(key string, b *modelBlob) {
+	if m.isDone(b, 204, "DELETE", "/blob/"+key, nil) {
+		delete(m.blobs, key)
 	}
 }
 
-// TestDrain stops the program in async mode under load: every write answered
-// 202 is there after the restart.
-func TestDrain(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "data")
-	p := startProgram(t, dir, "BLOBNOM_ASYNC_WRITE=true", "BLOBNOM_BATCH_TIMEOUT_MS=30")
-	var mu sync.Mutex
-	acked := map[string]string{}
-	var wg sync.WaitGroup
-	for w := range 12 {
-		wg.Go(func() {
-			for i := 0; ; i++ {
-				key, body := fmt.Sprintf("w%d/%d", w, i), noise(i*977%(2*chunkSize), uint64(w*1000+i))
-				resp, _, err := p.do("PUT", "/blob/"+key, bytes.NewReader(body))
-				if err != nil || resp.StatusCode == 503 {
-					return
-				}
-				if resp.StatusCode != 202 {
-					t.Errorf("%s", resp.Status)
-					return
-				}
-				mu.Lock()
-				acked[key] = sumOf(body)
-				mu.Unlock()
+// isDone sends a write of b, perhaps with a condition, and reports whether it is done. It fails
+// unless the answer is right: this status if it is committed.
+func (m *model) isDone(b *modelBlob, status int, method, path string, body io.Reader) bool {
+	m.t.Helper()
+	headers := []string{"Content-Type", "text/plain"}
+	if m.chance(3) {
+		condition, tag, holds := m.condition(b)
+		headers = append(headers, condition, tag)
+		if !holds {
+			status = 412
+		}
+	} else if m.store.async {
+		status = 202
+	}
+	resp, text, err := m.do(method, path, body, headers...)
+	fatal(m.t, err)
+	if resp.StatusCode != status {
+		m.t.Fatalf("%s %s %q: %s %s, want %d", method, path, headers, resp.Status, text, status)
+	}
+	return status != 412
+}
+
+// condition returns a random precondition, and whether it holds for b.
+func (m *model) condition(b *modelBlob) (name, tag string, holds bool) {
+	tag = pick(m.rnd.IntN, `"other"`, "*")
+	isMatch := b != nil && tag == "*"
+	if b != nil && m.chance(2) {
+		gzipTag := brace("gzip-tag", string(b.body))
+		tag = pick(m.rnd.IntN, tagOf(b.body), gzipTag)
+		isMatch = true
+	}
+	if m.chance(2) {
+		return "If-Match", tag, isMatch
+	}
+	return "If-None-Match", tag, !isMatch
+}
+
+func (m *model) read(key string, b *modelBlob) {
+	m.t.Helper()
+	if b == nil {
+		m.want(404, "GET", "/blob/"+key, nil)
+		return
+	}
+	expires := ""
+	if b.expires != 0 {
+		expires = stamp(b.expires)
+	}
+	m.wantBlob(key, b.body,
+		"Blob-Version", strconv.Itoa(b.version),
+		"Blob-Created", stamp(b.created),
+		"Blob-Expires", expires,
+		"Etag", tagOf(b.body))
+}
+
+func (m *model) readRange(key string, b *modelBlob) {
+	m.t.Helper()
+	if b == nil || len(b.body) == 0 {
+		return
+	}
+	from := m.rnd.IntN(len(b.body))
+	to := min(from+m.rnd.IntN(chunkSize), len(b.body)-1)
+	asked := fmt.Sprintf("bytes=%d-%d", from, to)
+	_, got := m.want(206, "GET", "/blob/"+key, nil, "Range", asked)
+	want := b.body[from : to+1]
+	expect(m.t, bytes.Equal(got, want), "%s of %s: %.40q", asked, key, got)
+}
+
+func (m *model) readGzip(key string, b *modelBlob) {
+	m.t.Helper()
+	if b == nil {
+		return
+	}
+	resp, got := m.want(200, "GET", "/blob/"+key, nil, "Accept-Encoding", "gzip")
+	if resp.Header.Get("Content-Encoding") == "gzip" {
+		got = unzip(m.t, got)
+	}
+	expect(m.t, bytes.Equal(got, b.body), "%s with gzip: %.40q, want %.40q", key, got, b.body)
+}
+
+// readList compares the listing. That also waits for what is queued, before the time changes.
+func (m *model) readList(string, *modelBlob) {
+	m.t.Helper()
+	var want []string
+	for key := range m.blobs {
+		if m.live(key) != nil {
+			want = append(want, key)
+		}
+	}
+	slices.Sort(want)
+	got := m.listAll("key/", 1+m.rnd.IntN(12))
+	expect(m.t, slices.Equal(got, want), "listed %q, want %q", got, want)
+	m.clock.advance(time.Duration(m.rnd.IntN(20)) * time.Second)
+}
+
+func (m *model) restart(string, *modelBlob) {
+	if m.chance(5) {
+		m.script("stop")
+		m.start()
+	}
+}
+
+// verify compares the map with the directory of the stopped server.
+func (m *model) verify() {
+	sums := verifyDir(m.t, m.path("data"))
+	for key := range m.blobs {
+		b := m.live(key)
+		if b != nil {
+			got := sums[key]
+			expect(m.t, got == sumOf(b.body), "%s has SHA-256 %q", key, got)
+		}
+	}
+}
+
+// written is what is known of a key that is written until the program ends: the SHA-256 of what the
+// last answered write left under it, and of what was sent last. "" is no blob.
+type written struct {
+	path, answered, sent string
+	largest              int // of the contents, in bytes
+}
+
+// writeUntil writes over 16 connections until the program ends by a line of a script. After a
+// restart every answered write is there, whole, or a later one that was under way.
+func (s *testServer) writeUntil(end, about string, blobs []written) {
+	s.t.Helper()
+	var answers atomic.Int64
+	var writers sync.WaitGroup
+	for own := range slices.Chunk(blobs, 4) {
+		writers.Go(func() {
+			for own[rand.IntN(len(own))].write(s) {
+				answers.Add(1)
 			}
 		})
 	}
-	eventually(t, "load", func() bool { mu.Lock(); defer mu.Unlock(); return len(acked) > 500 })
-	fatal(t, p.signal(syscall.SIGTERM))
-	wg.Wait()
-	sums := verifyDir(t, dir)
-	for key, sum := range acked {
-		expect(t, sums[key] == sum, "%s was answered 202 and is %q, not %q", key, sums[key], sum)
+	enough := 100 + rand.Int64N(300)
+	eventually(s.t, "many writes are answered", func() bool {
+		return answers.Load() >= enough || s.t.Failed()
+	})
+	s.script(end)
+	writers.Wait()
+	s.script("start")
+	for i := range blobs {
+		blobs[i].verify(s, about)
+	}
+	s.script(`
+		wait sql data  SELECT count(*) FROM orphans  -> 0
+		kill TERM  -> 0
+	`)
+}
+
+func newWritten(largest int) []written {
+	blobs := make([]written, 64)
+	for i := range blobs {
+		blobs[i] = written{path: fmt.Sprintf("/blob/%d", i), largest: largest}
+	}
+	return blobs
+}
+
+// write replaces or deletes the blob, and reports whether that was answered.
+func (b *written) write(s *testServer) bool {
+	b.sent = ""
+	method := "DELETE"
+	var body []byte
+	if rand.IntN(5) > 0 {
+		method = "PUT"
+		size := pick(rand.IntN, 0, 100, 4096, rand.IntN(b.largest))
+		content := pick(rand.IntN, noise, prose)
+		body = content(size, rand.Uint64())
+		b.sent = sumOf(body)
+	}
+	resp, text, err := s.do(method, b.path, bytes.NewReader(body))
+	if err != nil || resp.StatusCode == 503 {
+		return false // the program was killed, or stops
+	}
+	expect(s.t, resp.StatusCode < 300, "%s %s: %s %s", method, b.path, resp.Status, text)
+	b.answered = b.sent
+	return resp.StatusCode < 300
+}
+
+// verify reads the blob after the restart.
+func (b *written) verify(s *testServer, about string) {
+	s.t.Helper()
+	resp, body, err := s.do("GET", b.path, nil)
+	fatal(s.t, err)
+	got := resp.Status
+	switch resp.StatusCode {
+	case 200:
+		got = sumOf(body)
+	case 404:
+		got = ""
+	}
+	expect(s.t, got == b.answered || got == b.sent,
+		"%s: %s is %q, answered was %q, and sent %q", about, b.path, got, b.answered, b.sent)
+	b.answered = got
+	b.sent = got
+}
+
+// TestCrash kills the program under load, again and again, with durability "full" and "normal".
+func TestCrash(t *testing.T) {
+	rounds := *soak
+	if testing.Short() {
+		rounds = 2
+	}
+	s := script(t, "")
+	blobs := newWritten(3 << 20)
+	for round := range rounds {
+		durability := []string{"full", "normal"}[round%2]
+		s.script(fmt.Sprintf("start  batch_size=16  durability=%s  storage_compression=%v",
+			durability, round/2%2 == 0))
+		about := fmt.Sprintf("round %d, durability %s", round, durability)
+		s.writeUntil("kill KILL  -> signal: killed", about, blobs)
 	}
 }
 
-// A hangup stops like any other signal, also during the start, unless it was ignored at the start.
-// Nobody has to read the log.
+// TestDrain stops the program under load. A write that was answered 202 is there after the restart.
+func TestDrain(t *testing.T) {
+	// Small contents, and a sync for each: at the stop many wait in the queue.
+	s := script(t, "start  async_write=true  batch_size=1  durability=full")
+	s.writeUntil("kill TERM  -> 0  ~msg=stopped", "stopped", newWritten(chunkSize))
+}
+
+// A stop commits what waits for its batch, answers it, and leaves no WAL.
+func TestStop(t *testing.T) {
+	s := script(t, "start  batch_timeout_ms=60000")
+	answered := make(chan struct{})
+	go func() {
+		defer close(answered)
+		s.script("PUT /blob/k  v  -> 201")
+	}()
+	s.script(`
+		wait metric blobnom_queue_bytes  1 to 10000
+		kill INT  -> 0  ~config="built-in config.toml.example"  ~durability=normal  ~msg=stopped
+		sql data  SELECT count(*) FROM blobs  -> 1
+	`)
+	<-answered
+}
+
+// A signal during the start ends it between two shards.
+func TestStopWhileStarting(t *testing.T) {
+	const hasStarted = "[ -e $BLOBNOM_DATA_DIR/shard_3.db ] || ! kill -0 $$"
+	const killer = "(until " + hasStarted + "; do sleep 0.01; done; kill $$) &"
+	script(t, "start  "+killer+" blobnom  num_shards=1000  -> 0  ~stopped while starting")
+}
+
+// SIGHUP stops the server as other signals do.
 func TestHangup(t *testing.T) {
-	if runtime.GOOS == "windows" {
-		t.Skip("no signals")
-	}
-	env := []string{"BLOBNOM_ASYNC_WRITE=true", "BLOBNOM_BATCH_TIMEOUT_MS=60000", "BLOBNOM_NO_SUCH_KEY=1", "BLOBNOM_LOG_LEVEL=debug"}
-	for _, c := range []struct {
-		command string
-		ends    syscall.Signal
-	}{{`exec "$0"`, syscall.SIGHUP}, {`trap "" HUP; exec "$0"`, syscall.SIGTERM}, {`exec "$0" 2> >(head -n 2 >&2)`, syscall.SIGTERM}} {
-		dir := filepath.Join(t.TempDir(), "data")
-		p := startBy(t, exec.Command("bash", "-c", c.command, os.Args[0]), dir, env...)
-		p.want(202, "PUT", "/blob/k", []byte("x"))
-		if strings.Contains(c.command, "trap") {
-			p.cmd.Process.Signal(syscall.SIGHUP)
-		}
-		for range 100 { // each is a line of the log
-			p.want(200, "GET", "/healthz", nil)
-		}
-		err := p.signal(c.ends)
-		expect(t, err == nil && len(verifyDir(t, dir)) == 1, "%s: %v, %d blobs\n%s", c.command, err, len(verifyDir(t, dir)), p.log)
-		whole := regexp.MustCompile(`(?s)duration_ms=0\..*msg=stopped\n$`).MatchString(p.log.String())
-		expect(t, strings.Contains(p.log.String(), "variable=BLOBNOM_NO_SUCH_KEY") && whole == !strings.Contains(c.command, "head"), "%s:\n%s", c.command, p.log)
-	}
-	dir := filepath.Join(t.TempDir(), "data")
-	cmd := asBlobnom(t, exec.Command(os.Args[0]), dir, "BLOBNOM_NUM_SHARDS=1000")
-	var log syncBuffer
-	cmd.Stderr = &log
-	fatal(t, cmd.Start())
-	eventually(t, "it creates shards", func() bool { return fileExists(filepath.Join(dir, shardName(3))) })
-	cmd.Process.Signal(syscall.SIGTERM)
-	err := cmd.Wait()
-	expect(t, err == nil && strings.Contains(log.String(), "stopped") && !fileExists(filepath.Join(dir, shardName(999))), "%v %s", err, &log)
+	script(t, `
+		start     async_write=true  batch_timeout_ms=60000
+		PUT       /blob/k  x  -> 202
+		kill HUP   -> 0  ~msg=stopped
+		sql data  SELECT count(*) FROM blobs  -> 1
+
+		# A SIGHUP that was ignored at the start, as under nohup, stays ignored.
+		start     trap "" HUP; blobnom
+		signal    HUP
+		GET       /blob/k  -> 200  x
+		kill TERM  -> 0  ~msg=stopped
+	`)
 }
 
-// Out of file descriptors the server says so, and is well again when they are back.
-func TestFileDescriptors(t *testing.T) {
-	if runtime.GOOS == "windows" {
-		t.Skip("no limits")
+// The server goes on, and stops well, when nobody reads its log any more.
+func TestLogWithoutReader(t *testing.T) {
+	s := script(t, `start  blobnom 2> >(head -n 1 >&2)  log_level=debug`)
+	for range 100 { // each is a line of the log
+		s.script("GET /healthz  -> 200")
 	}
-	dir := filepath.Join(t.TempDir(), "data")
+	s.script(`
+		PUT /blob/k  x  -> 201
+		kill TERM  -> 0  !msg=stopped
+		sql data  SELECT count(*) FROM blobs  -> 1
+	`)
+}
+
+// A server that cannot open its files at the start says which limit to raise.
+func TestFewFileDescriptors(t *testing.T) {
 	for most := 20; most <= 36; most += 2 {
-		limited := fmt.Sprintf(`ulimit -n %d; exec "$0"`, most)
-		cmd := asBlobnom(t, exec.Command("sh", "-c", limited, os.Args[0]), dir, "BLOBNOM_NUM_SHARDS=20")
-		out, err := cmd.CombinedOutput()
-		isLine := bytes.Count(out, []byte("\n")) == 1
-		if err == nil || !isLine || !strings.Contains(string(out), "ulimit -n") {
-			t.Errorf("with %d descriptors: %v %s", most, err, out)
-		}
-		os.RemoveAll(dir)
+		limited := fmt.Sprintf("ulimit -n %d; blobnom", most)
+		script(t, "start  "+limited+"  num_shards=20  -> 1  ~raise the limit with ulimit -n")
 	}
-	p := startBy(t, exec.Command("sh", "-c", `ulimit -n 40; exec "$0"`, os.Args[0]), dir)
-	p.put("k", []byte("x"))
-	var conns []net.Conn
-	for range 40 {
-		conns = append(conns, p.dial("GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n"))
+}
+
+// A server that has run out of file descriptors says so, and is well again when they are back.
+func TestFileDescriptors(t *testing.T) {
+	s := script(t, `
+		start  ulimit -n 40; blobnom
+		PUT /blob/k  x  -> 201
+	`)
+	for i := range 40 {
+		s.script(fmt.Sprintf("send %d  GET /readyz", i))
 	}
-	eventually(t, "the log says so", func() bool { return strings.Contains(p.log.String(), "too many open files") })
-	for _, c := range conns {
-		c.Close()
+	s.script("wait log  too many open files")
+	for _, conn := range s.connections {
+		conn.Close()
 	}
-	eventually(t, "it is well again", p.ready)
-	p.put("k2", []byte("x"))
-	fatal(t, p.signal(syscall.SIGTERM))
+	s.script(`
+		wait GET /readyz  -> 200
+		PUT /blob/k2  x  -> 201
+		kill TERM  -> 0
+	`)
 }
 
 // A second signal ends the program at once, whatever it waits for.
 func TestSecondSignal(t *testing.T) {
-	if runtime.GOOS == "windows" {
-		t.Skip("no signals")
-	}
-	signal.Ignore(syscall.SIGPIPE)
-	p := startProgram(t, filepath.Join(t.TempDir(), "data"))
-	c := p.dial("PUT /blob/k HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 10\r\n\r\nab") // never ends
-	noErr(io.ReadFull(c, make([]byte, len("HTTP/1.1 100"))))
-	p.cmd.Process.Signal(syscall.SIGTERM)
-	eventually(t, "it stops accepting", func() bool { return strings.Contains(p.log.String(), "stopping") })
-	start := time.Now()
-	err := p.signal(syscall.SIGTERM)
-	var exit *exec.ExitError
-	expect(t, errors.As(err, &exit) && time.Since(start) <= 5*time.Second, "%v after %v", err, time.Since(start))
+	script(t, `
+		start
+		send    upload  PUT /blob/k  Content-Length: 10  Expect: 100-continue
+		# The answer's first bytes, "HTTP/1.1 100", say that its handler waits for the body.
+		take    upload  12
+		signal  TERM
+		wait log  stopping
+		kill TERM  -> signal: terminated
+	`)
 }
 
 // ============================================================================
