@@ -33,6 +33,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"os"
 	"os/exec"
@@ -7140,34 +7141,34 @@ func TestSecondSignal(t *testing.T) {
 // Examples
 // ============================================================================
 
-// The quick start of the README.
+// A server in this process stores a blob, answers it and a part of it, and deletes it.
 func Example() {
 	dir := noErr(os.MkdirTemp("", "blobnom"))
 	defer os.RemoveAll(dir)
 	cfg := newConfig()
-	cfg.DataDir, cfg.NumShards = dir, 4
-	st := noErr(openStore(context.Background(), cfg, nil, slog.New(slog.DiscardHandler), time.Now))
+	cfg.DataDir = dir
+	cfg.NumShards = 4
+	logger := slog.New(slog.DiscardHandler)
+	st := noErr(openStore(context.Background(), cfg, nil, logger, time.Now))
 	defer st.close()
-	ln := noErr(net.Listen("tcp", "127.0.0.1:0"))
+	listener := noErr(listen("127.0.0.1:0"))
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
-	go func() { ended <- newServer(cfg, st, slog.New(slog.DiscardHandler)).serve(ctx, ln) }()
-	url := "http://" + ln.Addr().String() + "/blob/greetings/hello.txt"
-	request := func(method string, body io.Reader, headers ...string) {
-		req, _ := http.NewRequest(method, url, body)
-		for i := 0; i < len(headers); i += 2 {
-			req.Header.Set(headers[i], headers[i+1])
-		}
+	go func() { ended <- newServer(cfg, st, logger).serve(ctx, listener) }()
+
+	url := fmt.Sprintf("http://%s/blob/hello.txt", listener.Addr())
+	request := func(method, part, body string) {
+		req := noErr(http.NewRequest(method, url, strings.NewReader(body)))
+		req.Header.Set("Range", part)
 		resp := noErr(client.Do(req))
 		defer resp.Body.Close()
-		text, _ := io.ReadAll(resp.Body)
-		fmt.Printf("%s: %d %q\n", method, resp.StatusCode, text)
+		fmt.Printf("%s: %d %q\n", method, resp.StatusCode, noErr(io.ReadAll(resp.Body)))
 	}
-	request("PUT", strings.NewReader("Hello, blob!\n"), "Content-Type", "text/plain")
-	request("GET", nil)
-	request("GET", nil, "Range", "bytes=7-10")
-	request("DELETE", nil)
-	request("GET", nil)
+	request("PUT", "", "Hello, blob!\n")
+	request("GET", "", "")
+	request("GET", "bytes=7-10", "")
+	request("DELETE", "", "")
+	request("GET", "", "")
 	cancel()
 	<-ended
 	// Output:
@@ -7175,7 +7176,7 @@ func Example() {
 	// GET: 200 "Hello, blob!\n"
 	// GET: 206 "blob"
 	// DELETE: 204 ""
-	// GET: 404 "not found: no blob under this key; keys below it are listed by /blob/?prefix=greetings/hello.txt/\n"
+	// GET: 404 "not found: no blob under this key; keys below it are listed by /blob/?prefix=hello.txt/\n"
 }
 
 // ============================================================================
@@ -7185,163 +7186,130 @@ func Example() {
 // same run: the ratio counts.
 // ============================================================================
 
-func BenchmarkGet(b *testing.B) { benchmark(b, "GET", []string{"full"}) }
-func BenchmarkPut(b *testing.B) { benchmark(b, "PUT", []string{"full", "normal", "off", "async"}) }
-
-func benchmark(b *testing.B, method string, modes []string) {
-	for _, size := range []int{100, 4 << 10, 64 << 10, 1 << 20} {
-		body := noise(size, 1)
-		bare := bareServer(b, body)
-		perRequest := func(b *testing.B) float64 { return float64(b.Elapsed()) / float64(b.N) }
-		var ofBare float64
-		b.Run(fmt.Sprintf("%d/bare", size), func(b *testing.B) {
-			drive(b, bare, method, body)
-			ofBare = perRequest(b)
-		})
-		for _, mode := range modes {
-			for _, batch := range []int64{1, 64} {
-				if method == "GET" && batch == 1 {
-					continue
-				}
-				b.Run(fmt.Sprintf("%d/%s-batch%d", size, mode, batch), func(b *testing.B) {
-					s := newTestServer(b, func(c *config) {
-						c.BatchSize, c.Durability, c.AsyncWrite = batch, mode, mode == "async"
-						if c.AsyncWrite {
-							c.Durability = "full"
-						}
-					})
-					if method == "GET" {
-						for i := range benchKeys {
-							s.put(fmt.Sprint(i), body)
-						}
-					}
-					drive(b, s.base, method, body)
-					b.ReportMetric(ofBare/perRequest(b), "of-bare")
-				})
-			}
-		}
-	}
+func BenchmarkGet(b *testing.B) {
+	benchmark(b, workload{method: "GET", content: noise}, "durability=full  batch_size=64")
 }
 
-// BenchmarkCompression moves text with and without compression: at rest, on the
-// way out as it lies, and on the way out compressed anew.
+func BenchmarkPut(b *testing.B) {
+	benchmark(b, workload{method: "PUT", content: noise},
+		"durability=full  batch_size=1", "durability=full  batch_size=64",
+		"durability=normal  batch_size=1", "durability=normal  batch_size=64",
+		"durability=off  batch_size=1", "durability=off  batch_size=64",
+		"durability=full  async_write=true  batch_size=1",
+		"durability=full  async_write=true  batch_size=64")
+}
+
+// BenchmarkCompression moves text that is compressed at rest, on the way out, both or neither; and
+// noise, which nothing compresses.
 func BenchmarkCompression(b *testing.B) {
-	for _, size := range []int{4 << 10, 1 << 20} {
-		for kind, body := range map[string][]byte{"prose": prose(size, 1), "noise": noise(size, 1)} {
-			for _, storage := range []bool{false, true} {
-				s := newTestServer(b, func(c *config) { c.Durability, c.StorageCompression, c.OutputCompression = "normal", storage, true })
-				name := fmt.Sprintf("%d/%s/storage=%v", size, kind, storage)
-				text := []string{"Content-Type", "text/plain"}
-				b.Run(name+"/PUT", func(b *testing.B) { drive(b, s.base, "PUT", body, text...) })
-				for i := range benchKeys {
-					s.put(fmt.Sprint(i), body, text...)
-				}
-				b.Run(name+"/GET", func(b *testing.B) { drive(b, s.base, "GET", body) })
-				if kind == "prose" {
-					b.Run(name+"/GET-gzip", func(b *testing.B) { drive(b, s.base, "GET", body, "Accept-Encoding", "gzip") })
-				}
-			}
-		}
+	for name, load := range map[string]workload{
+		"PUT-noise": {method: "PUT", content: noise},
+		"PUT":       {method: "PUT", content: prose},
+		"GET":       {method: "GET", content: prose},
+		"GET-gzip":  {method: "GET", content: prose, accepted: "gzip"},
+	} {
+		b.Run(name, func(b *testing.B) {
+			benchmark(b, load,
+				"output_compression=true  storage_compression=false",
+				"output_compression=true  storage_compression=true")
+		})
 	}
 }
 
 // BenchmarkList takes pages of 1,000 out of 10,000 and of 200,000 blobs.
 func BenchmarkList(b *testing.B) {
 	for _, n := range []int{10_000, 200_000} {
-		s := newTestServer(b, func(c *config) { c.Durability = "off" })
+		s := script(b, "serve  durability=off")
 		s.fillRows(n)
 		b.Run(fmt.Sprint(n), func(b *testing.B) {
 			for b.Loop() {
-				p := s.list(url.Values{"after": {fmt.Sprintf("key/%08d", rand.IntN(n-1001))}})
-				if len(p.Blobs) != 1000 {
-					b.Fatal(len(p.Blobs))
-				}
+				after := fmt.Sprintf("key/%08d", rand.IntN(n-1001))
+				p := s.list(url.Values{"after": {after}})
+				expect(b, len(p.Blobs) == 1000, "%d blobs, want 1000", len(p.Blobs))
 			}
 		})
-		for _, sh := range s.store.shards { // misplaced and of a wrong sum: not for the check at the end
-			exec1(b, filepath.Join(s.store.dir, shardName(sh.index)), "DELETE FROM blobs")
+		for i := range 4 { // the rows are in wrong shards: not for the check at the end
+			s.script(fmt.Sprintf("sql data/%s  DELETE FROM blobs", shardName(i)))
 		}
 	}
 }
 
-// BenchmarkMaintenance runs the commands over 200 MB, half of it in small blobs.
-func BenchmarkMaintenance(b *testing.B) {
-	cfg := testConfig(b)
-	s := serveConfig(b, cfg)
-	var size int64
-	for i := range 400 {
-		body := noise([]int{4 << 10, 1 << 20}[i%2], uint64(i))
-		for j := range []int{128, 1}[i%2] {
-			s.put(fmt.Sprint(i, "/", j), body)
-			size += int64(len(body))
-		}
-	}
-	fatal(b, s.stop())
-	for _, name := range []string{"check", "backup", "migrate"} {
-		b.Run(name, func(b *testing.B) {
-			b.SetBytes(size)
-			for b.Loop() {
-				to := filepath.Join(b.TempDir(), "to")
-				args, from := []string{name}, cfg.DataDir
-				switch name {
-				case "backup":
-					args = append(args, to)
-				case "migrate":
-					args, from = append(args, cfg.DataDir), to
-				}
-				if code, _, stderr := runCommand(b, []string{"BLOBNOM_DATA_DIR=" + from, "BLOBNOM_NUM_SHARDS=4"}, args...); code != 0 {
-					b.Fatal(stderr)
-				}
-				os.RemoveAll(to)
-			}
+// workload is what the clients of a benchmark do: they send or fetch contents of one size.
+type workload struct {
+	method   string
+	accepted string // Accept-Encoding
+	content  func(size int, seed uint64) []byte
+}
+
+// benchmark drives a bare handler, and then a server of each of the settings.
+func benchmark(b *testing.B, load workload, settings ...string) {
+	for _, size := range []int{100, 4 << 10, 64 << 10, 1 << 20} {
+		body := load.content(size, 1)
+		var bare float64
+		b.Run(fmt.Sprintf("%d/bare", size), func(b *testing.B) {
+			bare = load.drive(b, bareServer(b, body), body)
 		})
+		for _, setting := range settings {
+			b.Run(fmt.Sprintf("%d/%s", size, setting), func(b *testing.B) {
+				s := script(b, "serve  "+setting)
+				if load.method == "GET" {
+					s.fillBenchKeys(body)
+				}
+				b.ReportMetric(bare/load.drive(b, s.base, body), "of-bare")
+			})
+		}
 	}
 }
 
 const benchKeys = 256
 
-func bareServer(b *testing.B, body []byte) string {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		b.Fatal(err)
+func (s *testServer) fillBenchKeys(body []byte) {
+	for i := range benchKeys {
+		s.put(fmt.Sprint(i), body, "Content-Type", "text/plain")
 	}
-	hs := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+}
+
+// bareServer starts a server that forgets what it is sent, and answers with body.
+func bareServer(b *testing.B, body []byte) (base string) {
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method == "GET" {
 			w.Write(body)
 			return
 		}
 		io.Copy(io.Discard, r.Body)
 		w.WriteHeader(http.StatusCreated)
-	})}
-	go hs.Serve(ln)
-	b.Cleanup(func() { hs.Close() })
-	return "http://" + ln.Addr().String()
+	}))
+	b.Cleanup(server.Close)
+	return server.URL
 }
 
-// drive sends requests over 32 connections.
-func drive(b *testing.B, base, method string, body []byte, headers ...string) {
+// drive sends requests over 32 connections, and returns the nanoseconds that one took.
+func (load workload) drive(b *testing.B, base string, body []byte) float64 {
 	b.SetBytes(int64(len(body)))
 	b.SetParallelism(max(1, 32/runtime.GOMAXPROCS(0)))
+	if load.method == "GET" {
+		body = nil
+	}
 	b.ResetTimer()
 	b.RunParallel(func(pb *testing.PB) {
 		for pb.Next() {
-			u, _ := url.Parse(fmt.Sprintf("%s/blob/%d", base, rand.IntN(benchKeys)))
-			req := &http.Request{Method: method, URL: u, Header: http.Header{}}
-			for i := 0; i < len(headers); i += 2 {
-				req.Header.Set(headers[i], headers[i+1])
-			}
-			if method == "PUT" {
-				req.Body, req.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
-			}
-			resp, err := client.Do(req)
-			if err != nil {
-				b.Error(err)
-				return
-			}
-			if n, err := io.Copy(io.Discard, resp.Body); err != nil || resp.StatusCode/100 != 2 || method == "GET" && n != int64(len(body)) && resp.Header.Get("Content-Encoding") == "" {
-				b.Errorf("%s, %d bytes, %v", resp.Status, n, err)
-			}
-			resp.Body.Close()
+			path := fmt.Sprintf("%s/blob/%d", base, rand.IntN(benchKeys))
+			req := noErr(http.NewRequest(load.method, path, bytes.NewReader(body)))
+			req.Header.Set("Content-Type", "text/plain")
+			req.Header.Set("Accept-Encoding", load.accepted)
+			driveOnce(b, req)
 		}
 	})
+	return float64(b.Elapsed()) / float64(b.N)
+}
+
+func driveOnce(b *testing.B, req *http.Request) {
+	resp, err := client.Do(req)
+	if err != nil {
+		b.Error(err)
+		return
+	}
+	defer resp.Body.Close()
+	_, err = io.Copy(io.Discard, resp.Body)
+	expect(b, err == nil && resp.StatusCode < 300, "%s, %v", resp.Status, err)
 }
