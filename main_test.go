@@ -5379,31 +5379,83 @@ func TestSyncLevel(t *testing.T) {
 // On a fake clock, with a fake commit: exact sizes and times, no sleeping.
 // ============================================================================
 
-// fakeBatcher is a batcher whose commits take a while. batches says when each began, and with which
-// keys.
-func fakeBatcher(size, window, takes int, stopping chan struct{}, upkeep func() time.Duration) (b *batcher, _ *[]string) {
-	start, batches := time.Now(), &[]string{}
-	b = &batcher{size: size, window: ms(window), stopping: stopping, upkeep: upkeep,
-		wake: make(chan struct{}, 1), ended: make(chan struct{}), newest: map[string]*op{}, stuck: make(chan struct{})}
-	b.commit = func(batch []*op) []*op {
-		entry := fmt.Sprintf("%d:", time.Since(start).Milliseconds())
-		for _, o := range batch {
-			entry += o.key
-			defer b.answer(o)
-		}
-		*batches = append(*batches, entry)
-		time.Sleep(ms(takes))
-		return nil
+// fakeBatcher is a batcher whose commits take a while. batches says when each began, in ms, and
+// with which keys.
+type fakeBatcher struct {
+	*batcher
+	start   time.Time
+	stop    chan struct{}
+	takes   int
+	batches []string
+}
+
+func newFakeBatcher(size, window, takes int, upkeep func() time.Duration) *fakeBatcher {
+	b := &fakeBatcher{
+		start: time.Now(),
+		stop:  make(chan struct{}),
+		takes: takes,
 	}
-	go b.run()
-	return b, batches
+	b.batcher = &batcher{
+		size:     size,
+		window:   ms(window),
+		stopping: b.stop,
+		commit:   b.record,
+		upkeep:   upkeep,
+		wake:     make(chan struct{}, 1),
+		ended:    make(chan struct{}),
+		newest:   map[string]*op{},
+		stuck:    make(chan struct{}),
+	}
+	return b
+}
+
+func (b *fakeBatcher) now() int64 { return time.Since(b.start).Milliseconds() }
+
+func (b *fakeBatcher) sleepUntil(at int) {
+	time.Sleep(ms(at) - time.Since(b.start))
+}
+
+func (b *fakeBatcher) record(batch []*op) []*op {
+	entry := fmt.Sprintf("%d:", b.now())
+	for _, o := range batch {
+		entry += o.key
+	}
+	b.batches = append(b.batches, entry)
+	time.Sleep(ms(b.takes))
+	for _, o := range batch {
+		b.answer(o)
+	}
+	return nil
+}
+
+// play does a step: a time in ms and the key of a write. "!" makes the write urgent, "+" large; "?"
+// is a reader of the key, "." alone is a stop.
+func (b *fakeBatcher) play(t *testing.T, step string) {
+	var at int
+	var key, kind string
+	fmt.Sscanf(step, "%d%1s%s", &at, &key, &kind)
+	b.sleepUntil(at)
+	o := &op{key: key, background: true, urgent: kind == "!"}
+	switch {
+	case key == ".":
+		close(b.stop)
+		return
+	case kind == "?":
+		go b.settle(key)
+		return
+	case kind == "+":
+		o.data = make([]byte, batchBytes/2)
+	}
+	fatal(t, b.add(o))
+	synctest.Wait()
 }
 
 func TestBatcher(t *testing.T) {
+	upkeep := func() time.Duration { return ms(1) }
 	for _, c := range []struct {
 		name                string
-		size, window, takes int    // ms, the last two
-		steps, want         string // ms and key; then ! is urgent, + is large, ? is a reader, . is a stop
+		size, window, takes int // the last two in ms
+		steps, want         string
 	}{
 		{"off", 1, 0, 5, "0a 1b 1c", "0:a 5:b 10:c"},
 		{"what is queued", 4, 0, 5, "0a 1b 2c", "0:a 5:bc"},
@@ -5420,84 +5472,76 @@ func TestBatcher(t *testing.T) {
 		{"bytes end the window", 9, 10, 0, "0a+ 3b+ 4c", "3:ab 14:c"},
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			start, stopping := time.Now(), make(chan struct{})
-			b, batches := fakeBatcher(c.size, c.window, c.takes, stopping, func() time.Duration { return ms(1) })
+			b := newFakeBatcher(c.size, c.window, c.takes, upkeep)
+			go b.run()
 			for _, step := range strings.Fields(c.steps) {
-				at, what := 0, ""
-				fmt.Sscanf(step, "%d%s", &at, &what)
-				time.Sleep(time.Until(start.Add(ms(at))))
-				o := &op{key: what[:1], background: true}
-				switch what[len(what)-1] {
-				case '.':
-					close(stopping)
-					continue
-				case '?':
-					go b.settle(o.key)
-					continue
-				case '!':
-					o.urgent = true
-				case '+':
-					o.data = make([]byte, batchBytes/2)
-				}
-				fatal(t, b.add(o))
-				synctest.Wait()
+				b.play(t, step)
 			}
-			time.Sleep(time.Until(start.Add(ms(400))))
+			b.sleepUntil(400)
 			b.close()
-			got := strings.Join(*batches, " ")
+			got := strings.Join(b.batches, " ")
 			expect(t, got == c.want, "%s: %s, want %s", c.name, got, c.want)
-			expect(t, len(b.newest) == 0 && b.add(&op{}) == errStopping, "%s: not empty, or open, after close", c.name)
+			left := len(b.newest)
+			expect(t, left == 0, "%s: %d keys are left", c.name, left)
+			expect(t, b.add(&op{}) == errStopping, "%s: open after close", c.name)
 		})
 	}
+}
+
+// The batcher of a shard is as configured.
+func TestBatchSettings(t *testing.T) {
+	s := script(t, `serve  num_shards=1  batch_size=3  batch_timeout_ms=1500`)
+	b := s.store.shards[0].batcher
+	expect(t, b.size == 3, "batch_size 3 became %d", b.size)
+	expect(t, b.window == ms(1500), "batch_timeout_ms 1500 became %v", b.window)
 }
 
 // Operations that have to be tried again come first, in their order, and a reader that waits for
 // one of them is told.
 func TestTriedAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b, batches := fakeBatcher(2, 0, 5, nil, func() time.Duration { return time.Hour })
-		commit, failures := b.commit, 2
+		b := newFakeBatcher(2, 0, 5, func() time.Duration { return time.Hour })
+		failures := 2
 		b.commit = func(batch []*op) []*op {
 			if failures == 0 {
-				return commit(batch)
+				return b.record(batch)
 			}
 			failures--
 			time.Sleep(ms(5))
 			return slices.Clone(batch)
 		}
+		go b.run()
 		for _, key := range []string{"a", "b", "c"} {
 			fatal(t, b.add(&op{key: key, background: true}))
 		}
-		start := time.Now()
-		if err := b.settle("b"); err != errBusy || time.Since(start) != ms(5) {
-			t.Errorf("a reader is told %v after %v, want %v after the first attempt", err, time.Since(start), errBusy)
-		}
+		got := fmt.Sprint(b.settle("b"), b.now())
+		expect(t, got == "too busy, try again 5", "a reader is told %s", got)
 		b.close()
-		if got := strings.Join(*batches, " "); got != "10:ab 15:c" {
-			t.Errorf("committed %s", got)
-		}
-		if err := b.settle("b"); err != nil {
-			t.Errorf("after the commit a reader is told %v", err)
-		}
+		got = fmt.Sprint(b.batches, b.settle("b"))
+		expect(t, got == "[10:ab 15:c] <nil>", "committed, and a reader is told, %s", got)
 	})
 }
 
 // Upkeep runs between batches, each time as long after the last as that asked for.
 func TestUpkeepBetweenBatches(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		start, runs := time.Now(), []int64{}
-		b, batches := fakeBatcher(1, 0, 35, nil, func() time.Duration {
-			runs = append(runs, time.Since(start).Milliseconds())
+		b := newFakeBatcher(1, 0, 35, nil)
+		runs := []int64{}
+		b.upkeep = func() time.Duration {
+			runs = append(runs, b.now())
 			return ms(10 * len(runs)) // 10, 20, 30, ...
-		})
-		time.Sleep(ms(5))
+		}
+		go b.run()
+		b.sleepUntil(5)
 		fatal(t, b.add(&op{key: "a"})) // until 40
-		time.Sleep(ms(145))
+		b.sleepUntil(150)
 		b.close()
-		expect(t, fmt.Sprint(*batches, runs) == "[5:a] [0 40 60 90 130]", "%v %v", *batches, runs)
+		got := fmt.Sprint(b.batches, runs)
+		expect(t, got == "[5:a] [0 40 60 90 130]", "batches and upkeep at %s", got)
 	})
 }
 
+// A writer waits for room in the queue, for queueTimeout at most.
 func TestBudget(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, stop := context.WithCancel(t.Context())
@@ -5514,7 +5558,7 @@ func TestBudget(t *testing.T) {
 			{1, stop, "298:server is stopping"},
 		} {
 			start := time.Now()
-			time.AfterFunc(298*time.Millisecond, c.then)
+			time.AfterFunc(ms(298), c.then)
 			err := st.acquire(c.n)
 			got := fmt.Sprintf("%d:%v", time.Since(start).Milliseconds(), err)
 			expect(t, got == c.want, "%d bytes: %s, want %s", c.n, got, c.want)
