@@ -5571,34 +5571,78 @@ func TestBudget(t *testing.T) {
 // Cache
 // ============================================================================
 
-func TestCache(t *testing.T) {
-	c := &cache{limit: 20_000, entries: map[string]*blob{}, blocked: map[string]bool{}}
-	small := func(n int) *blob { return &blob{size: int64(n), data: make([]byte, n)} }
-	fill := func(key string, b *blob) { _, generation := c.get(key); c.put(key, b, generation) }
-	_, before := c.get("k")
-	for _, step := range []struct {
-		when string
-		do   func()
-		kept bool // k is
-	}{
-		{"read while a transaction may change it", func() { c.block("k"); fill("k", small(1)) }, false},
-		{"read before the commit", func() { c.drop("k"); c.put("k", small(1), before) }, false},
-		{"read after the commit", func() { fill("k", small(1)) }, true},
-		{"in a transaction", func() { c.block("k") }, false},
-		{"too large", func() { c.drop("k"); fill("k", small(cacheItem+1)) }, false},
-		{"in chunks", func() { fill("k", &blob{size: chunkSize + 1}) }, false},
-	} {
-		step.do()
-		b, _ := c.get("k")
-		expect(t, (b != nil) == step.kept, "%s: kept %v, want %v", step.when, b != nil, step.kept)
+func newCache() *cache {
+	return &cache{
+		limit:   20_000,
+		entries: map[string]*blob{},
+		blocked: map[string]bool{},
 	}
+}
+
+// read puts a blob of so many bytes as a reader that finds it in the database does.
+func (c *cache) read(key string, size int) {
+	_, generation := c.get(key)
+	b := &blob{size: int64(size), data: make([]byte, size)}
+	c.put(key, b, generation)
+}
+
+func TestCache(t *testing.T) {
+	c := newCache()
+	_, before := c.get("k")
+	for _, row := range []struct {
+		name, steps string
+		isKept      bool
+	}{
+		{"read while a transaction may change it", "block read", false},
+		{"read before the commit", "drop put-old", false},
+		{"read after the commit", "read", true},
+		{"in a transaction", "block", false},
+		{"too large", "drop read-large", false},
+		{"in chunks", "read-chunked", false},
+		{"read again", "read", true},
+		{"evicted", "evict", false},
+	} {
+		for step := range strings.FieldsSeq(row.steps) {
+			switch step {
+			case "block":
+				c.block("k")
+			case "drop":
+				c.drop("k")
+			case "evict":
+				c.evict("k")
+			case "put-old":
+				c.put("k", &blob{}, before)
+			case "read":
+				c.read("k", 1)
+			case "read-large":
+				c.read("k", cacheItem+1)
+			case "read-chunked":
+				c.read("k", chunkSize+1)
+			}
+		}
+		b, _ := c.get("k")
+		isKept := b != nil
+		expect(t, isKept == row.isKept, "%s: kept %v, want %v", row.name, isKept, row.isKept)
+	}
+}
+
+// The cache holds at most limit bytes, and the newest blob is among them. The shards share
+// cacheBytes.
+func TestCacheLimit(t *testing.T) {
+	s := script(t, `serve  num_shards=4`)
+	limit := s.store.shards[0].cache.limit
+	expect(t, limit <= cacheBytes/4, "one of four shards may cache %d bytes", limit)
+	c := newCache()
 	for i := range 100 {
 		key := fmt.Sprint(i)
-		fill(key, small(1000))
-		fill(key, small(900)) // as another reader of the key does
+		c.read(key, 1000)
+		c.read(key, 900) // as another reader of the key does
 		b, _ := c.get(key)
-		expect(t, b != nil && c.bytes <= c.limit, "%d of %d bytes, or the newest is missing", c.bytes, c.limit)
+		expect(t, b != nil, "the newest is missing")
+		expect(t, c.bytes <= c.limit, "%d bytes of at most %d", c.bytes, c.limit)
 	}
+	count := len(c.entries)
+	expect(t, count > 10, "only %d blobs of 900 bytes in %d", count, c.limit)
 	for key := range maps.Clone(c.entries) {
 		c.block(key)
 	}
@@ -5606,33 +5650,36 @@ func TestCache(t *testing.T) {
 }
 
 // Readers never see an older version after a newer, nor miss an acknowledged write, with the cache
-// in between.
+// and the queue of async mode in between.
 func TestReadsAreMonotonic(t *testing.T) {
-	s := newTestServer(t, oneShard)
-	s.put("k", []byte("0"))
-	var acked atomic.Int64
-	var wg sync.WaitGroup
-	for range 4 {
-		wg.Go(func() {
-			for newest := int64(0); newest < 500 && !t.Failed(); {
-				least := max(newest, acked.Load())
-				_, body := s.want(200, "GET", "/blob/k", nil)
-				newest, _ = strconv.ParseInt(string(body), 10, 64)
-				expect(t, newest >= least, "read %d after %d", newest, least)
-			}
-		})
+	for _, isAsync := range []bool{false, true} {
+		s := newTestServer(t, oneShard, func(c *config) { c.AsyncWrite = isAsync })
+		s.put("k", []byte("0"))
+		var acknowledged atomic.Int64
+		var readers sync.WaitGroup
+		for range 4 {
+			readers.Go(func() {
+				newest := int64(0)
+				for newest < 500 && !t.Failed() {
+					least := max(newest, acknowledged.Load())
+					_, body, err := s.do("GET", "/blob/k", nil)
+					newest, _ = strconv.ParseInt(string(body), 10, 64)
+					isNew := err == nil && newest >= least
+					expect(t, isNew, "read %q, %v after %d", body, err, least)
+				}
+			})
+		}
+		for i := range int64(501) {
+			s.put("k", strconv.AppendInt(nil, i, 10))
+			acknowledged.Store(i)
+		}
+		readers.Wait()
+		s.script(`GET /blob/k -> 200  500`)
+		s.put("unread", []byte("x"))
+		s.script(`GET /blob/ -> 200  ~unread`) // it is committed
+		cached := len(s.store.shards[0].cache.entries)
+		expect(t, cached == 1, "%d blobs in the cache, want the one that was read", cached)
 	}
-	for i := range int64(501) {
-		s.put("k", strconv.AppendInt(nil, i, 10))
-		acked.Store(i)
-	}
-	wg.Wait()
-	s.want(200, "GET", "/blob/k", nil)
-	s.put("unread", []byte("x"))
-	c := s.store.shards[0].cache
-	c.mu.Lock() // upkeep passes here too
-	defer c.mu.Unlock()
-	expect(t, c.entries["k"] != nil && len(c.entries) == 1, "the cache has %d entries after two writes and one read", len(c.entries))
 }
 
 // ============================================================================
