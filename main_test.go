@@ -95,6 +95,7 @@ type testServer struct {
 
 	program *program          // see start
 	kept    map[string]string // the files of a directory, see keep
+	other   *sql.DB           // a connection of another process, see lock
 
 	connections map[string]*connection // by name, see send
 }
@@ -313,16 +314,6 @@ func noErr[T any](v T, err error) T {
 		panic(err)
 	}
 	return v
-}
-
-// keyOn returns a key that lies on the given shard.
-func (s *testServer) keyOn(shard int, name string) string {
-	for i := 0; ; i++ {
-		key := fmt.Sprintf("%s-%d", name, i)
-		if sh, _ := s.store.shardOf(key); sh.index == shard {
-			return key
-		}
-	}
 }
 
 // together calls f with 0 to n-1 at the same time, and waits.
@@ -645,7 +636,7 @@ func copyFile(t *testing.T, from, to string) {
 }
 
 // mount makes a small file system, where the test may.
-func mount(t *testing.T, size string) string {
+func mount(t testing.TB, size string) string {
 	t.Helper()
 	dir := t.TempDir()
 	if out, err := exec.Command("mount", "-t", "tmpfs", "-o", "size="+size, "tmpfs", dir).CombinedOutput(); err != nil {
@@ -738,9 +729,9 @@ func contents(t *testing.T, dir string) map[string][]byte {
 //	"", anything else  the whole text, without the newline at its end
 //
 // An action without an arrow has to succeed. A line "wait ACTION -> ANSWER" tries
-// again for a minute. Braces hold what is made by the test: see brace.
-// serve and stop run a server in this process; start, signal and kill the program
-// in one of its own.
+// again for a minute; if that is in vain the test ends. Braces hold what is made
+// by the test: see brace. serve and stop run a server in this process; start,
+// signal and kill the program in one of its own.
 //
 // Lines with send, take, answer and ends use a connection of their own, byte by
 // byte. In a bubble the time of the server is fake, and sleep makes it pass.
@@ -804,6 +795,9 @@ func (s *testServer) scriptLine(about, line string) {
 	}
 	if problem != "" {
 		s.t.Errorf("%s%s\n\t%s", about, line, problem)
+	}
+	if problem != "" && isWait {
+		s.t.FailNow() // others would wait as long
 	}
 }
 
@@ -1049,6 +1043,13 @@ func init() {
 		"kill":   (*testServer).kill,
 		"config": (*testServer).loadConfig,
 		"cgroup": (*testServer).cgroup,
+		"lock":      (*testServer).lock,
+		"unlock":    (*testServer).unlock,
+		"writer":    (*testServer).writer,
+		"break":     (*testServer).breakWriter,
+		"open":      (*testServer).open,
+		"mount":     (*testServer).mountDisk,
+		"fill-disk": (*testServer).fillDisk,
 	}
 }
 
@@ -1719,13 +1720,6 @@ func FuzzConfig(f *testing.F) {
 // ============================================================================
 // HTTP server, Handlers
 // ============================================================================
-
-// wantLine wants an answer of one line, which leads nowhere else.
-func (s *testServer) wantLine(status int, method, path string, body []byte, headers ...string) {
-	s.t.Helper()
-	resp, text := s.want(status, method, path, body, headers...)
-	expect(s.t, bytes.Count(text, []byte("\n")) == 1 && resp.Header.Get("Location") == "", "%s %s %v: %v %q", method, path, headers, resp.Header, text)
-}
 
 // headerPairs takes lines such as "Name: value" apart, as want expects them.
 func headerPairs(lines string) []string {
@@ -4459,77 +4453,141 @@ func TestDamageMetLater(t *testing.T) {
 // Shard
 // ============================================================================
 
-// Downloads that run while their blob is replaced or deleted end whole. Unused contents go, those
-// of an earlier run too.
-func TestReplacedWhileDownloaded(t *testing.T) {
-	t.Parallel() // it waits for upkeep
-	cfg := testConfig(t, oneShard)
-	fatal(t, serveConfig(t, cfg).stop())
-	exec1(t, filepath.Join(cfg.DataDir, shardName(0)), "INSERT INTO orphans VALUES (77); INSERT INTO chunks SELECT (77<<20)+key, 'x' FROM json_each('[0,0,0,0,0,0,0,0,0,0]')")
-	s := serveConfig(t, cfg)
-	old := noise(40*chunkSize, 1) // more than the sockets buffer
-	s.put("k", old)
-	var bodies []io.ReadCloser
-	for range 3 {
-		resp, err := http.Get(s.base + "/blob/k")
-		fatal(t, err)
-		bodies = append(bodies, resp.Body)
-	}
-	s.put("k", noise(2*chunkSize, 2))
-	s.want(204, "DELETE", "/blob/k", nil)
-	s.put("k", []byte("new"))
-	eventually(t, "the unread content is swept", func() bool { return countRows(t, s.store.dir, "SELECT count(*) FROM chunks") == 40 })
-	for _, b := range bodies {
-		defer b.Close()
-		got, err := io.ReadAll(b)
-		expect(t, err == nil && bytes.Equal(got, old), "%d bytes, %v: not the old content", len(got), err)
-	}
-	s.wantBlob("k", []byte("new"))
-	eventually(t, "the old contents are swept", func() bool { return countRows(t, s.store.dir, "SELECT count(*) FROM chunks") == 0 })
+// lock holds the lock of a shard as another process would: "lock FILE".
+func (s *testServer) lock(fields []string) answer {
+	s.t.Helper()
+	db := openDB(s.path(fields[0]), busyPragma())
+	s.other = hold(s.t, db, "BEGIN IMMEDIATE")
+	return answer{}
 }
 
-// An upload that breaks off leaves nothing visible, and its space comes back.
-func TestAbortedUpload(t *testing.T) {
-	t.Parallel() // it waits for upkeep
-	s := newTestServer(t, oneShard)
-	s.put("k", []byte("old"))
-	const used = "SELECT (page_count - freelist_count) FROM pragma_page_count, pragma_freelist_count"
-	before := countRows(t, s.store.dir, used)
-	for _, announced := range []int64{40 * chunkSize, -1} {
-		r, w := io.Pipe()
-		req, _ := http.NewRequest("PUT", s.base+"/blob/k", r)
-		req.ContentLength = announced
-		failed := make(chan error)
-		go func() { _, err := client.Do(req); failed <- err }()
-		w.Write(noise(20*chunkSize, 1))
-		eventually(t, "chunks arrive", func() bool { return countRows(t, s.store.dir, "SELECT count(*) FROM chunks") > 10 })
-		w.CloseWithError(errors.New("gone"))
-		expect(t, <-failed != nil, "the upload succeeded")
+func (s *testServer) unlock([]string) answer {
+	s.t.Helper()
+	fatal(s.t, s.other.Close())
+	return answer{}
+}
+
+// asWriter runs f in place of o on the goroutine that writes to the first shard, inside a
+// transaction.
+func (s *testServer) asWriter(o *op, f func()) {
+	s.t.Helper()
+	o.urgent = true
+	o.frees = true
+	o.do = func(*tx) error {
+		f()
+		return errCondition
 	}
-	s.wantBlob("k", []byte("old"))
-	eventually(t, "chunks and orphans are gone and the file shrinks", func() bool {
-		return countRows(t, s.store.dir, unswept) == 0 && countRows(t, s.store.dir, used) <= before+2 &&
-			countRows(t, s.store.dir, "PRAGMA page_count") < before+2*vacuumPages
+	fatal(s.t, s.store.shards[0].batcher.add(o))
+	<-o.done
+}
+
+// writer answers the value of SQL on the connection that writes to the first shard, as that is set
+// for a write ("writer SQL") or for a chunk ("writer SQL  chunk").
+func (s *testServer) writer(fields []string) answer {
+	s.t.Helper()
+	sh := s.store.shards[0]
+	o := sh.deleteOp("k", conditions{})
+	if len(fields) > 1 {
+		o = sh.chunkOp(1, 0, nil)
+	}
+	var value sql.NullString
+	s.asWriter(o, func() {
+		err := sh.writer.QueryRow(fields[0]).Scan(&value)
+		expect(s.t, err == nil || err == sql.ErrNoRows, "%s: %v", fields[0], err)
 	})
+	return answer{status: value.String}
+}
+
+// breakWriter makes system calls of the first shard's writer fail until the server stops:
+// "break CALL CALL  ERRNO".
+func (s *testServer) breakWriter(fields []string) answer {
+	s.t.Helper()
+	var err error
+	s.asWriter(&op{}, func() { err = breakSystemCalls(fields) })
+	if err != nil {
+		skip(s.t, "cannot make system calls fail here: %v", err)
+	}
+	return answer{}
+}
+
+// open opens the store of one shard in data while system calls fail: "open CALL  ERRNO". Its answer
+// has the error and the log.
+func (s *testServer) open(fields []string) answer {
+	s.t.Helper()
+	cfg := testConfig(s.t, oneShard)
+	cfg.DataDir = s.path("data")
+	lock := noErr(lockDir(cfg.DataDir))
+	log := slog.New(slog.NewTextHandler(s.log, nil))
+	err := whileBroken(s.t, fields, func() error {
+		_, err := openStore(s.t.Context(), cfg, lock, log, time.Now)
+		return err
+	})
+	return answer{status: "refused", text: fmt.Sprint(err, s.log), isError: true}
+}
+
+// mountDisk makes the script's directory a disk of its own: "mount SIZE".
+func (s *testServer) mountDisk(fields []string) answer {
+	s.t.Helper()
+	s.dir = mount(s.t, fields[0])
+	return answer{}
+}
+
+// fillDisk is another program that leaves so many bytes of that disk: "fill-disk LEFT". Its file
+// is ./filler.
+func (s *testServer) fillDisk(fields []string) answer {
+	s.t.Helper()
+	name := s.path("filler")
+	err := os.WriteFile(name, make([]byte, 64<<20), 0o600)
+	expect(s.t, err != nil, "the disk is larger than its filler")
+	left := int64(byteCount(fields[0]))
+	fatal(s.t, os.Truncate(name, sizeOf(name)-left))
+	return answer{}
+}
+
+// each returns the lines that format makes of the numbers from first to last.
+func each(first, last int, format string) string {
+	var lines strings.Builder
+	for i := first; i <= last; i++ {
+		fmt.Fprintf(&lines, format+"\n", i)
+	}
+	return lines.String()
 }
 
 // gate keeps a shard's batcher busy until it is opened: what is added meanwhile forms one batch.
 func gate(sh *shard) (open func()) {
-	block, inside := make(chan struct{}), make(chan struct{})
-	sh.batcher.add(&op{do: func(*tx) error { close(inside); <-block; return nil }})
+	block := make(chan struct{})
+	inside := make(chan struct{})
+	sh.batcher.add(&op{do: func(*tx) error {
+		close(inside)
+		<-block
+		return nil
+	}})
 	<-inside
 	return func() { close(block) }
 }
 
 // systemCalls has the numbers of the calls that the fault tests make fail.
 var systemCalls = map[string]map[string]uintptr{
-	"linux/amd64": {"pread64": 17, "pwrite64": 18, "fsync": 74, "fdatasync": 75, "setfsuid": 122, "prctl": 157},
-	"linux/arm64": {"pread64": 67, "pwrite64": 68, "fsync": 82, "fdatasync": 83, "setfsuid": 151, "prctl": 167},
+	"linux/amd64": {
+		"pread64": 17, "pwrite64": 18, "fsync": 74, "fdatasync": 75, "prctl": 157, "openat": 257,
+	},
+	"linux/arm64": {
+		"pread64": 67, "pwrite64": 68, "fsync": 82, "fdatasync": 83, "prctl": 167, "openat": 56,
+	},
 }[runtime.GOOS+"/"+runtime.GOARCH]
 
-// breakSystemCalls makes system calls fail with errno on the calling goroutine's thread. The
-// seccomp filter cannot be taken off again, so the goroutine keeps its thread, which ends with it.
-func breakSystemCalls(errno syscall.Errno, names ...string) error {
+var errnos = map[string]syscall.Errno{
+	"EACCES": syscall.EACCES,
+	"EDQUOT": syscall.EDQUOT,
+	"EFBIG":  syscall.EFBIG,
+	"EIO":    syscall.EIO,
+	"ENOMEM": syscall.ENOMEM,
+}
+
+// breakSystemCalls makes system calls fail on the calling goroutine's thread: "CALL CALL", "ERRNO".
+// The seccomp filter cannot be taken off again, so the goroutine keeps its thread, which ends with
+// it.
+func breakSystemCalls(fields []string) error {
 	if systemCalls == nil {
 		return errors.New("not known for " + runtime.GOOS + "/" + runtime.GOARCH)
 	}
@@ -4538,22 +4596,33 @@ func breakSystemCalls(errno syscall.Errno, names ...string) error {
 		jt, jf uint8
 		k      uint32
 	}
-	const load, jumpIfEqual, answer, allow, fail = 0x20, 0x15, 0x06, 0x7fff0000, 0x00050000
+	const (
+		load        = 0x20
+		jumpIfEqual = 0x15
+		answer      = 0x06
+		allow       = 0x7fff0000
+		fail        = 0x00050000
+	)
+	calls := strings.Fields(fields[0])
 	program := []instruction{{code: load}}
-	for i, name := range names {
-		skip := uint8(len(names) - i)
-		program = append(program, instruction{jumpIfEqual, skip, 0, uint32(systemCalls[name])})
+	for i, call := range calls {
+		skip := uint8(len(calls) - i)
+		program = append(program, instruction{jumpIfEqual, skip, 0, uint32(systemCalls[call])})
 	}
 	program = append(program,
 		instruction{code: answer, k: allow},
-		instruction{code: answer, k: fail | uint32(errno)})
+		instruction{code: answer, k: fail | uint32(errnos[fields[1]])})
 	filter := struct {
 		n     uint16
 		first *instruction
 	}{uint16(len(program)), &program[0]}
+	const (
+		noNewPrivileges = 38
+		setSeccomp      = 22
+		withFilter      = 2
+	)
 	runtime.LockOSThread()
 	prctl := systemCalls["prctl"]
-	const noNewPrivileges, setSeccomp, withFilter = 38, 22, 2
 	syscall.RawSyscall6(prctl, noNewPrivileges, 1, 0, 0, 0, 0)
 	_, _, failed := syscall.RawSyscall(prctl, setSeccomp, withFilter, uintptr(unsafe.Pointer(&filter)))
 	if failed != 0 {
@@ -4562,50 +4631,152 @@ func breakSystemCalls(errno syscall.Errno, names ...string) error {
 	return nil
 }
 
-// breakDisk makes system calls of the shard's writer fail until the server stops.
-func breakDisk(t testing.TB, sh *shard, errno syscall.Errno, names ...string) {
+// whileBroken runs f on a thread of its own, whose system calls fail, and returns its error.
+func whileBroken(t testing.TB, fields []string, f func() error) error {
 	t.Helper()
 	broken := make(chan error, 1)
-	fatal(t, sh.batcher.add(&op{urgent: true, do: func(*tx) error {
-		broken <- breakSystemCalls(errno, names...)
-		return errCondition
-	}}))
+	result := make(chan error, 1)
+	go func() {
+		broken <- breakSystemCalls(fields)
+		result <- f()
+	}()
 	if err := <-broken; err != nil {
 		skip(t, "cannot make system calls fail here: %v", err)
 	}
+	return <-result
 }
 
-// One operation that fails does so alone.
+// A download that runs while its blob is replaced or deleted ends whole. What nobody reads is
+// swept.
+func TestReplacedWhileDownloaded(t *testing.T) {
+	t.Parallel() // it waits for upkeep
+	s := script(t, `
+		serve  num_shards=1
+		PUT    /blob/k  {noise 10C}
+		GET    /blob/k                              -> 200  {noise 10C}
+	`)
+	sh := s.store.shards[0]
+	first := noErr(sh.read("k", false))
+	second := noErr(sh.read("k", false))
+	s.script(`
+		PUT    /blob/k  {noise 2C}                  -> 201
+		DELETE /blob/k                              -> 204
+		PUT    /blob/k  new                         -> 201
+		# The content of two chunks goes, the content that is read stays.
+		wait sql data  SELECT count(*) FROM chunks  -> 10
+	`)
+	first.close()
+	expect(t, sh.isHeld(second.blob.id), "the end of one download ends the use of another")
+	content, err := io.ReadAll(second)
+	isWhole := err == nil && string(content) == expand("{noise 10C}")
+	expect(t, isWhole, "a download of %d bytes, %v", len(content), err)
+	second.close()
+	s.script(`
+		wait sql data  SELECT count(*) FROM chunks  -> 0
+		GET    /blob/k                              -> 200  new
+	`)
+}
+
+// An upload that breaks off leaves nothing visible, and its space comes back.
+func TestAbortedUpload(t *testing.T) {
+	t.Parallel() // it waits for upkeep
+	s := script(t, `
+		serve  num_shards=1
+		PUT    /blob/k  old
+	`)
+	for name, request := range map[string]string{
+		"of a known length": `PUT /blob/k  Content-Length: 10485760  {noise 20C}`,
+		"chunked":           `PUT /blob/k  Transfer-Encoding: chunked  500000\n{noise 20C}`,
+	} {
+		s.script(`
+			send ` + name + `  ` + request + `
+			wait sql data  SELECT count(*) > 10 FROM chunks                 -> 1
+		`)
+		s.connection(name).Close()
+		s.script(`
+			wait sql data  SELECT count(*) FROM orphans                     -> 0
+			wait sql data  SELECT count(*) FROM chunks                      -> 0
+			wait sql data  SELECT page_count < 512 FROM pragma_page_count   -> 1
+			GET  /blob/k                                                    -> 200  old
+		`)
+	}
+}
+
+// numbers begins a statement of SQL that uses the numbers up to 4999.
+const numbers = `WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 4999)`
+
+// Content ids begin above those of an earlier run, also those of orphans.
+func TestContentIDs(t *testing.T) {
+	script(t, `
+		serve  num_shards=1
+		stop
+		# An earlier run left an orphan, which it takes a while to sweep.
+		sql    data/shard_0.db  INSERT INTO orphans VALUES (1)
+		sql    data/shard_0.db  `+numbers+` INSERT INTO chunks SELECT 1 << 20 | i, x'00' FROM n
+		serve  num_shards=1
+		PUT    /blob/k  {noise 2C} -> 201
+		GET    /blob/k             -> 200  {noise 2C}
+	`)
+}
+
+// In async mode a read sees every write that was answered before, and does not wait for the window
+// of a batch.
+func TestAsync(t *testing.T) {
+	script(t, `
+		serve  num_shards=2  async_write=true  batch_timeout_ms=60000
+		PUT    /blob/k  {noise 10}   -> 202
+		GET    /blob/k               -> 200  {noise 10}    Blob-Version: 0
+		PUT    /blob/k  {noise 3C}   -> 202
+		GET    /blob/k               -> 200  {noise 3C}    Blob-Version: 1
+		PUT    /blob/k  ""           -> 202
+		GET    /blob/k               -> 200  ""            Blob-Version: 2
+		PUT    /blob/k  {noise C+1}  -> 202
+		GET    /blob/k               -> 200  {noise C+1}   Blob-Version: 3
+		PUT    /blob/k  again        -> 202
+		HEAD   /blob/k               -> 200  Content-Length: 5
+		DELETE /blob/k               -> 202
+		GET    /blob/k               -> 404
+
+		# Writes of one key are committed in their order.
+		PUT    /blob/k  1            -> 202
+		DELETE /blob/k               -> 202
+		PUT    /blob/k  2            -> 202
+		PUT    /blob/k  3            -> 202
+		GET    /blob/k               -> 200  3             Blob-Version: 1
+
+		# A stop commits what is queued.
+		PUT    /blob/k  4            -> 202
+		stop
+		serve  num_shards=2
+		GET    /blob/k               -> 200  4
+	`)
+}
+
+// One operation that fails, after it wrote something, does so alone. The others of its batch are
+// committed. A 202 that fails is logged and counted.
 func TestBadOperationFailsAlone(t *testing.T) {
-	s := newTestServer(t, oneShard)
-	sh, boom, ops := s.store.shards[0], errors.New("boom"), []*op{}
-	open := gate(sh)
-	for i := range 9 {
-		b := &blob{size: 1, stored: 1, data: []byte("x"), sum: sha256.Sum256([]byte("x"))}
-		o := &op{key: fmt.Sprint("k", i), data: b.data}
-		o.do = func(t *tx) error { // one of them writes, then fails
-			err := t.putBlob(o.key, b, &putOptions{})
-			if i == 4 {
-				return boom
-			}
-			return err
-		}
-		fatal(t, sh.batcher.add(o))
-		ops = append(ops, o)
-	}
-	open()
-	for i, o := range ops {
-		<-o.done
-		expect(t, (i == 4) == errors.Is(o.err, boom) && (i == 4 || o.err == nil), "operation %d: %v", i, o.err)
-		s.want(map[bool]int{false: 200, true: 404}[i == 4], "GET", blobPath(o.key), nil)
-	}
+	script(t, `
+		serve  num_shards=1  async_write=true  batch_timeout_ms=60000
+		sql    data/shard_0.db  CREATE TRIGGER no AFTER INSERT ON blobs WHEN new.key = 'bad' BEGIN SELECT raise(FAIL, ''); END
+		PUT    /blob/before  x  -> 202
+		PUT    /blob/bad     x  -> 202
+		PUT    /blob/after   x  -> 202
+		GET    /blob/bad        -> 404
+		GET    /blob/before     -> 200
+		GET    /blob/after      -> 200
+		log    msg="a write that was answered 202 failed" key=bad shard=0 -> 1
+		GET    /metrics         -> 200  ~blobnom_failed_background_writes_total{shard="0"} 1
+		sql    data/shard_0.db  DROP TRIGGER no
+		PUT    /blob/bad     y  -> 202
+		GET    /blob/bad        -> 200  y
+		GET    /readyz          -> 200  ~"failed_background_writes":1
+	`)
 }
 
 // Writes of one key stay in their order if the first of them has to be tried again, alone.
 func TestRetryKeepsOrder(t *testing.T) {
 	s := newTestServer(t, oneShard)
-	sh := s.store.shards[0]
-	var committed []string
+	committed := make(chan string, 2)
 	attempts := 0
 	first := &op{key: "k", background: true, do: func(*tx) error {
 		attempts++
@@ -4615,545 +4786,408 @@ func TestRetryKeepsOrder(t *testing.T) {
 		case 2:
 			return errBusy // the operation alone meets a foreign lock
 		}
-		committed = append(committed, "first")
+		committed <- "first"
 		return nil
 	}}
 	second := &op{key: "k", background: true, do: func(*tx) error {
-		committed = append(committed, "second")
+		committed <- "second"
 		return nil
 	}}
+	sh := s.store.shards[0]
 	open := gate(sh)
 	fatal(t, sh.batcher.add(first))
 	fatal(t, sh.batcher.add(second))
 	open()
-	<-first.done
-	<-second.done
-	if got := strings.Join(committed, " "); got != "first second" {
-		t.Errorf("committed %s", got)
-	}
+	eventually(t, "both are committed", func() bool { return len(committed) == 2 })
+	got := <-committed + " " + <-committed
+	expect(t, got == "first second", "committed %s", got)
 }
 
-func TestAsync(t *testing.T) {
-	// The window is long: a reader that did not hurry the batch would wait for it.
-	cfg := testConfig(t, func(c *config) { c.AsyncWrite, c.BatchTimeoutMS, c.NumShards = true, 60_000, 2 })
-	s := serveConfig(t, cfg)
-	for i, size := range []int{10, 3 * chunkSize, 0, chunkSize + 1, 20} {
-		s.put("k", noise(size, uint64(i)))
-		s.wantBlob("k", noise(size, uint64(i)), "Blob-Version", strconv.Itoa(i))
-	}
-	s.put("k", []byte("again"))
-	head, _ := s.want(200, "HEAD", "/blob/k", nil)
-	expect(t, head.ContentLength == 5, "HEAD sees %d bytes", head.ContentLength)
-	s.want(202, "DELETE", "/blob/k", nil)
-	s.want(404, "GET", "/blob/k", nil)
-	// Many writers, one key each: what the last 202 said is what comes back.
-	together(16, func(w int) {
-		key := fmt.Sprint("w", w)
-		for i := range 50 {
-			if s.put(key, fmt.Append(nil, i)); i%7 == 0 {
-				s.wantBlob(key, fmt.Append(nil, i))
-			}
-		}
-	})
-	client.CloseIdleConnections() // an unused one delays the stop by five seconds
-	fatal(t, s.stop())            // commits what is queued
-	s = serveConfig(t, cfg)
-	for w := range 16 {
-		s.wantBlob(fmt.Sprint("w", w), []byte("49"), "Blob-Version", "49")
-	}
-	// A background write that fails is logged and counted, and reads tell the truth.
-	sh, _ := s.store.shardOf("w0")
-	exec1(t, sh.path, "CREATE TRIGGER no BEFORE UPDATE ON blobs BEGIN SELECT raise(ABORT, 'no'); END")
-	s.put("w0", []byte("new"))
-	s.wantBlob("w0", []byte("49"))
-	_, body, err := s.do("GET", "/readyz", nil) // upkeep may have found the shard well already
-	fatal(t, err)
-	expect(t, strings.Contains(string(body), `"failed_background_writes":1`), "%s", body)
-	expect(t, strings.Contains(s.log.String(), "key=w0 "), "not logged:\n%s", s.log)
-	exec1(t, sh.path, "DROP TRIGGER no")
-	s.put("w0", []byte("new"))
-	s.wantBlob("w0", []byte("new"))
-	s.want(200, "GET", "/readyz", nil)
-}
-
-// A flood waits for room, then is told so; memory stays bounded.
+// A write that finds the queue full waits for room, and is then told so.
 func TestFlood(t *testing.T) {
-	s := newTestServer(t, oneShard, func(c *config) { c.MaxPendingBytes = 3000 })
-	s.store.queueTimeout = 50 * time.Millisecond
-	open := gate(s.store.shards[0])
-	answers := make(chan *http.Response)
-	for i := range 6 {
-		go func() {
-			resp, _, _ := s.do("PUT", fmt.Sprint("/blob/k", i), bytes.NewReader(noise(1000, 1)))
-			answers <- resp
-		}()
-	}
-	for range 5 { // one and a half fit
-		resp := <-answers
-		expect(t, resp.StatusCode == 503 && resp.Header.Get("Retry-After") != "", "%s %v", resp.Status, resp.Header)
-	}
-	open()
-	expect(t, (<-answers).StatusCode == 201, "the write that waited was not stored")
-	s.put("large", noise(2*chunkSize, 1)) // one operation always fits
+	s := script(t, `
+		serve  num_shards=1  async_write=true  batch_timeout_ms=60000  max_pending_bytes=6000
+	`)
+	s.store.queueTimeout = ms(50)
+	s.script(`
+		PUT /blob/a      {noise 1000}  -> 202
+		PUT /blob/b      {noise 1000}  -> 503  too busy, try again  Retry-After: 1
+		# A reader lets the queue be committed: there is room again.
+		GET /blob/a                    -> 200
+		PUT /blob/b      {noise 1000}  -> 202
+		GET /blob/b                    -> 200
+		# One operation always fits.
+		PUT /blob/large  {noise 2C}    -> 202
+		GET /blob/large                -> 200  {noise 2C}
+	`)
 }
 
-// Another process that holds a shard's lock delays what was answered 202. Whoever waits is told,
-// also behind those writes, and the shard is ready again by itself.
+// A shard that another process has locked is not ready, also if nobody writes. The lock delays what
+// was answered 202. Whoever waits behind such a write is told. The shard is ready again by itself.
 func TestForeignLock(t *testing.T) {
 	t.Parallel() // it mostly waits
-	s := newTestServer(t, oneShard, func(c *config) { c.AsyncWrite = true })
-	unlock := s.lockShard()
-	s.want(202, "PUT", "/blob/k", []byte("v"))
-	for _, c := range []struct {
-		name, method, path string
-		headers            []string
-	}{
-		{"a reader of the key", "GET", "/blob/k", nil},
-		{"HEAD", "HEAD", "/blob/k", nil},
-		{"the listing", "GET", "/blob/", nil},
-		{"an upload of many chunks", "PUT", "/blob/large", nil},
-		{"a write with a condition", "PUT", "/blob/other", []string{"If-None-Match", "*"}},
-	} {
-		start := time.Now()
-		resp, _, err := s.do(c.method, c.path, bytes.NewReader(noise(3*chunkSize, 1)), c.headers...)
-		fatal(t, err)
-		if resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "" {
-			t.Errorf("%s: %s, want 503 with Retry-After", c.name, resp.Status)
-		}
-		if took := time.Since(start); took > 2*busyTimeout {
-			t.Errorf("%s: told after %v", c.name, took)
-		}
-	}
-	s.want(503, "GET", "/readyz", nil)
-	s.want(202, "PUT", "/blob/k", []byte("w"))
-	unlock()
-	s.wantBlob("k", []byte("w"), "Blob-Version", "1")
-	eventually(t, "ready", s.ready)
+	s := script(t, `
+		serve  num_shards=1  async_write=true
+		writer PRAGMA busy_timeout = 200
+		lock   data/shard_0.db
+		wait GET /readyz                         -> 503
+		unlock
+		wait GET /readyz                         -> 200
+		log    msg="shard is not ready"          -> 1
+		log    msg="shard is ready again"        -> 1
+		lock   data/shard_0.db
+		PUT    /blob/k  v                        -> 202
+	`)
+	s.client = &http.Client{Timeout: 2 * busyTimeout}
+	s.script(`
+		GET    /blob/k                           -> 503  Retry-After: 1
+		HEAD   /blob/k                           -> 503  Retry-After: 1
+		GET    /blob/                            -> 503  Retry-After: 1
+		PUT    /blob/large  {noise 3C}           -> 503  Retry-After: 1
+		PUT    /blob/other  If-None-Match: *  x  -> 503  Retry-After: 1
+		GET    /readyz                           -> 503
+		PUT    /blob/k  w                        -> 202
+		unlock
+		wait GET /blob/k                         -> 200  w  Blob-Version: 1
+		wait GET /readyz                         -> 200
+	`)
 }
 
-// A shard that another process has locked is not ready, also if nobody writes. It is ready again
-// when the lock is gone.
-func TestReadyAgain(t *testing.T) {
-	t.Parallel() // it mostly waits
-	s := newTestServer(t, oneShard)
-	unlock := s.lockShard()
-	eventually(t, "not ready", func() bool { return !s.ready() })
-	s.wantLine(503, "PUT", "/blob/k", []byte("x"))
-	unlock()
-	eventually(t, "ready without a write", s.ready)
-	for _, line := range []string{`msg="shard is not ready"`, `msg="shard is ready again"`} {
-		if n := strings.Count(s.log.String(), line); n != 1 {
-			t.Errorf("%s was logged %d times:\n%s", line, n, s.log)
-		}
-	}
-}
-
+// On a full disk every shard reads and deletes, also after a restart. The room that deletes make
+// is used again.
 func TestDiskFull(t *testing.T) {
 	t.Parallel() // it waits for upkeep
-	for size, async := range map[int]bool{6000: false, 10_000: true, 300_000: false} {
-		dir := mount(t, "42m")
-		cfg := testConfig(t, func(c *config) { c.DataDir, c.AsyncWrite = filepath.Join(dir, "data"), async })
-		s := serveConfig(t, cfg)
-		fillDisk(t, dir, 12<<20)
-		stored := fill(s, size)
-		quarter := len(stored) / 4
-		remove := func(keys []string) { // on all shards at once: they share one reserve
-			together(4, func(w int) {
-				for i := w; i < len(keys); i += 4 {
-					expect(t, s.status("DELETE", blobPath(keys[i]), nil)/100 == 2, "DELETE of %d bytes failed", size)
-				}
-			})
-		}
-		remove(stored[:2*quarter])
-		// A restart on the full disk changes nothing.
-		s.stop()
-		s = serveConfig(t, cfg)
-		remove(stored[2*quarter : 3*quarter])
-		// The space comes back and writes work again, on every shard.
-		for shard := range 4 {
-			key := s.keyOn(shard, "again")
-			eventually(t, "a write works again", func() bool {
-				status := s.status("PUT", blobPath(key), bytes.NewReader(noise(size, 2)))
-				expect(t, status == 507 || status/100 == 2, "PUT of %d bytes: %d", size, status)
-				got, body, err := s.do("GET", blobPath(key), nil) // a 202 may have failed after all
-				return err == nil && got.StatusCode == 200 && bytes.Equal(body, noise(size, 2))
-			})
-		}
-		eventually(t, "ready", s.ready)
-		for _, key := range stored[3*quarter:] {
-			s.wantBlob(key, noise(size, 1))
-		}
-		room := 0
-		eventually(t, "room for a third of what was deleted", func() bool { room += len(fill(s, size)); return room >= quarter })
+	for _, row := range []struct{ size, count int }{
+		{6000, 1000},
+		{300_000, 24},
+	} {
+		quarter := row.count / 4
+		script(t, strings.ReplaceAll(`
+			mount     42m
+			serve
+			`+each(1, row.count, "PUT /blob/k%d  {noise SIZE} -> 201")+`
+			fill-disk C
+			PUT       /blob/big  {noise 10C}     -> 507  disk full
+			`+each(1, 2*quarter, "DELETE /blob/k%d -> 204")+`
+			stop
+			serve
+			`+each(2*quarter+1, 3*quarter, "DELETE /blob/k%d -> 204")+`
+			wait GET  /readyz                    -> 200
+			`+each(1, quarter, "wait PUT /blob/k%d  {noise SIZE} -> 201")+`
+			`+each(3*quarter+1, row.count, "GET /blob/k%d -> 200  {noise SIZE}")+`
+		`, "SIZE", fmt.Sprint(row.size)))
 	}
-}
-
-// fill puts blobs until the disk is full and returns the keys that are stored.
-func fill(s *testServer, size int) (stored []string) {
-	for full := false; !full; {
-		key := fmt.Sprint(time.Now().UnixNano())
-		resp, body, err := s.do("PUT", blobPath(key), bytes.NewReader(noise(size, 1)))
-		fatal(s.t, err)
-		if full = resp.StatusCode/100 != 2; !full {
-			stored = append(stored, key)
-		}
-		expect(s.t, !full || resp.StatusCode == 507 && string(body) == "disk full\n", "%s %q", resp.Status, body)
-	}
-	// In async mode some that were accepted may have failed after all.
-	return slices.DeleteFunc(stored, func(key string) bool {
-		status := s.status("HEAD", blobPath(key), nil)
-		expect(s.t, status == 200 || s.store.async, "%s was acknowledged, and is %d", key, status)
-		return status != 200
-	})
-}
-
-// fillDisk is another program that leaves so many bytes of a disk; free gives back what it took.
-func fillDisk(t *testing.T, dir string, left int64) (free func()) {
-	name := filepath.Join(dir, "filler")
-	expect(t, os.WriteFile(name, make([]byte, 64<<20), 0o600) != nil, "the disk is larger than its filler")
-	fatal(t, os.Truncate(name, sizeOf(name)-left))
-	return func() { os.Remove(name) }
-}
-
-// Whoever meets a full disk is told so, and soon; the server recovers by itself once there is
-// space.
-func TestFullDiskAnswers(t *testing.T) {
-	t.Parallel() // it waits for upkeep
-	dir := mount(t, "32m")
-	s := newTestServer(t, oneShard, func(c *config) { c.DataDir = filepath.Join(dir, "data") })
-	s.put("k", []byte("v"))
-	// Uploads that are cut off in their middle. Their clients send on, and see no reset before the
-	// answer.
-	free, body := fillDisk(t, dir, 3<<20), noise(8<<20, 1)
-	for i := range 10 {
-		conn := s.dial(fmt.Sprintf("PUT /blob/big HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\nExpect: 100-continue\r\n\r\n", len(body)))
-		answers := bufio.NewReader(conn)
-		for _, want := range []int{100, 507} {
-			resp, err := http.ReadResponse(answers, nil)
-			fatal(t, err)
-			text, err := io.ReadAll(resp.Body)
-			expect(t, err == nil && resp.StatusCode == want && (want == 100 || string(text) == "disk full\n"), "upload %d: %s %q %v", i, resp.Status, text, err)
-			if want == 100 {
-				conn.SetWriteDeadline(time.Now().Add(ms(100)))
-				_, err := conn.Write(body)
-				expect(t, err == nil || errors.Is(err, os.ErrDeadlineExceeded), "upload %d: %v", i, err)
-			}
-		}
-		conn.Close()
-	}
-	free()
-	// Upkeep is done before the disk is filled again, else it may give the reserve to the filler.
-	eventually(t, "ready, and the uploads swept", func() bool {
-		return s.ready() && countRows(t, s.store.dir, unswept) == 0 && countRows(t, s.store.dir, "PRAGMA freelist_count") <= vacuumPages
-	})
-	// Another process reads, so that the WAL cannot be emptied.
-	defer hold(t, openReadOnly(filepath.Join(s.store.dir, shardName(0))), "BEGIN; SELECT count(*) FROM blobs").Close()
-	free = fillDisk(t, dir, 0)
-	start := time.Now()
-	for range 3 {
-		s.want(507, "PUT", "/blob/x", body)
-		s.want(503, "GET", "/readyz", nil)
-		s.wantBlob("k", []byte("v"))
-	}
-	s.want(204, "DELETE", "/blob/k", nil)
-	expect(t, time.Since(start) < 2*time.Second, "three writes and a delete took %v", time.Since(start))
-	free()
-	eventually(t, "ready", s.ready)
-	s.put("k", []byte("w"))
 }
 
 // A clean stop leaves the reserve, so that the server starts, and deletes, on a disk that others
 // have filled meanwhile.
 func TestStartOnFullDisk(t *testing.T) {
 	t.Parallel() // it waits for upkeep
-	dir := mount(t, "32m")
-	cfg := testConfig(t, func(c *config) { c.DataDir = filepath.Join(dir, "data") })
-	s := serveConfig(t, cfg)
-	for i := range 40 {
-		s.put(fmt.Sprint("k", i), noise(100_000, uint64(i)))
+	script(t, `
+		mount     32m
+		serve
+		`+each(1, 40, "PUT /blob/k%d  {noise 100000}")+`
+		stop
+		fill-disk 0
+		serve
+		GET       /blob/k1               -> 200  {noise 100000}
+		`+each(2, 39, "DELETE /blob/k%d  -> 204")+`
+		PUT       /blob/new  {noise 20C} -> 507  disk full
+		stop
+		serve
+		GET       /blob/k1               -> 200  {noise 100000}
+		DELETE    /blob/k40              -> 204
+		remove    filler
+		wait GET  /readyz                -> 200
+		PUT       /blob/new  {noise 20C} -> 201
+	`)
+}
+
+// A delete that finds the disk full frees more than it takes.
+func TestDeleteOnFullDisk(t *testing.T) {
+	t.Parallel() // it waits for upkeep
+	script(t, `
+		mount     32m
+		serve     num_shards=1
+		`+each(1, 8, "PUT /blob/k%d  {noise 100000}")+`
+		stop
+		# A new WAL, which has to grow with each write.
+		serve     num_shards=1
+		`+each(1, 8, "PUT /blob/k%d  {noise 100000}")+`
+		fill-disk 0
+		# It has the room of the reserve.
+		DELETE    /blob/k1               -> 204
+		fill-disk 0
+		# Others have taken that. It has the room of the WAL.
+		DELETE    /blob/k2               -> 204
+		GET       /blob/k3               -> 200  {noise 100000}
+	`)
+}
+
+// As long as the reserve finds no room the disk counts as full: only reads and deletes work, and
+// in async mode, too, a write is told.
+func TestNoRoomForReserve(t *testing.T) {
+	t.Parallel() // it waits for upkeep
+	for _, mode := range []string{"async_write=false", "async_write=true"} {
+		script(t, strings.ReplaceAll(`
+			serve   num_shards=1
+			PUT     /blob/k     v
+			PUT     /blob/gone  {noise 3C}
+			stop
+			remove  data/blobnom.reserve
+			# MODE: a directory is in the way of the file.
+			write   data/blobnom.reserve/in-the-way
+			serve   num_shards=1  MODE
+			PUT     /blob/k      x             -> 507  disk full
+			PUT     /blob/empty  ""            -> 507  disk full
+			PUT     /blob/large  {noise 3C}    -> 507  disk full
+			GET     /readyz                    -> 503  ~disk full
+			GET     /blob/k                    -> 200  v
+			DELETE  /blob/gone                 -> 204
+			wait sql data  SELECT count(*) FROM chunks  -> 0
+			log     msg="disk full: only reads and deletes work -> 1
+			log     status=507                 -> 0
+			remove  data/blobnom.reserve
+			wait GET /readyz                   -> 200
+			PUT     /blob/k  x
+			GET     /blob/k                    -> 200  x
+			log     msg="the disk has room again -> 1
+		`, "MODE", mode))
 	}
-	fatal(t, s.stop())
-	if n := sizeOf(filepath.Join(cfg.DataDir, reserveFile)); n != reserveBytes {
-		t.Fatalf("a clean stop left a reserve of %d bytes", n)
-	}
-	free := fillDisk(t, dir, 0)
-	s = serveConfig(t, cfg)
-	s.wantBlob("k1", noise(100_000, 1))
-	for i := 2; i < 40; i++ {
-		s.want(204, "DELETE", fmt.Sprint("/blob/k", i), nil)
-	}
-	s.want(507, "PUT", "/blob/new", noise(5<<20, 1))
-	s.want(503, "GET", "/readyz", nil)
-	fatal(t, s.stop())
-	s = serveConfig(t, cfg)
-	s.wantBlob("k1", noise(100_000, 1))
-	s.want(204, "DELETE", "/blob/k0", nil)
-	free()
-	eventually(t, "ready", s.ready)
-	s.put("new", noise(5<<20, 1))
+}
+
+// An upload that meets a full disk in its middle is told so, while its client still sends.
+func TestFullInTheMiddle(t *testing.T) {
+	t.Parallel() // it waits for upkeep
+	script(t, `
+		serve     num_shards=1
+		PUT       /blob/k  v
+		writer    PRAGMA max_page_count = 500
+		`+strings.Repeat("PUT  /blob/big  {noise 32C} -> 507  disk full\n", 10)+`
+		GET       /blob/k                -> 200  v
+		DELETE    /blob/k                -> 204
+		writer    PRAGMA max_page_count = 1000000
+		wait PUT  /blob/big  {noise 32C} -> 201
+		wait GET  /readyz                -> 200
+	`)
 }
 
 // A database that may not grow any more (ulimit -f) is a full disk. Deletes make room.
 func TestMaximumFileSize(t *testing.T) {
-	t.Parallel()                                                                    // it waits for upkeep
-	limited := exec.Command("sh", "-c", `ulimit -f 20000 && exec "$0"`, os.Args[0]) // 10 or 20 MB
+	t.Parallel()                                 // it waits for upkeep
+	const limit = `ulimit -f 20000 && exec "$0"` // 10 or 20 MB
+	limited := exec.Command("sh", "-c", limit, os.Args[0])
 	p := startBy(t, limited, t.TempDir(), "BLOBNOM_NUM_SHARDS=1")
-	stored := 0
-	put := func() int {
-		return p.status("PUT", fmt.Sprint("/blob/k", stored), bytes.NewReader(noise(1<<20, uint64(stored))))
-	}
-	for status := 201; status != 507; stored++ {
-		status = put()
-		if stored == 30 || status != 201 && status != 507 {
-			t.Fatalf("upload %d: %d", stored, status)
-		}
-	}
-	for i := range stored / 2 {
-		p.want(204, "DELETE", fmt.Sprint("/blob/k", i), nil)
-	}
-	eventually(t, "ready", p.ready)
-	if status := put(); status != 201 {
-		t.Errorf("an upload into the room that was made: %d", status)
-	}
+	p.script(`
+		PUT       /blob/old  {noise 24C} -> 201
+		PUT       /blob/big  {noise 80C} -> 507  disk full
+		DELETE    /blob/old              -> 204
+		wait GET  /readyz                -> 200
+		wait PUT  /blob/new  {noise 32C} -> 201
+		GET       /blob/new              -> 200  {noise 32C}
+	`)
 	fatal(t, p.signal(os.Interrupt))
 }
 
 // The reserve is tried at most once a second.
 func TestReserve(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		log := new(syncBuffer)
-		r := &reserve{path: filepath.Join(t.TempDir(), reserveFile), log: slog.New(slog.NewTextHandler(log, nil))}
-		want := func(when string, full bool, size int64) {
+		s := &testServer{t: t, log: new(syncBuffer)}
+		r := &reserve{
+			path: filepath.Join(t.TempDir(), reserveFile),
+			log:  slog.New(slog.NewTextHandler(s.log, nil)),
+		}
+		want := func(when string, isFull bool, size int64) {
 			t.Helper()
-			if r.isFull() != full || sizeOf(r.path) != size {
-				t.Errorf("%s: full %v with a reserve of %d bytes, want %v, %d", when, r.isFull(), sizeOf(r.path), full, size)
-			}
+			expect(t, r.isFull() == isFull, "%s: full %v", when, r.isFull())
+			expect(t, sizeOf(r.path) == size, "%s: a reserve of %d bytes", when, sizeOf(r.path))
 		}
 		r.begin()
 		want("at the first start", false, reserveBytes)
+		content := noErr(os.ReadFile(r.path))
+		hasHole := bytes.Contains(content, make([]byte, 4096))
+		expect(t, !hasHole, "a file system may store the reserve with holes")
 		r.giveUp(errFull)
 		r.giveUp(errFull)
 		want("on a full disk", true, -1)
-		if err := r.take(); err != errFull {
-			t.Errorf("tried again within a second: %v", err)
-		}
+		err := r.take()
+		expect(t, err == errFull, "tried again within a second: %v", err)
 		want("within a second", true, -1)
 		time.Sleep(sweepInterval)
 		fatal(t, r.take())
 		want("after a second", false, reserveBytes)
-		for _, line := range []string{`msg="disk full`, `msg="the disk has room again`} {
-			if n := strings.Count(log.String(), line); n != 1 {
-				t.Errorf("%q was logged %d times, want once:\n%s", line, n, log)
-			}
-		}
+		s.script(`
+			log  msg="disk full: only reads    -> 1
+			log  msg="the disk has room again  -> 1
+		`)
 	})
 }
 
 // A write whose sync fails is answered 500 and not seen. After it nothing is written or
-// checkpointed any more, so that what was answered before is there after a restart.
+// checkpointed any more, so that what was answered before is there after a restart. With durability
+// "normal" the first sync is that of a checkpoint.
 func TestFailedSync(t *testing.T) {
-	for _, durability := range []string{"full", "normal"} {
-		t.Run(durability, func(t *testing.T) {
-			cfg := testConfig(t, oneShard, func(c *config) { c.Durability = durability })
-			clock := newClock()
-			s := serveAt(t, cfg, clock)
-			sh := s.store.shards[0]
-			for i := range 20 {
-				s.put(fmt.Sprint("before", i), noise(3000, uint64(i)))
-			}
-			s.want(201, "PUT", "/blob/expires?ttl=1s", noise(3000, 1))
-			breakDisk(t, sh, syscall.EIO, "fsync", "fdatasync")
-			answered := map[string]int{}
-			eventually(t, "a write fails", func() bool { // full: the first; normal: that after a checkpoint
-				key := fmt.Sprint("key", len(answered))
-				answered[key] = s.status("PUT", blobPath(key), bytes.NewReader(noise(100_000, 1)))
-				return answered[key] == 500
-			})
-			database := snapshot(t, cfg.DataDir)[shardName(0)]
-			clock.advance(time.Minute) // upkeep would delete what has expired
-			s.wantLine(500, "DELETE", "/blob/before1", nil)
-			s.wantLine(500, "PUT", "/blob/before2", []byte("x"))
-			s.wantLine(500, "PUT", "/blob/large", noise(3*chunkSize, 1))
-			for key, status := range answered {
-				want := 200
-				if status == 500 {
-					want = 404
-				}
-				s.want(want, "GET", blobPath(key), nil)
-			}
-			_, body := s.want(503, "GET", "/readyz", nil)
-			if !strings.Contains(string(body), "a sync of the disk failed; restart the server") {
-				t.Errorf("readyz does not tell: %s", body)
-			}
-			if n := sh.upkeep(); n != sweepInterval { // the batcher has nothing to do
-				t.Errorf("upkeep asks to run again after %v", n)
-			}
-			fatal(t, s.stop())
-			if snapshot(t, cfg.DataDir)[shardName(0)] != database {
-				t.Error("the database was written after the failed sync")
-			}
-			s = serveConfig(t, cfg)
-			for i := range 20 {
-				s.wantBlob(fmt.Sprint("before", i), noise(3000, uint64(i)))
-			}
-			for key, status := range answered {
-				if status == 201 {
-					s.wantBlob(key, noise(100_000, 1))
-				}
-			}
-			s.put("after", []byte("x"))
-			s.want(200, "GET", "/readyz", nil)
-		})
+	for _, values := range []*strings.Replacer{
+		strings.NewReplacer("DURABILITY", "full", "WRITTEN", "500", "FOUND", "404"),
+		strings.NewReplacer("DURABILITY", "normal", "WRITTEN", "201", "FOUND", "200"),
+	} {
+		s := script(t, values.Replace(`
+			# durability DURABILITY
+			clock   2026-01-02T03:04:05Z
+			serve   num_shards=1  durability=DURABILITY
+			PUT     /blob/before           {noise 3000}  -> 201
+			PUT     /blob/expires?ttl=1s   {noise 3000}  -> 201
+			break   fsync fdatasync  EIO
+			PUT     /blob/next             {noise 3000}  -> WRITTEN
+			PUT     /blob/large            {noise 40C}   -> 500
+			keep    data
+			clock   +1m
+			DELETE  /blob/before                         -> 500
+			PUT     /blob/before           x             -> 500
+			PUT     /blob/large            {noise 3C}    -> 500
+			GET     /blob/large                          -> 404
+			GET     /blob/next                           -> FOUND
+			GET     /readyz                -> 503  ~a sync of the disk failed; restart the server
+		`))
+		s.store.shards[0].upkeep() // would delete what has expired; the batcher has nothing to do
+		s.script(values.Replace(`
+			# after durability DURABILITY
+			stop
+			same    data
+			serve   num_shards=1
+			GET     /blob/before                         -> 200  {noise 3000}
+			GET     /blob/next                           -> FOUND
+			PUT     /blob/after            x             -> 201
+			GET     /readyz                              -> 200
+		`))
 	}
 }
 
 // After a failed sync a write is not answered 202 any more: it cannot come true.
 func TestFailedSyncOfAsync(t *testing.T) {
-	s := newTestServer(t, oneShard, func(c *config) { c.AsyncWrite, c.Durability = true, "full" })
-	s.put("k", []byte("v"))
-	s.wantBlob("k", []byte("v"))
-	breakDisk(t, s.store.shards[0], syscall.EIO, "fsync", "fdatasync")
-	s.status("PUT", "/blob/lost", strings.NewReader("x")) // 202: nobody knows yet
-	eventually(t, "the failure is known", func() bool { return !s.ready() })
-	s.wantLine(500, "PUT", "/blob/k", []byte("w"))
-	s.wantLine(500, "DELETE", "/blob/k", nil)
-	s.wantBlob("k", []byte("v"))
+	script(t, `
+		serve   num_shards=1  async_write=true  durability=full
+		PUT     /blob/k     v  -> 202
+		GET     /blob/k        -> 200  v
+		break   fsync fdatasync  EIO
+		# Nobody knows yet when this is answered; everybody knows after it.
+		PUT     /blob/lost  x  -> 202
+		GET     /blob/lost     -> 404
+		GET     /readyz        -> 503
+		PUT     /blob/k     w  -> 500
+		DELETE  /blob/k        -> 500
+		GET     /blob/k        -> 200  v
+	`)
 }
 
-// SQLite calls a file damaged when one read fails. Such a read is tried again, and nothing stays.
-func TestReadThatFailsOnce(t *testing.T) {
-	s := newTestServer(t, oneShard)
-	sh := s.store.shards[0]
-	corrupt := fmt.Errorf("%w: as SQLite says", errCorrupt)
-	sh.recordOutcome(corrupt)
-	s.want(200, "GET", "/readyz", nil)
-	s.put("k", []byte("v"))
-	sh.recordOutcome(corrupt)
-	s.want(200, "GET", "/readyz", nil)
-	sh.recordOutcome(corrupt)
-	_, body := s.want(503, "GET", "/readyz", nil)
-	if !strings.Contains(string(body), errCorrupt.text) {
-		t.Errorf("readyz says %s", body)
-	}
+// A quota and a maximum size of files are a full disk to a client, other write errors are not.
+func TestQuota(t *testing.T) {
+	scripts(t, `
+		serve  num_shards=1
+		PUT    /blob/k  v
+	`, `
+		# a quota
+		break  pwrite64  EDQUOT
+		PUT    /blob/new  x                    -> 507  disk full
+		PUT    /blob/new  x                    -> 507  disk full
+		GET    /blob/k                         -> 200  v
+		log    msg="disk full: only reads      -> 1
+
+		# a maximum size of files
+		break  pwrite64  EFBIG
+		PUT    /blob/new  x                    -> 507  disk full
+		GET    /blob/k                         -> 200  v
+		log    msg="disk full: only reads      -> 1
+
+		# a write error
+		break  pwrite64  EIO
+		PUT    /blob/new  x                    -> 500
+		PUT    /blob/new  x                    -> 500
+		GET    /readyz                         -> 503
+		GET    /blob/k                         -> 200  v
+		log    disk full                       -> 0
+	`)
 }
 
 // What the disk does not let be read at a start is not called corrupt: a restore would lose data.
 func TestUnreadableAtStart(t *testing.T) {
-	for _, c := range []struct {
-		name, call string
-		errno      syscall.Errno
-		want       string
+	script(t, `
+		serve  num_shards=1
+		PUT    /blob/k  v
+		stop
+		open   pread64   EIO     -> refused  ~shard_0.db  ~disk I/O error  !corrupt  !restore
+		open   pread64   ENOMEM  -> refused  ~shard_0.db  ~disk I/O error  !corrupt  !restore
+		open   pwrite64  EIO     -> refused  ~shard_0.db  ~disk I/O error  !corrupt  !restore
+		open   pwrite64  EDQUOT  -> refused  ~shard_0.db  ~disk full       !corrupt  !restore
+		serve  num_shards=1
+		GET    /blob/k           -> 200  v
+	`)
+}
+
+// SQLite calls a file damaged when one read fails. Such a read is tried again, and nothing stays.
+func TestReadThatFailsOnce(t *testing.T) {
+	s := script(t, `serve  num_shards=1`)
+	for _, row := range []struct {
+		failures int // in a row
+		ready    string
 	}{
-		{"read error", "pread64", syscall.EIO, "disk I/O error"},
-		{"out of memory", "pread64", syscall.ENOMEM, "disk I/O error"},
-		{"write error", "pwrite64", syscall.EIO, "disk I/O error"},
-		{"quota", "pwrite64", syscall.EDQUOT, "disk full"},
+		{1, "200"},
+		{1, "200"},
+		{2, "503  ~shard is corrupt"},
 	} {
-		t.Run(c.name, func(t *testing.T) {
-			cfg := testConfig(t, oneShard)
-			s := serveConfig(t, cfg)
-			s.put("k", []byte("v"))
-			fatal(t, s.stop())
-			log := new(syncBuffer)
-			lock, err := lockDir(cfg.DataDir)
-			fatal(t, err)
-			result := make(chan error, 1)
-			go func() {
-				if err := breakSystemCalls(c.errno, c.call); err != nil {
-					result <- nil
-					return
-				}
-				_, err := openStore(t.Context(), cfg, lock, slog.New(slog.NewTextHandler(log, nil)), time.Now)
-				result <- err
-			}()
-			err = <-result
-			if err == nil {
-				t.Skip("system calls cannot be made to fail here")
+		s.asWriter(&op{}, func() {
+			for range row.failures {
+				s.store.shards[0].recordOutcome(fmt.Errorf("%w: as SQLite says", errCorrupt))
 			}
-			text := err.Error() + log.String()
-			if !strings.Contains(text, shardName(0)) || !strings.Contains(text, c.want) {
-				t.Errorf("%q does not name the file and the cause, %q", text, c.want)
-			}
-			if strings.Contains(text, "corrupt") || strings.Contains(text, "restore") {
-				t.Errorf("%q calls it damaged", text)
-			}
-			serveConfig(t, cfg).wantBlob("k", []byte("v"))
 		})
+		s.script("GET /readyz -> " + row.ready)
 	}
 }
 
-// A backup brings an empty WAL along. If another user restored it, the server may not open it.
+// A backup brings an empty WAL along. If another user restored it, the server may not open it, and
+// removes it. A WAL with something in it is needed, and stays.
 func TestRestoredByAnotherUser(t *testing.T) {
-	cfg := testConfig(t, oneShard)
-	s := serveConfig(t, cfg)
-	s.put("k", []byte("v"))
-	fatal(t, s.stop())
-	wal := filepath.Join(cfg.DataDir, shardName(0)+"-wal")
-	fatal(t, os.WriteFile(wal, nil, 0))
-	const nobody = 65534
-	if os.Getuid() == 0 {
-		temporary := filepath.Dir(cfg.DataDir)
-		fatal(t, os.Chmod(filepath.Dir(temporary), 0o755))
-		os.Chown(cfg.DataDir, nobody, nobody)
-		for name := range snapshot(t, cfg.DataDir) {
-			if name != filepath.Base(wal) {
-				os.Chown(filepath.Join(cfg.DataDir, name), nobody, nobody)
-			}
-		}
-	}
-	opened := make(chan error)
-	go func() {
-		runtime.LockOSThread() // for the user, who is that of this thread alone
-		if os.Getuid() == 0 {
-			syscall.RawSyscall(systemCalls["setfsuid"], nobody, 0, 0)
-		}
-		err := tryOpen(wal)
-		opened <- err
-	}()
-	fatal(t, <-opened)
-	if fileExists(wal) {
-		t.Error("the empty WAL is still there")
-	}
-	serveConfig(t, cfg).wantBlob("k", []byte("v"))
-	// One that has something in it is needed, and named.
-	full := filepath.Join(t.TempDir(), "shard_0.db-wal")
+	dir := t.TempDir()
+	empty := filepath.Join(dir, "empty-wal")
+	full := filepath.Join(dir, "full-wal")
+	fatal(t, os.WriteFile(empty, nil, 0o600))
 	fatal(t, os.WriteFile(full, []byte("x"), 0o600))
-	fatal(t, tryOpen(full))
-	if !fileExists(full) {
-		t.Error("a WAL with content was removed")
-	}
+	err := whileBroken(t, []string{"openat", "EACCES"}, func() error {
+		if err := tryOpen(empty); err != nil {
+			return fmt.Errorf("the empty WAL: %w", err)
+		}
+		return tryOpen(full)
+	})
+	isNamed := errors.Is(err, os.ErrPermission) && strings.Contains(err.Error(), full)
+	expect(t, isNamed, "%v does not name the WAL that is needed", err)
+	expect(t, !fileExists(empty), "the empty WAL is still there")
+	expect(t, fileExists(full), "a WAL with content was removed")
 }
 
 // What the writer's connection is told, for each durability: what an answered write survives
 // depends on it.
 func TestPragmas(t *testing.T) {
-	for _, c := range []struct{ durability, want string }{
-		{"full", "2 1 1"},
-		{"normal", "1 0 0"},
-		{"off", "0 0 0"},
-	} {
-		s := newTestServer(t, oneShard, func(cfg *config) { cfg.Durability = c.durability })
-		sh := s.store.shards[0]
-		row := func(query string) (text string) {
-			fatal(t, sh.writer.QueryRow(query).Scan(&text))
-			return text
-		}
-		got := row(`SELECT synchronous || ' ' || fullfsync || ' ' || checkpoint_fullfsync
-			FROM pragma_synchronous, pragma_fullfsync, pragma_checkpoint_fullfsync`)
-		if got != c.want {
-			t.Errorf("%s: synchronous, fullfsync, checkpoint_fullfsync are %s, want %s", c.durability, got, c.want)
-		}
-		for pragma, want := range map[string]string{
-			"journal_mode":       "wal",
-			"journal_size_limit": fmt.Sprint(reserveBytes),
-			"wal_autocheckpoint": "0",
-			"busy_timeout":       fmt.Sprint(busyTimeout.Milliseconds()),
-		} {
-			if got := row("PRAGMA " + pragma); got != want {
-				t.Errorf("%s: %s is %s, want %s", c.durability, pragma, got, want)
-			}
-		}
-	}
+	const syncs = `SELECT synchronous || ' ' || fullfsync || ' ' || checkpoint_fullfsync
+		FROM pragma_synchronous, pragma_fullfsync, pragma_checkpoint_fullfsync`
+	script(t, strings.ReplaceAll(`
+		serve   num_shards=1  durability=full
+		writer  SYNCS                      -> 2 1 1
+		writer  PRAGMA journal_mode        -> wal
+		writer  PRAGMA journal_size_limit  -> 6291456
+		writer  PRAGMA wal_autocheckpoint  -> 0
+		writer  PRAGMA busy_timeout        -> 4000
+		# Chunks are committed without a sync. What makes them visible is synced with them.
+		writer  PRAGMA synchronous  chunk  -> 1
+		writer  PRAGMA synchronous         -> 2
+		stop
+		serve   num_shards=1  durability=normal
+		writer  SYNCS                      -> 1 0 0
+		writer  PRAGMA synchronous  chunk  -> 1
+		stop
+		serve   num_shards=1  durability=off
+		writer  SYNCS                      -> 0 0 0
+		writer  PRAGMA synchronous  chunk  -> 0
+	`, "SYNCS", strings.Join(strings.Fields(syncs), " ")))
 }
 
 // The WAL is copied into the database before it outgrows the reserve, and the next write begins it
@@ -5162,8 +5196,10 @@ func TestCheckpoint(t *testing.T) {
 	s := newTestServer(t, oneShard)
 	wal := s.store.shards[0].path + "-wal"
 	for _, size := range []int{10, 4 << 10, 200 << 10, 3 << 20} {
-		for i := range 20 << 20 / (size + 8<<10) {
-			s.put(fmt.Sprint(size, "-", i%1000), noise(size, uint64(i)))
+		writes := 20 << 20 / (size + 8<<10)
+		for i := range writes {
+			key := fmt.Sprint(size, "-", i%1000)
+			s.put(key, noise(size, uint64(i)))
 			if n := sizeOf(wal); n > reserveBytes-spareBytes {
 				t.Fatalf("blobs of %d bytes: the WAL has %d bytes", size, n)
 			}
@@ -5174,203 +5210,118 @@ func TestCheckpoint(t *testing.T) {
 // Upkeep keeps the WAL small, too: many blobs expire while nobody writes.
 func TestCheckpointOfUpkeep(t *testing.T) {
 	t.Parallel() // it waits for upkeep
-	cfg := testConfig(t, oneShard)
-	clock := newClock()
-	fatal(t, serveAt(t, cfg, clock).stop())
-	path := filepath.Join(cfg.DataDir, shardName(0))
-	exec1(t, path, fmt.Sprintf(`INSERT INTO blobs
-		WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 10000)
-		SELECT i, hex(randomblob(200)), 0, x'%x', 0, 0, NULL, 'text/plain', 0, 0, 1, 0, x''
-		FROM n`, sha256.Sum256(nil)))
-	s := serveAt(t, cfg, clock)
+	s := script(t, `
+		serve  num_shards=1
+		stop
+		sql    data/shard_0.db  `+numbers+` INSERT INTO blobs SELECT i, hex(randomblob(200)), 0, x'`+sumOf(nil)+`', 0, 0, 0, '', 0, 0, 1, 0, '' FROM n
+		serve  num_shards=1
+	`)
 	most := int64(0)
 	eventually(t, "all are swept", func() bool {
-		most = max(most, sizeOf(path+"-wal"))
-		return countRows(t, s.store.dir, "SELECT count(*) FROM blobs") == 0
+		most = max(most, sizeOf(s.path("data/shard_0.db-wal")))
+		return countRows(t, s.path("data"), "SELECT count(*) FROM blobs") == 0
 	})
-	if most > 3*reserveBytes { // it grows while countRows reads; without checkpoints it has 60 MB
-		t.Errorf("the WAL had %d bytes", most)
-	}
+	// It grows while countRows reads. Without checkpoints it has 30 MB and more.
+	expect(t, most <= 3*reserveBytes, "the WAL had %d bytes", most)
+}
+
+// A reader of another process, which keeps the WAL from being emptied, does not delay a stop.
+func TestReaderDelaysNobody(t *testing.T) {
+	s := script(t, `
+		serve  num_shards=1
+		PUT    /blob/k  v
+	`)
+	hold(t, openReadOnly(s.path("data/shard_0.db")), "BEGIN; SELECT count(*) FROM blobs")
+	s.script(`PUT /blob/k  w`)
+	start := time.Now()
+	s.script(`stop`)
+	took := time.Since(start)
+	expect(t, took < busyTimeout, "the stop took %v", took)
 }
 
 // A directory that is refused is left alone: what has expired in it, too.
 func TestRefusedIsUntouched(t *testing.T) {
-	cfg := testConfig(t)
-	clock := newClock()
-	s := serveAt(t, cfg, clock)
-	s.want(201, "PUT", "/blob/k?ttl=1s", []byte("v"))
-	fatal(t, s.stop())
-	clock.advance(time.Hour)
-	other := *cfg
-	other.NumShards = 8
-	for range 20 { // upkeep would need a moment
-		_, err := openStore(t.Context(), &other, nil, slog.New(slog.DiscardHandler), clock.now)
-		if err == nil {
-			t.Fatal("opened with another num_shards")
-		}
-	}
-	if n := countRows(t, cfg.DataDir, "SELECT count(*) FROM blobs"); n != 1 {
-		t.Errorf("%d blobs after a refused start, want 1", n)
-	}
+	script(t, `
+		clock  2026-01-02T03:04:05Z
+		serve
+		PUT    /blob/k?ttl=1s  v
+		stop
+		clock  +1h
+		keep   data
+		# Upkeep would need a moment.
+		`+strings.Repeat("serve  num_shards=8  -> refused  ~holds 4 shards\n", 20)+`
+		same   data
+	`)
 }
 
 // What has expired leaves the cache with its row, so that a clock that goes back does not bring it
 // back.
 func TestExpiredLeavesCache(t *testing.T) {
 	t.Parallel() // it waits for upkeep
-	clock := newClock()
-	s := serveAt(t, testConfig(t, oneShard), clock)
-	cached := func() int {
-		c := s.store.shards[0].cache
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		return len(c.entries)
-	}
-	for i := range 50 {
-		s.want(201, "PUT", fmt.Sprintf("/blob/k%d?ttl=1m", i), []byte("v"))
-		s.wantBlob(fmt.Sprint("k", i), []byte("v"))
-	}
-	if n := cached(); n != 50 {
-		t.Fatalf("%d blobs in the cache, want 50", n)
-	}
-	clock.advance(time.Minute)
-	s.want(404, "GET", "/blob/k7", nil)
-	if n := cached(); n > 49 {
-		t.Errorf("%d blobs in the cache after one was refused as expired", n)
-	}
-	eventually(t, "all are swept", func() bool {
-		return countRows(t, s.store.dir, "SELECT count(*) FROM blobs") == 0
-	})
-	if n := cached(); n != 0 {
-		t.Errorf("%d swept blobs in the cache", n)
-	}
-	clock.advance(-time.Minute)
-	s.want(404, "GET", "/blob/k8", nil)
+	script(t, `
+		clock  2026-01-02T03:04:05Z
+		serve  num_shards=1
+		PUT    /blob/a?ttl=1m  v                   -> 201
+		PUT    /blob/b?ttl=1m  v                   -> 201
+		GET    /blob/a                             -> 200  v
+		GET    /blob/b                             -> 200  v
+		clock  +1m
+		GET    /blob/a                             -> 404
+		wait sql data  SELECT count(*) FROM blobs  -> 0
+		clock  -1m
+		GET    /blob/a                             -> 404
+		GET    /blob/b                             -> 404
+	`)
 }
 
 // A shard that is written to now and then returns its free pages, too.
 func TestSpaceReturnsUnderWrites(t *testing.T) {
 	t.Parallel() // it waits for upkeep
-	s := newTestServer(t, oneShard)
-	s.put("large", noise(20<<20, 1))
-	s.want(204, "DELETE", "/blob/large", nil)
+	s := script(t, `
+		serve   num_shards=1
+		PUT     /blob/large  {noise 80C}
+		DELETE  /blob/large
+	`)
 	eventually(t, "the file shrinks", func() bool {
 		s.put("small", []byte("x"))
-		return sizeOf(s.store.shards[0].path) < 4<<20
+		return sizeOf(s.path("data/shard_0.db")) < 4<<20
 	})
-}
-
-// Content ids begin above those of an earlier run, orphans' ids too.
-func TestContentIDs(t *testing.T) {
-	cfg := testConfig(t, oneShard)
-	fatal(t, serveConfig(t, cfg).stop())
-	path := filepath.Join(cfg.DataDir, shardName(0))
-	exec1(t, path, "INSERT INTO orphans VALUES (1); INSERT INTO chunks VALUES (1 << 20, x'00')")
-	s := serveConfig(t, cfg)
-	s.put("k", noise(2*chunkSize, 1)) // with id 1 it would meet the orphan's chunk
-	s.wantBlob("k", noise(2*chunkSize, 1))
-}
-
-// A quota and a maximum size of files are a full disk to a client, other write errors are not.
-func TestQuota(t *testing.T) {
-	for _, c := range []struct {
-		name   string
-		errno  syscall.Errno
-		status int
-		logged int // lines that say that the disk is full
-	}{
-		{"quota", syscall.EDQUOT, 507, 1},
-		{"maximum size of a file", syscall.EFBIG, 507, 1},
-		{"write error", syscall.EIO, 500, 0},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			s := newTestServer(t, oneShard)
-			s.put("k", []byte("v"))
-			breakDisk(t, s.store.shards[0], c.errno, "pwrite64")
-			for i := range 5 {
-				s.wantLine(c.status, "PUT", fmt.Sprint("/blob/new", i), []byte("x"))
-			}
-			s.want(503, "GET", "/readyz", nil)
-			s.wantBlob("k", []byte("v"))
-			if n := strings.Count(s.log.String(), "disk full: only reads"); n != c.logged {
-				t.Errorf("logged %d times that the disk is full, want %d:\n%s", n, c.logged, s.log)
-			}
-			if n := strings.Count(s.log.String(), "status=507"); n != 0 {
-				t.Errorf("%d refused writes have a line each:\n%s", n, s.log)
-			}
-		})
-	}
+	// The checkpoint that made it shrink did not wait for a lock. A write does.
+	s.script(`writer PRAGMA busy_timeout -> 4000`)
 }
 
 // A shard keeps the page size with which it was made, whatever that of new ones is.
 func TestPageSizes(t *testing.T) {
-	cfg := testConfig(t, oneShard)
-	s := serveConfig(t, cfg)
-	want := map[string][]byte{}
-	for _, pageBytes := range []int{newPageBytes, 1 << 10, 4 << 10, 64 << 10} {
-		if pageBytes != newPageBytes {
-			fatal(t, s.stop())
-			change := "PRAGMA journal_mode = DELETE; PRAGMA page_size = %d; VACUUM"
-			exec1(t, filepath.Join(cfg.DataDir, shardName(0)), fmt.Sprintf(change, pageBytes))
-			s = serveConfig(t, cfg)
-		}
-		n := countRows(t, cfg.DataDir, "SELECT page_size FROM pragma_page_size")
-		if n != int64(pageBytes) || s.store.shards[0].pageBytes != n {
-			t.Fatalf("pages have %d bytes, want %d", n, pageBytes)
-		}
-		for key, body := range want { // what was written with other pages
-			s.wantBlob(key, body)
-		}
-		for _, size := range []int{10, 4 << 10, chunkSize, 3*chunkSize + 5} {
-			key := fmt.Sprint(size, " on ", pageBytes)
-			want[key] = noise(size, uint64(pageBytes))
-			s.put(key, want[key])
-			s.wantBlob(key, want[key])
-			s.put(fmt.Sprint(size), want[key]) // replaces what was written with other pages
-		}
+	s := script(t, `
+		serve  num_shards=1
+		sql    data  PRAGMA page_size           -> 8192
+		PUT    /blob/old/small  {noise 10}      -> 201
+		PUT    /blob/old/row    {noise C}       -> 201
+		PUT    /blob/old/large  {noise 3C+5}    -> 201
+	`)
+	for _, size := range []int64{1 << 10, 4 << 10, 64 << 10} {
+		s.script(strings.ReplaceAll(`
+			stop
+			sql    data/shard_0.db  PRAGMA journal_mode = DELETE
+			sql    data/shard_0.db  PRAGMA page_size = SIZE; VACUUM
+			serve  num_shards=1
+			sql    data  PRAGMA page_size           -> SIZE
+			GET    /blob/old/small                  -> 200  {noise 10}
+			GET    /blob/old/row                    -> 200  {noise C}
+			GET    /blob/old/large                  -> 200  {noise 3C+5}
+			# This replaces what was written with other pages.
+			PUT    /blob/row    {noise C SIZE:C}    -> 201
+			PUT    /blob/large  {noise 4C SIZE:4C}  -> 201
+			GET    /blob/row                        -> 200  {noise C SIZE:C}
+			GET    /blob/large                      -> 200  {noise 4C SIZE:4C}
+		`, "SIZE", fmt.Sprint(size)))
+		counted := s.store.shards[0].pageBytes
+		expect(t, counted == size, "a page counts as %d bytes, want %d", counted, size)
 	}
-	fatal(t, s.stop())
-	wantEnd(t, 0, "0 defects")(runCommand(t, nil, "check", cfg.DataDir))
-}
-
-// Chunks are committed without a sync. What makes them visible is synced with them.
-func TestSyncLevel(t *testing.T) {
-	for durability, want := range map[string][2]int{
-		"full":   {1, 2},
-		"normal": {1, 1},
-		"off":    {0, 0},
-	} {
-		s := newTestServer(t, oneShard, func(cfg *config) { cfg.Durability = durability })
-		sh := s.store.shards[0]
-		wantLevel := func(what string, want int) {
-			t.Helper()
-			var level int
-			fatal(t, sh.writer.QueryRow("PRAGMA synchronous").Scan(&level))
-			if level != want {
-				t.Errorf("%s: %s are committed with synchronous = %d, want %d", durability, what, level, want)
-			}
-		}
-		body := noise(3*chunkSize, 1)
-		for range 2 {
-			r, w := io.Pipe()
-			answer := make(chan int)
-			go func() { answer <- s.status("PUT", "/blob/k", r) }()
-			w.Write(body[:2*chunkSize+1])
-			eventually(t, "two chunks are committed", func() bool {
-				return s.store.operations.Load()%4 == 2 // then come the publication and a small blob
-			})
-			wantLevel("chunks", want[0])
-			w.Write(body[2*chunkSize+1:])
-			w.Close()
-			if status := <-answer; status != 201 {
-				t.Fatalf("answered %d", status)
-			}
-			wantLevel("large blobs", want[1])
-			s.wantBlob("k", body)
-			s.put("small", []byte("x"))
-			wantLevel("small blobs", want[1])
-		}
-	}
+	s.script(`
+		stop
+		blobnom check data  -> 0  ~0 defects
+	`)
 }
 
 // ============================================================================
