@@ -2959,7 +2959,7 @@ func (st *store) open(cfg *config) error {
 func (st *store) close() error {
 	err := st.closeShards()
 	if st.reserve.isFull() {
-		st.reserve.take() // closing may have made room, which the next start needs
+		st.reserve.write() // closing may have made room, which the next start needs
 	}
 	return errors.Join(err, st.lock.Close())
 }
@@ -5487,7 +5487,7 @@ func (r *reserve) take() error {
 	return nil
 }
 
-// write makes the file, or returns an errFull. r.mu is held.
+// write makes the file, or returns an errFull. r.mu is held, except when the store closes.
 func (r *reserve) write() error {
 	noise := make([]byte, reserveBytes+spareBytes)
 	rand.Read(noise) // random, so that no file system stores it as a hole

@@ -4956,6 +4956,17 @@ func TestNoRoomForReserve(t *testing.T) {
 	}
 }
 
+// A stop on a full disk takes the reserve back if there is room for it.
+func TestReserveAtStop(t *testing.T) {
+	script(t, `
+		serve   num_shards=1
+		writer  PRAGMA max_page_count = 500
+		PUT     /blob/big  {noise 32C}  -> 507  disk full
+		stop
+		ls      data  -> 3  blobnom.lock blobnom.reserve shard_0.db
+	`)
+}
+
 // An upload that meets a full disk in its middle is told so, while its client still sends.
 func TestFullInTheMiddle(t *testing.T) {
 	t.Parallel() // it waits for upkeep
