@@ -8,6 +8,7 @@ import (
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
+	"crypto/hmac"
 	"crypto/md5"
 	crand "crypto/rand"
 	"crypto/sha256"
@@ -420,13 +421,23 @@ func (b *verifiedBlob) verify(t testing.TB) {
 // unzip decodes exactly one gzip member.
 func unzip(t testing.TB, member []byte) []byte {
 	t.Helper()
+	data, err := gunzip(member)
+	expect(t, err == nil, "gzip member of %d bytes: %v", len(member), err)
+	return data
+}
+
+func gunzip(member []byte) ([]byte, error) {
 	in := bytes.NewReader(member)
 	r, err := gzip.NewReader(in)
-	fatal(t, err)
+	if err != nil {
+		return nil, err
+	}
 	r.Multistream(false)
 	data, err := io.ReadAll(r)
-	expect(t, err == nil && in.Len() == 0, "gzip member of %d bytes: %v, %d left over", len(member), err, in.Len())
-	return data
+	if err == nil && in.Len() > 0 {
+		err = fmt.Errorf("%d bytes are behind it", in.Len())
+	}
+	return data, err
 }
 
 // prose returns n bytes that deflate well and differ for each seed.
@@ -725,7 +736,7 @@ func contents(t *testing.T, dir string) map[string][]byte {
 //	201                what the answer begins with: status, exit code, result
 //	Name: value        a header; "Name: -" is an absent one. A command has "Stderr"
 //	~text, !text       the text of the answer contains it, or does not
-//	cut                the answer ends before its end
+//	cut                the answer ends before its end; a text beside it need not be whole
 //	"", anything else  the whole text, without the newline at its end
 //
 // An action without an arrow has to succeed. A line "wait ACTION -> ANSWER" tries
@@ -848,7 +859,8 @@ func (a answer) differs(wanted []string) string {
 		case strings.HasPrefix(field, "!"):
 			isRight = !strings.Contains(text, field[1:])
 		default:
-			isRight = text == unquote(field)
+			whole := unquote(field)
+			isRight = text == whole || wantCut && strings.HasPrefix(whole, text)
 		}
 		if !isRight {
 			return fmt.Sprintf("want %.100q, %s", field, got)
@@ -894,6 +906,7 @@ func expand(text string) string {
 //	{sum TEXT}                        the SHA-256 in hexadecimal
 //	{count 2C+5}                      a size as a number
 //	{repeat 256 x}                    a text so many times
+//	{sign sekret GET k 110}           the signature of a URL: method, key, expiry in Unix seconds
 //	{shard KEY}  {home KEY}           the file of the key's shard, of four, and "shard 3: "
 func brace(name, argument string) string {
 	first, rest, _ := strings.Cut(argument, " ")
@@ -912,6 +925,8 @@ func brace(name, argument string) string {
 		return sumOf([]byte(argument))
 	case "count":
 		return strconv.Itoa(byteCount(argument))
+	case "sign":
+		return signature(argument)
 	case "repeat":
 		return strings.Repeat(rest, byteCount(first))
 	case "shard":
@@ -968,7 +983,8 @@ func (s *testServer) act(verb string, fields []string) answer {
 	return action(s, fields)
 }
 
-// request makes a request of a path, headers and a body. The text of an error is one line.
+// request makes a request of a path, headers and a body, which is sent in chunks if a header says
+// so. The text of an error is one line. A text that comes as gzip is unzipped.
 func (s *testServer) request(method string, fields []string) answer {
 	s.t.Helper()
 	var headers []string
@@ -989,7 +1005,12 @@ func (s *testServer) request(method string, fields []string) answer {
 	if resp == nil {
 		return answer{status: "none", text: err.Error(), isError: true}
 	}
-	isError := err != nil || resp.StatusCode >= 400
+	if err == nil && method != "HEAD" && resp.Header.Get("Content-Encoding") == "gzip" {
+		var badGzip error
+		text, badGzip = gunzip(text)
+		expect(s.t, badGzip == nil, "%s %.300q: the gzip: %v", method, fields, badGzip)
+	}
+	isError := resp.StatusCode >= 400
 	if isError && method != "HEAD" && bytes.Count(text, []byte("\n")) != 1 {
 		s.t.Errorf("%s %s: the text of %s is not one line: %.300q", method, fields[0], resp.Status, text)
 	}
@@ -998,7 +1019,7 @@ func (s *testServer) request(method string, fields []string) answer {
 		header:  resp.Header,
 		text:    string(text),
 		isCut:   err != nil,
-		isError: isError,
+		isError: isError || err != nil,
 	}
 }
 
@@ -1050,6 +1071,11 @@ func init() {
 		"open":      (*testServer).open,
 		"mount":     (*testServer).mountDisk,
 		"fill-disk": (*testServer).fillDisk,
+
+		"fail-read":    (*testServer).failRead,
+		"packed":       (*testServer).packed,
+		"compressible": (*testServer).compressible,
+		"accepts":      (*testServer).accepts,
 	}
 }
 
@@ -1720,11 +1746,6 @@ func FuzzConfig(f *testing.F) {
 // ============================================================================
 // HTTP server, Handlers
 // ============================================================================
-
-// headerPairs takes lines such as "Name: value" apart, as want expects them.
-func headerPairs(lines string) []string {
-	return strings.Split(strings.ReplaceAll(lines, ": ", "\n"), "\n")
-}
 
 func sumOf(content []byte) string { return fmt.Sprintf("%x", sha256.Sum256(content)) }
 func tagOf(content []byte) string { return `"` + sumOf(content) + `"` }
@@ -2609,90 +2630,7 @@ func TestQueryPlans(t *testing.T) {
 	}
 }
 
-// Any codec, any size and any toggling of the option give back what was stored. What does not get
-// smaller is not deflated; the first chunk decides.
-func TestStorageCompression(t *testing.T) {
-	cfg := testConfig(t, func(c *config) { c.NumShards, c.OutputCompression = 1, true })
-	blobs := map[string][]byte{}
-	for round, compress := range []bool{false, true, false} {
-		cfg.StorageCompression = compress
-		s := serveConfig(t, cfg)
-		for key, body := range blobs { // whatever the option was when they came
-			s.wantBlob(key, body)
-		}
-		for _, size := range []int{0, 1, minDeflate, 20_000, chunkSize - 1, chunkSize, chunkSize + 1, 2 * chunkSize, 5*chunkSize + 77} {
-			skewed := noise(size, 2) // some bytes are frequent, yet there is next to nothing to gain
-			for i, c := range skewed {
-				skewed[i] = c * min(c/25, 1)
-			}
-			for kind, c := range map[string]struct {
-				body  []byte
-				codec int64 // with compression, if the first chunk is enough to tell
-			}{
-				"noise": {noise(size, 1), 0}, "skewed": {skewed, 0}, "prose": {prose(size, uint64(round)), 1},
-				"mixed": {append(prose(size/2, 5), noise(size-size/2, 6)...), 1}, "late": {append(noise(size/2, 6), prose(size-size/2, 5)...), 0},
-			} {
-				key := fmt.Sprint(round, kind, size)
-				s.put(key, c.body)
-				blobs[key] = c.body
-				where := " FROM blobs WHERE key = '" + key + "'"
-				codec, stored := countRows(t, cfg.DataDir, "SELECT codec"+where), countRows(t, cfg.DataDir, "SELECT stored"+where)
-				either := (kind == "mixed" || kind == "late") && size <= chunkSize+1
-				if !compress || size < minDeflate {
-					c.codec, either = 0, false
-				}
-				most := int64(size+30*(size/chunkSize+1)) - codec*int64(min(size, chunkSize)/8)
-				expect(t, (codec == c.codec || either) && stored <= most, "%s: codec %d with %d bytes of %d, want codec %d", key, codec, stored, size, c.codec)
-				s.wantBlob(key, c.body)
-				_, got := s.want(200, "GET", "/blob/"+key, nil, "Accept-Encoding", "gzip")
-				expect(t, codec != 1 || bytes.Equal(unzip(t, got), c.body), "%s: the gzip member differs", key)
-				for range min(size, 3) {
-					from := rand.IntN(size)
-					to := from + rand.IntN(min(size-from, 2*chunkSize))
-					_, got := s.want(206, "GET", "/blob/"+key, nil, "Range", fmt.Sprintf("bytes=%d-%d", from, to))
-					expect(t, bytes.Equal(got, c.body[from:to+1]), "%s: range %d-%d", key, from, to)
-				}
-			}
-		}
-		fatal(t, s.stop())
-	}
-}
-
-// A range reads the chunks it touches and no other. Damage in the first of them is an error; damage
-// in a later one cuts the connection. A damaged blob can be deleted.
-func TestRangeReadsItsChunks(t *testing.T) {
-	s := newTestServer(t, func(c *config) { c.NumShards, c.StorageCompression, c.OutputCompression = 1, true, true })
-	path := filepath.Join(s.store.dir, shardName(0))
-	at := func(from, to int) string { return fmt.Sprintf("bytes=%d-%d", from, to) }
-	for _, damage := range []string{"UPDATE chunks SET data = substr(data, 2)", "DELETE FROM chunks"} {
-		for _, body := range [][]byte{prose(4*chunkSize, 1), noise(4*chunkSize, 1)} { // deflated, and as it is
-			s.put("k", body, "Content-Type", "text/plain")
-			exec1(t, path, damage+" WHERE id & 1048575 = 2")
-			for _, accept := range []string{"gzip", "identity"} {
-				resp, _, err := s.do("GET", "/blob/k", nil, "Accept-Encoding", accept)
-				expect(t, resp != nil && resp.StatusCode == 200 && errors.Is(err, io.ErrUnexpectedEOF), "%s: all of it, %s: %v, %v", damage, accept, resp, err)
-			}
-			exec1(t, path, damage+" WHERE id & 1048575 = 0")
-			_, got := s.want(206, "GET", "/blob/k", nil, "Range", at(chunkSize, 2*chunkSize-1))
-			expect(t, bytes.Equal(got, body[chunkSize:2*chunkSize]), "the second chunk differs")
-			for _, last := range []int{2 * chunkSize, 4*chunkSize - 1} {
-				resp, got, err := s.do("GET", "/blob/k", nil, "Range", at(chunkSize+5, last))
-				expect(t, resp != nil && resp.StatusCode == 206 && errors.Is(err, io.ErrUnexpectedEOF) && bytes.HasPrefix(body[chunkSize+5:2*chunkSize], got),
-					"%s: up to byte %d: %v, %d bytes, %v", damage, last, resp, len(got), err)
-			}
-			for _, header := range []string{at(10, 20), "bytes=0-", at(2*chunkSize, 2*chunkSize), "bytes=" + strconv.Itoa(2*chunkSize) + "-", "lines=1"} {
-				resp, got := s.want(500, "GET", "/blob/k", nil, "Range", header)
-				h := resp.Header
-				expect(t, h.Get("Content-Range")+h.Get("ETag")+h.Get("Accept-Ranges") == "" && string(got) == errDamaged.text+"\n", "%s: %v %q", header, h, got)
-			}
-			s.want(200, "GET", "/readyz", nil) // one damaged blob is not a damaged shard
-			s.want(200, "HEAD", "/blob/k", nil)
-			s.want(204, "DELETE", "/blob/k", nil)
-		}
-	}
-}
-
-// readsUntilError counts down the reads of failingRead; the one that reaches 0 fails.
+// readsUntilError counts down the reads of failing_read. The one that reaches 0 fails.
 var readsUntilError atomic.Int64
 
 func init() {
@@ -2705,217 +2643,291 @@ func init() {
 		})
 }
 
-// One read that fails is an error of its request, however the request is answered.
-func TestReadError(t *testing.T) {
-	s := newTestServer(t, oneShard, func(c *config) { c.OutputCompression = true })
-	body := prose(3*chunkSize, 1)
-	s.put("k", body, "Content-Type", "text/plain")
+// failRead makes a GET of which a read of a chunk fails: "fail-read 2  /blob/k" fails the second.
+func (s *testServer) failRead(fields []string) answer {
+	s.t.Helper()
 	sh := s.store.shards[0]
 	sh.dataStmt.Close()
 	var err error
 	sh.dataStmt, err = sh.readers.Prepare("SELECT data FROM chunks WHERE id = ? AND failing_read()")
-	fatal(t, err)
-	defer readsUntilError.Store(0)
-	for i, row := range []struct {
-		what    string
-		headers []string
-	}{
-		{"all of it", nil},
-		{"all of it as gzip", []string{"Accept-Encoding", "gzip"}},
-		{"with a condition", []string{"If-None-Match", `"x"`}},
-		{"with a condition as gzip", []string{"If-None-Match", `"x"`, "Accept-Encoding", "gzip"}},
-		{"a range", []string{"Range", "bytes=5-600000"}},
-	} {
-		readsUntilError.Store(1) // before anything was sent
-		resp, text, err := s.do("GET", "/blob/k", nil, row.headers...)
-		fatal(t, err)
-		expect(t, resp.StatusCode == 500 && string(text) == "internal error\n", "%s: %s %.40q", row.what, resp.Status, text)
-		expect(t, resp.Header.Get("Content-Range") == "", "%s: %v", row.what, resp.Header)
-		readsUntilError.Store(2)
-		resp, text, err = s.do("GET", "/blob/k", nil, row.headers...)
-		expect(t, err != nil, "%s: not cut off: %v, %d bytes", row.what, resp, len(text))
-		lines := strings.Count(s.log.String(), "a transient error")
-		expect(t, lines == 2*(i+1), "%s: %d lines in the log, want two for each request so far", row.what, lines)
-	}
-	cut := s.metrics()[`blobnom_http_requests_total{route="/blob/{key...}",method="GET",code="0"}`]
-	expect(t, cut == 5, "%v requests were counted as cut off, want 5", cut)
-	s.wantBlob("k", body)
+	fatal(s.t, err)
+	readsUntilError.Store(int64(byteCount(fields[0])))
+	return s.request("GET", fields[1:])
 }
 
+// packed answers whether a content is stored deflated: "packed CONTENT -> true".
+func (s *testServer) packed(fields []string) answer {
+	b := &blob{deflated: true}
+	for chunk := range slices.Chunk([]byte(fields[0]), chunkSize) {
+		b.pack(chunk)
+	}
+	return answer{status: fmt.Sprint(b.deflated)}
+}
+
+// compressible answers whether a blob is worth sending as gzip: "compressible SIZE  TYPE -> true".
+func (s *testServer) compressible(fields []string) answer {
+	b := &blob{size: int64(byteCount(fields[0])), contentType: fields[1]}
+	return answer{status: fmt.Sprint(b.isCompressible())}
+}
+
+// accepts answers whether values of Accept-Encoding accept gzip: "accepts VALUE  VALUE -> true".
+func (s *testServer) accepts(fields []string) answer {
+	header := http.Header{"Accept-Encoding": fields}
+	return answer{status: fmt.Sprint(acceptsGzip(header))}
+}
+
+// signature returns the HMAC of words, a line each, in hexadecimal. The first word is the key.
+func signature(words string) string {
+	key, text, _ := strings.Cut(words, " ")
+	sum := hmac.New(sha256.New, []byte(key))
+	io.WriteString(sum, strings.ReplaceAll(text, " ", "\n"))
+	return fmt.Sprintf("%x", sum.Sum(nil))
+}
+
+// A blob is stored deflated if that saves an eighth of its first chunk.
+func TestPack(t *testing.T) {
+	script(t, `
+		# a short content
+		packed {prose 255}                           -> false
+		packed {prose 256}                           -> true
+		packed {noise 5000}                          -> false
+		packed {noise 2500}{prose 2500}              -> true
+		# a longer one, of which the middle must promise it
+		packed {noise 9000}{prose 5000}{noise 9000}  -> false
+		packed {prose 9000}{noise 5000}{prose 9000}  -> false
+		# chunks
+		packed {prose 1C}                            -> true
+		packed {noise 1C}                            -> false
+		packed {prose 1C}{noise 1C}                  -> true
+		packed {noise 1C}{prose 1C}                  -> false
+	`)
+	chunk := make([]byte, 80)
+	expect(t, isWorthwhile(chunk, chunk[:70]), "70 bytes of 80 are not few enough")
+	expect(t, !isWorthwhile(chunk, chunk[:71]), "71 bytes of 80 are few enough")
+}
+
+// A content of any size comes back, whatever storage_compression says then and now.
+func TestStorageCompression(t *testing.T) {
+	forms := []string{"{prose N}", "{noise N}", "{prose N}{noise N}", "{noise N}{prose N}"}
+	puts := ""
+	gets := ""
+	for _, size := range strings.Fields("0 1 256 20000 1C-1 1C 1C+1 2C 5C+77") {
+		for i, form := range forms {
+			path := fmt.Sprintf("/blob/%s/%d", size, i)
+			content := strings.ReplaceAll(form, "N", size)
+			puts += "PUT " + path + "  " + content + "\n"
+			gets += "GET " + path + "  -> 200  " + content + "\n"
+			gets += "GET " + path + "  Accept-Encoding: gzip  -> 200  " + content + "\n"
+		}
+	}
+	on := "serve output_compression=true  storage_compression=true\n" + gets
+	off := "serve output_compression=true  storage_compression=false\n" + gets
+	s := script(t, "serve storage_compression=true\n"+puts+"stop\n"+on+"stop\n"+off)
+	s.script(puts + gets + "stop\n" + on)
+}
+
+func TestRangesOfDeflated(t *testing.T) {
+	script(t, `
+		serve  storage_compression=true
+		PUT /blob/k  {prose 3C+77}
+		sql data  SELECT count(*) FROM blobs WHERE codec = 1  -> 1
+		GET /blob/k  Range: bytes=0-0            -> 206  {prose 3C+77 0:1}
+		GET /blob/k  Range: bytes=262143-262144  -> 206  {prose 3C+77 1C-1:1C+1}
+		GET /blob/k  Range: bytes=262144-524287  -> 206  {prose 3C+77 1C:2C}
+		GET /blob/k  Range: bytes=10-786442      -> 206  {prose 3C+77 10:3C+11}
+		GET /blob/k  Range: bytes=786432-        -> 206  {prose 3C+77 3C:3C+77}
+		GET /blob/k  Range: bytes=-78            -> 206  {prose 3C+77 3C-1:3C+77}
+	`)
+}
+
+// A range reads the chunks it touches and no other. Damage in the first of them is an error. Damage
+// in a later one cuts the connection. A damaged blob can be deleted.
+func TestRangeReadsItsChunks(t *testing.T) {
+	damages := []string{"UPDATE chunks SET data = substr(data, 2)", "DELETE FROM chunks"}
+	for _, content := range []string{"prose 4C", "noise 4C"} {
+		for _, damage := range damages {
+			row := strings.NewReplacer("CONTENT", content, "DAMAGE", damage)
+			script(t, row.Replace(`
+				serve  num_shards=1  storage_compression=true  output_compression=true
+				PUT /blob/k  Content-Type: text/plain  {CONTENT}
+				# DAMAGE in the third chunk of {CONTENT}
+				sql data/shard_0.db  DAMAGE WHERE id & 1048575 = 2
+				GET /blob/k                               -> 200  cut  {CONTENT}
+				GET /blob/k  Accept-Encoding: gzip        -> 200  cut
+				# DAMAGE in the first and third chunk of {CONTENT}
+				sql data/shard_0.db  DAMAGE WHERE id & 1048575 = 0
+				GET /blob/k  Range: bytes=262144-524287   -> 206  {CONTENT 1C:2C}
+				GET /blob/k  Range: bytes=262149-524288   -> 206  cut  {CONTENT 1C+5:2C}
+				GET /blob/k  Range: bytes=262149-1048575  -> 206  cut  {CONTENT 1C+5:2C}
+				GET /blob/k  Range: bytes=10-20           -> 500  Content-Range: -
+				GET /blob/k  Range: bytes=0-              -> 500  ETag: -  Accept-Ranges: -
+				GET /blob/k  Range: bytes=524288-524288   -> 500  Content-Range: -
+				GET /blob/k  Range: bytes=524288-         -> 500  Content-Range: -
+				GET /blob/k  Range: lines=1               -> 500  ~the blob is damaged
+				GET /readyz                               -> 200
+				HEAD /blob/k                              -> 200
+				DELETE /blob/k                            -> 204
+			`))
+		}
+	}
+}
+
+// One read that fails is an error of its request, however the request is answered.
+func TestReadError(t *testing.T) {
+	script(t, `
+		serve  num_shards=1  output_compression=true
+		PUT /blob/k  Content-Type: text/plain  {prose 3C}
+		# before anything is sent
+		fail-read 1  /blob/k                         -> 500  internal error
+		fail-read 1  /blob/k  Accept-Encoding: gzip  -> 500  Content-Encoding: -  internal error
+		fail-read 1  /blob/k  If-None-Match: "x"     -> 500  internal error
+		fail-read 1  /blob/k  If-None-Match: "x"  Accept-Encoding: gzip  -> 500  internal error
+		fail-read 1  /blob/k  Range: bytes=5-600000  -> 500  Content-Range: -  internal error
+		log a transient error  -> 5
+		# in the middle
+		fail-read 2  /blob/k                         -> 200  cut  {prose 3C}
+		fail-read 2  /blob/k  Accept-Encoding: gzip  -> 200  cut
+		fail-read 2  /blob/k  If-None-Match: "x"     -> 200  cut  {prose 3C}
+		fail-read 2  /blob/k  If-None-Match: "x"  Accept-Encoding: gzip  -> 200  cut
+		fail-read 2  /blob/k  Range: bytes=5-600000  -> 206  cut  {prose 3C 5:600001}
+		log a transient error  -> 10
+		# afterwards
+		GET /blob/k   -> 200  {prose 3C}
+		metric blobnom_http_requests_total{route="/blob/{key...}",method="GET",code="0"}  -> 5
+	`)
+}
+
+// A client gets gzip if it accepts that at least as gladly as the content as it is.
 func TestAcceptsGzip(t *testing.T) {
-	for _, row := range []struct {
-		value string // a line for each header
-		want  bool
-	}{
-		{"", false},
-		{"gzip", true},
-		{"GZIP", true},
-		{"x-gzip", false},
-		{"deflate", false},
-		{"gzip, deflate, br", true},
-		{"br;q=1.0, gzip;q=0.8, *;q=0.1", true},
-		{"*", true},
-		{"*;q=0", false},
-		{"gzip;q=0", false},
-		{"gzip;q=0.000", false},
-		{"gzip;q=0.001", true},
-		{"gzip;q=0, *", false},
-		{"*, gzip;q=0", false},
-		{"identity", false},
-		{"identity;q=0", false},
-		{"identity;q=0, *", true},
-		{"identity;q=0, gzip;q=0", false},
-		{"gzip;q=0.5, identity;q=0.6", false},
-		{"gzip;q=0.5, identity;q=0.5", true},
-		{"identity, *;q=0.5", false},
-		{"gzip ; q=1", true},
-		{"gzip;Q=0.3", true},
-		{"gzip;q=2", false},
-		{"gzip;q=", false},
-		{"gzip;q=0.1234", true},
-		{"gzip;q=-1", false},
-		{"gzip;q=NaN", false},
-		{"gzip;q=1;x=y", true},
-		{",,gzip,", true},
-		{"gzipped", false},
-		{"gz ip", false},
-		{"gzip;q=1;q=0", false},
-		{"br\ngzip", true},
-		{"gzip\nidentity;q=1", true},
-		{"gzip;q=0.5\nidentity", false},
-	} {
-		got := acceptsGzip(http.Header{"Accept-Encoding": strings.Split(row.value, "\n")})
-		expect(t, got == row.want, "%q: %v", row.value, got)
-	}
+	script(t, `
+		accepts                               -> false
+		accepts gzip                          -> true
+		accepts GZIP                          -> true
+		accepts x-gzip                        -> false
+		accepts gzip, deflate, br             -> true
+		accepts br;q=1.0, gzip;q=0.8, *;q=0.1  -> true
+		accepts *                             -> true
+		accepts *;q=0                         -> false
+		accepts gzip;q=0                      -> false
+		accepts gzip;q=0.001                  -> true
+		accepts gzip;q=0, *                   -> false
+		accepts *, gzip;q=0                   -> false
+		accepts identity                      -> false
+		accepts identity;q=0, *               -> true
+		accepts identity;q=0, gzip;q=0        -> false
+		accepts gzip;q=0.5, identity;q=0.6    -> false
+		accepts gzip;q=0.5, identity;q=0.5    -> true
+		accepts identity, *;q=0.5             -> false
+		accepts gzip ; q=1                    -> true
+		accepts gzip;Q=0.3                    -> true
+		accepts gzip;q=2                      -> false
+		accepts gzip;q=                       -> false
+		accepts gzip;q=0.1234                 -> true
+		accepts gzip;q=-1                     -> false
+		accepts gzip;q=NaN                    -> false
+		accepts gzip;q=1;x=y                  -> true
+		accepts ,,gzip,                       -> true
+		accepts gz ip                         -> false
+		accepts gzip;q=1;q=0                  -> false
+		# two headers
+		accepts br  gzip                      -> true
+		accepts gzip  identity;q=1            -> true
+		accepts gzip;q=0.5  identity          -> false
+	`)
 }
 
+// A blob that is not stored deflated is sent as gzip where that is worth the time.
+func TestIsCompressible(t *testing.T) {
+	script(t, `
+		compressible 1024  text/plain                -> true
+		compressible 1023  text/plain                -> false
+		compressible 2000  text/html; charset=utf-8  -> true
+		compressible 2000  Application/JSON          -> true
+		compressible 2000  application/problem+json  -> true
+		compressible 2000  application/jsonx         -> false
+		compressible 2000  application/octet-stream  -> false
+		compressible 2000  font/ttf                  -> true
+		compressible 2000  font/woff2                -> false
+		compressible 2000  image/png                 -> false
+		compressible 2000  image/svg+xml             -> false
+	`)
+}
+
+// A blob is sent as gzip to clients that accept it. A range is of the content as it is, always.
 func TestOutputCompression(t *testing.T) {
-	for i := range 4 {
-		storage, output := i&1 != 0, i&2 != 0
-		s := newTestServer(t, func(c *config) { c.StorageCompression, c.OutputCompression = storage, output })
-		for _, row := range []struct {
-			contentType string
-			body        []byte
-			raw, stored bool // whether it is sent as gzip without and with storage compression
-		}{
-			{"text/plain", prose(5000, 1), true, true},
-			{"text/html; charset=utf-8", prose(3*chunkSize+5, 1), true, true},
-			{"Application/JSON", prose(minEncode, 1), true, true},
-			{"application/problem+json", prose(chunkSize, 1), true, true},
-			{"text/plain", prose(minEncode-1, 1), false, true},
-			{"text/plain", noise(5000, 1), true, true},
-			{"text/plain", nil, false, false},
-			{"image/png", prose(5000, 1), false, true},
-			{"image/svg+xml", prose(5000, 1), false, true},
-			{"application/octet-stream", prose(5000, 1), false, true},
-			{"video/mp4", noise(3*chunkSize, 1), false, false},
-			{"application/zip", noise(5000, 1), false, false},
-		} {
-			isEncoded := output && row.raw
-			if storage {
-				isEncoded = output && row.stored
-			}
-			s.put("k", row.body, "Content-Type", row.contentType)
-			if isEncoded {
-				s.wantGzip(row.contentType, row.body)
-				s.wantEitherTag(row.body)
-			} else {
-				s.wantIdentity(row.contentType, row.body)
-			}
+	for _, content := range []string{"prose 5000", "prose 3C+5", "noise 5000"} {
+		for _, storage := range []string{"true", "false"} {
+			row := strings.NewReplacer("STORAGE", storage, "CONTENT", content,
+				"PLAIN", "{tag {"+content+"}}", "ZIPPED", "{gzip-tag {"+content+"}}",
+				"GZIP", "Accept-Encoding: br, gzip", "VARIES", "Vary: Accept-Encoding")
+			script(t, row.Replace(`
+				serve  output_compression=true  storage_compression=STORAGE
+				PUT  /blob/k  Content-Type: text/plain  {CONTENT}
+				read /blob/k        -> 200  ETag: PLAIN  VARIES  Content-Encoding: -  {CONTENT}
+				read /blob/k  GZIP  -> 200  ETag: ZIPPED  VARIES  Content-Encoding: gzip  {CONTENT}
+				read /blob/k  GZIP  -> 200  Content-Type: text/plain  Repr-Digest: -
+				# a range
+				GET  /blob/k  GZIP  Range: bytes=3-5  -> 206  ETag: PLAIN  Content-Encoding: -
+				GET  /blob/k  GZIP  Range: bytes=3-5  -> 206  {CONTENT 3:6}
+				GET  /blob/k  GZIP  Range: bytes=3-5  If-Range: ZIPPED  -> 200  {CONTENT}
+			`))
 		}
 	}
 }
 
-// wantIdentity wants that nobody gets the blob k as gzip.
-func (s *testServer) wantIdentity(contentType string, body []byte) {
-	s.t.Helper()
-	for _, accept := range []string{"identity", "br, gzip"} {
-		resp, got := s.want(200, "GET", "/blob/k", nil, "Accept-Encoding", accept)
-		h := resp.Header
-		expect(s.t, bytes.Equal(got, body), "%s for %s: %d bytes", contentType, accept, len(got))
-		expect(s.t, h.Get("Content-Encoding")+h.Get("Vary") == "", "%s for %s: %v", contentType, accept, h)
-		expect(s.t, h.Get("ETag") == tagOf(body), "%s for %s: %v", contentType, accept, h)
-	}
+// Without output_compression nobody gets gzip, and nobody gets as gzip what does not compress.
+func TestNoOutputCompression(t *testing.T) {
+	script(t, `
+		serve  storage_compression=true
+		PUT /blob/k  Content-Type: text/plain  {prose 5000}
+		GET /blob/k  Accept-Encoding: gzip  -> 200  Vary: -  Content-Encoding: -  {prose 5000}
+		GET /blob/k  Accept-Encoding: gzip  -> 200  ETag: {tag {prose 5000}}
+		stop
+		serve  output_compression=true
+		PUT /blob/k  Content-Type: image/png  {prose 5000}
+		GET /blob/k  Accept-Encoding: gzip  -> 200  Vary: -  Content-Encoding: -  {prose 5000}
+	`)
 }
 
-// wantGzip wants that the blob k is sent as gzip to whoever accepts it, and only to them.
-func (s *testServer) wantGzip(contentType string, body []byte) {
-	t := s.t
-	t.Helper()
-	zipped := `"` + sumOf(body) + `-gzip"`
-	s.wantBlob("k", body, "Content-Encoding", "", "Vary", "Accept-Encoding",
-		"Content-Length", strconv.Itoa(len(body)), "ETag", tagOf(body))
-	resp, got := s.want(200, "GET", "/blob/k", nil, "Accept-Encoding", "br, gzip")
-	expect(t, bytes.Equal(unzip(t, got), body), "%s: the content differs", contentType)
-	for _, row := range []struct{ name, want string }{
-		{"Content-Encoding", "gzip"},
-		{"Vary", "Accept-Encoding"},
-		{"ETag", zipped},
-		{"Repr-Digest", ""},
-		{"Content-Type", contentType},
-	} {
-		expect(t, resp.Header.Get(row.name) == row.want, "%s: %v: %q", contentType, row, resp.Header.Get(row.name))
-	}
-	codec := countRows(t, s.store.dir, "SELECT coalesce(max(codec), 0) FROM blobs")
-	n := resp.ContentLength
-	isRight := n == int64(len(got)) || n == -1 && codec != 1
-	expect(t, isRight, "%s, codec %d: Content-Length %d of %d bytes", contentType, codec, n, len(got))
-	head, _ := s.want(200, "HEAD", "/blob/k", nil, "Accept-Encoding", "br, gzip")
-	resp.Header.Del("Date")
-	head.Header.Del("Date")
-	same := maps.EqualFunc(resp.Header, head.Header, slices.Equal)
-	expect(t, same, "%s: %v with GET, %v with HEAD", contentType, resp.Header, head.Header)
-	// A range is of the content as it is, always.
-	part, got := s.want(206, "GET", "/blob/k", nil, "Accept-Encoding", "gzip", "Range", "bytes=3-12")
-	expect(t, bytes.Equal(got, body[3:13]), "%s: range %q", contentType, got)
-	expect(t, part.Header.Get("Content-Encoding") == "", "%s: range %v", contentType, part.Header)
-	expect(t, part.Header.Get("ETag") == tagOf(body), "%s: range %v", contentType, part.Header)
-	_, got = s.want(200, "GET", "/blob/k", nil, "Accept-Encoding", "gzip", "Range", "bytes=3-12", "If-Range", zipped)
-	expect(t, bytes.Equal(got, body), "%s: If-Range with the tag of the gzip representation", contentType)
+// The length of a blob as gzip is known before it is sent, if it is stored deflated.
+func TestLengthOfGzip(t *testing.T) {
+	s := script(t, `
+		serve  output_compression=true  storage_compression=true
+		PUT  /blob/k  {prose 3C}
+		read /blob/k  Accept-Encoding: gzip  -> 200  {prose 3C}
+	`)
+	want := 20 + countRows(t, s.path("data"), "SELECT coalesce(sum(stored), 0) FROM blobs")
+	resp, _ := s.want(200, "GET", "/blob/k", nil, "Accept-Encoding", "gzip")
+	expect(t, resp.ContentLength == want, "%d bytes, want %d", resp.ContentLength, want)
 }
 
-// wantEitherTag wants that either tag names the content, whatever is accepted, and that a 304 has
-// the tag of the 200.
-func (s *testServer) wantEitherTag(body []byte) {
-	s.t.Helper()
-	plain := tagOf(body)
-	zipped := `"` + sumOf(body) + `-gzip"`
-	resp, _ := s.want(200, "HEAD", "/blob/k", nil)
-	modified := resp.Header.Get("Last-Modified")
-	for _, sent := range []struct{ accept, etag, encoding string }{
-		{"gzip", zipped, "gzip"},
-		{"identity", plain, ""},
-	} {
-		for _, row := range []struct {
-			status  int
-			headers string
-		}{
-			{304, "If-Modified-Since: " + modified},
-			{304, "If-None-Match: *"},
-			{304, "If-None-Match: " + plain},
-			{304, "If-None-Match: W/" + plain},
-			{304, "If-None-Match: " + zipped},
-			{304, `If-None-Match: "x", W/` + zipped},
-			{200, `If-Match: "x",` + plain},
-			{200, `If-Match: "x",` + zipped},
-			{200, "If-Modified-Since: " + modified + "\nIf-None-Match: \"x\""},
-		} {
-			headers := append(headerPairs(row.headers), "Accept-Encoding", sent.accept)
-			resp, got := s.want(row.status, "GET", "/blob/k", nil, headers...)
-			expect(s.t, resp.Header.Get("ETag") == sent.etag, "%q: %v", headers, resp.Header)
-			expect(s.t, resp.Header.Get("Vary") == "Accept-Encoding", "%q: %v", headers, resp.Header)
-			if row.status == 304 {
-				expect(s.t, resp.Header.Get("Content-Encoding") == "", "%q: %v", headers, resp.Header)
-				continue
-			}
-			expect(s.t, resp.Header.Get("Content-Encoding") == sent.encoding, "%q: %v", headers, resp.Header)
-			if sent.encoding == "gzip" {
-				got = unzip(s.t, got)
-			}
-			expect(s.t, bytes.Equal(got, body), "%q: the content differs", headers)
-		}
-		resp, _ := s.want(412, "GET", "/blob/k", nil, "Accept-Encoding", sent.accept, "If-Match", `"x"`)
-		expect(s.t, resp.Header.Get("Content-Encoding")+resp.Header.Get("ETag") == "", "412: %v", resp.Header)
+// Each of the two tags of a content names it, whatever the client accepts. A 304 has the tag of the
+// 200.
+func TestEitherTag(t *testing.T) {
+	for accept, tag := range map[string]string{"gzip": "ZIPPED", "identity": "PLAIN"} {
+		text := strings.ReplaceAll(`
+			clock  2026-01-02T03:04:05.678Z
+			serve  output_compression=true
+			PUT /blob/k  Content-Type: text/plain  CONTENT
+			GET /blob/k  ACCEPT                                -> 200  ETag: TAG  CONTENT
+			GET /blob/k  ACCEPT  If-None-Match: "x"            -> 200  ETag: TAG  CONTENT
+			GET /blob/k  ACCEPT  If-None-Match: *              -> 304  ETag: TAG
+			GET /blob/k  ACCEPT  If-None-Match: PLAIN          -> 304  ETag: TAG
+			GET /blob/k  ACCEPT  If-None-Match: W/PLAIN        -> 304  ETag: TAG
+			GET /blob/k  ACCEPT  If-None-Match: ZIPPED         -> 304  ETag: TAG
+			GET /blob/k  ACCEPT  If-None-Match: "x", W/ZIPPED  -> 304  ETag: TAG
+			GET /blob/k  ACCEPT  If-None-Match: *              -> 304  VARIES  Content-Encoding: -
+			GET /blob/k  ACCEPT  If-Match: "x",PLAIN           -> 200  ETag: TAG  CONTENT
+			GET /blob/k  ACCEPT  If-Match: "x",ZIPPED          -> 200  ETag: TAG  CONTENT
+			GET /blob/k  ACCEPT  If-Match: "x"                 -> 412  VARIES  Content-Encoding: -
+			GET /blob/k  ACCEPT  If-Match: "x"                 -> 412  ETag: -
+			GET /blob/k  ACCEPT  If-Modified-Since: NOW        -> 304  ETag: TAG
+			GET /blob/k  ACCEPT  If-Modified-Since: NOW  If-None-Match: "x"  -> 200  ETag: TAG
+		`, "TAG", tag)
+		words := strings.NewReplacer("ACCEPT", "Accept-Encoding: "+accept, "CONTENT", "{prose 3C}",
+			"PLAIN", "{tag {prose 3C}}", "ZIPPED", "{gzip-tag {prose 3C}}",
+			"NOW", "Fri, 02 Jan 2026 03:04:05 GMT", "VARIES", "Vary: Accept-Encoding")
+		script(t, words.Replace(text))
 	}
 }
 
