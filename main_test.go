@@ -186,12 +186,6 @@ func (s *testServer) serveOn(ln net.Listener, cfg *config) error {
 // clock is a store's time in the test's hands, in milliseconds. As 0 it is the real time.
 type clock struct{ ms atomic.Int64 }
 
-func newClock() *clock {
-	c := &clock{}
-	c.ms.Store(time.Date(2026, 1, 2, 3, 4, 5, 678e6, time.UTC).UnixMilli())
-	return c
-}
-
 func (c *clock) now() time.Time {
 	ms := c.ms.Load()
 	if ms == 0 {
@@ -4223,9 +4217,8 @@ func (s *testServer) status(method, path string, body io.Reader, headers ...stri
 	return 0
 }
 
-func (s *testServer) ready() bool { return s.status("GET", "/readyz", nil) == 200 }
-func oneShard(c *config)          { c.NumShards = 1 }
-func ms(n int) time.Duration      { return time.Duration(n) * time.Millisecond }
+func oneShard(c *config)     { c.NumShards = 1 }
+func ms(n int) time.Duration { return time.Duration(n) * time.Millisecond }
 
 // A key lies where every version of the program looks for it.
 func TestPlacement(t *testing.T) {
