@@ -633,13 +633,6 @@ func exec1(t testing.TB, path, query string) {
 	hold(t, openDB(path, "_pragma=busy_timeout(5000)"), query).Close()
 }
 
-func copyFile(t *testing.T, from, to string) {
-	t.Helper()
-	data, err := os.ReadFile(from)
-	fatal(t, err)
-	fatal(t, os.WriteFile(to, data, 0o600))
-}
-
 // mount makes a small file system, where the test may.
 func mount(t testing.TB, size string) string {
 	t.Helper()
@@ -660,53 +653,6 @@ func runCommand(t testing.TB, env []string, args ...string) (code int, stdout, s
 	var out, errs bytes.Buffer
 	code = run(t.Context(), args, env, &out, &errs)
 	return code, out.String(), errs.String()
-}
-
-// sampleDir is a stopped directory with every kind of blob: small and large, as
-// it is and deflated.
-func sampleDir(t testing.TB) *config {
-	cfg := testConfig(t, func(c *config) { c.StorageCompression = true })
-	s := serveConfig(t, cfg)
-	for key, body := range map[string][]byte{"empty": nil, "small": noise(5000, 1), "text": prose(5000, 2), "large": noise(3*chunkSize, 3), "prose": prose(3*chunkSize+5, 4)} {
-		s.put(key, body)
-	}
-	for i := range 50 {
-		s.put(fmt.Sprint("more/", i), prose(i*20, uint64(i)))
-	}
-	fatal(t, s.stop())
-	return cfg
-}
-
-func oddKey(i int) string {
-	return fmt.Sprintf([]string{"plain/%d", "a b/%d", "ü/日本/%d", "'\";-- %d", "100%%/%d?#", "//%d/../x", "\x01\x7f%d", "%d"}[i%8], i)
-}
-
-func oddBody(i int) []byte {
-	switch {
-	case i%100 == 7:
-		return nil
-	case i%1000 == 9:
-		return prose(300_000+i, uint64(i))
-	}
-	return prose(i%3000, uint64(i))
-}
-
-// contents fetches everything a directory holds.
-func contents(t *testing.T, dir string) map[string][]byte {
-	t.Helper()
-	found := map[string][]byte{}
-	files, _ := filepath.Glob(filepath.Join(dir, "shard_*.db"))
-	for i := range files {
-		s, err := openSource(dir, i)
-		fatal(t, err)
-		err = s.eachRow(t.Context(), func(row storedRow) error {
-			var err error
-			found[row.key], err = io.ReadAll(row.content())
-			return err
-		})
-		fatal(t, errors.Join(err, s.close()))
-	}
-	return found
 }
 
 // ============================================================================
@@ -759,6 +705,20 @@ func scripts(t *testing.T, setup, text string) {
 		t.Run(strings.TrimPrefix(name, "# "), func(t *testing.T) {
 			script(t, setup+"\n"+lines)
 		})
+	}
+}
+
+// scriptRows runs a script once for each row of a table, as a test of its own. In the script $1, $2
+// and so on stand for the fields of the row. The first of them is the name of the test.
+func scriptRows(t *testing.T, text, table string) {
+	for row := range strings.Lines(strings.TrimSpace(table)) {
+		row = strings.TrimSpace(row)
+		fields := fieldGap.Split(row, -1)
+		lines := text
+		for i, field := range fields {
+			lines = strings.ReplaceAll(lines, fmt.Sprintf("$%d", i+1), field)
+		}
+		t.Run(fields[0], func(t *testing.T) { script(t, "# "+row+"\n"+lines) })
 	}
 }
 
@@ -1070,6 +1030,12 @@ func init() {
 		"packed":       (*testServer).packed,
 		"compressible": (*testServer).compressible,
 		"accepts":      (*testServer).accepts,
+
+		"blobs": (*testServer).blobs,
+		"alike": (*testServer).alike,
+		"hold":  (*testServer).hold,
+		"mode":  (*testServer).mode,
+		"leaf":  (*testServer).copyLeaf,
 	}
 }
 
@@ -1114,6 +1080,7 @@ func (s *testServer) serve(fields []string) answer {
 	environ, _ := s.environ(fields)
 	cfg, _, err := loadConfig(os.DevNull, environ)
 	fatal(s.t, err)
+	cfg.DataDir = s.path(cfg.DataDir)
 	ln, err := listen("127.0.0.1:0")
 	fatal(s.t, err)
 	err = s.serveOn(ln, cfg)
@@ -1167,6 +1134,7 @@ func (s *testServer) query(fields []string) answer {
 	if !strings.HasSuffix(name, ".db") {
 		return answer{status: fmt.Sprint(countRows(s.t, s.path(name), text))}
 	}
+	fatal(s.t, os.MkdirAll(filepath.Dir(s.path(name)), 0o700))
 	db := openDB(s.path(name), "_pragma=busy_timeout(5000)")
 	defer db.Close()
 	var value sql.NullString
@@ -1177,8 +1145,11 @@ func (s *testServer) query(fields []string) answer {
 	return answer{status: value.String}
 }
 
+// errorLine is what a command prints on the standard error when it fails, behind its log.
+var errorLine = regexp.MustCompile(`^(time=.*\n)*blobnom: .*\n$`)
+
 // command runs a command line of the program. It ends with a result on the standard output, or with
-// one line on the standard error that begins with "blobnom: ".
+// an errorLine.
 func (s *testServer) command(fields []string) answer {
 	s.t.Helper()
 	s.t.Chdir(s.dir)
@@ -1191,15 +1162,14 @@ func (s *testServer) command(fields []string) answer {
 			words = append(words, arg)
 		}
 	}
-	ctx, cancel := context.WithCancel(s.t.Context())
+	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
 	defer cancel()
 	if len(words) == 0 || words[0] == "serve" {
 		cancel() // a server that starts ends at once
 	}
 	var out, errs bytes.Buffer
 	code := run(ctx, words, environ, &out, &errs)
-	isLine := strings.HasPrefix(errs.String(), "blobnom: ") && strings.Count(errs.String(), "\n") == 1
-	if code != 0 && !isLine {
+	if code != 0 && !errorLine.MatchString(errs.String()) {
 		s.t.Errorf("%v: %q is not one line of an error", words, errs.String())
 	}
 	return answer{
@@ -1264,8 +1234,16 @@ func (s *testServer) keep(fields []string) answer {
 // same wants a directory to be as it was kept. A reader may have made -shm and empty -wal files.
 func (s *testServer) same(fields []string) answer {
 	s.t.Helper()
-	wantUntouched(s.t, s.path(fields[0]), maps.Clone(s.kept))
-	return answer{}
+	isMade := func(name, sum string) bool {
+		isEmptyWAL := strings.HasSuffix(name, "-wal") && s.kept[name] == "" && sum == sumOf(nil)
+		return strings.HasSuffix(name, "-shm") || isEmptyWAL
+	}
+	before := maps.Clone(s.kept)
+	after := snapshot(s.t, s.path(fields[0]))
+	maps.DeleteFunc(before, isMade)
+	maps.DeleteFunc(after, isMade)
+	isSame := maps.Equal(before, after)
+	return answer{text: fmt.Sprintf("%v became %v", before, after), isError: !isSame}
 }
 
 // names answers the names in a directory.
@@ -5664,850 +5642,661 @@ func TestReadsAreMonotonic(t *testing.T) {
 // Maintenance
 // ============================================================================
 
-// A content that is damaged on the disk is never taken for a whole one: its GET is a 500 or cut
-// off, and told in the log. It can be replaced and deleted, and the shard stays ready.
-func TestDamagedContent(t *testing.T) {
-	const flip = " SET data = substr(data, 1, 99) || x'00' || substr(data, 101) WHERE "
-	for _, row := range []struct {
-		name   string
-		body   []byte
-		damage string
-		accept string
-	}{
-		{"small", noise(900, 1), "UPDATE blobs" + flip + "1", "identity"},
-		{"small and deflated", prose(900, 1), "UPDATE blobs" + flip + "1", "identity"},
-		{"one chunk", noise(200_000, 1), "UPDATE blobs" + flip + "1", "identity"},
-		{"sent as gzip", noise(20_000, 1), "UPDATE blobs" + flip + "1", "gzip"},
-		{"first chunk", noise(3*chunkSize, 1), "UPDATE chunks" + flip + "id & 1048575 = 0", "identity"},
-		{"second chunk", noise(3*chunkSize, 1), "UPDATE chunks" + flip + "id & 1048575 = 1", "gzip"},
-		{"last chunk", noise(3*chunkSize, 1), "UPDATE chunks" + flip + "id & 1048575 = 2", "identity"},
-		{"deflated", prose(3*chunkSize, 1), "UPDATE chunks" + flip + "id & 1048575 = 1", "identity"},
-		{"a row", noise(900, 1), "UPDATE blobs SET updated_at = 'x'", "identity"},
-		{"a row of chunks", noise(3*chunkSize, 1), "UPDATE blobs SET updated_at = 'x'", "identity"},
-	} {
-		t.Run(row.name, func(t *testing.T) {
-			s := newTestServer(t, oneShard, func(c *config) {
-				c.StorageCompression = true
-				c.OutputCompression = true
-			})
-			s.put("k", row.body, "Content-Type", "text/plain")
-			exec1(t, s.store.shards[0].path, row.damage)
-			for range 2 { // also when it might have got into the cache
-				resp, body, err := s.do("GET", "/blob/k", nil, "Accept-Encoding", row.accept)
-				if err == nil && resp.StatusCode != 500 {
-					t.Errorf("GET: %s with %d bytes", resp.Status, len(body))
-				}
-			}
-			if n := strings.Count(s.log.String(), "the blob is damaged"); n != 2 {
-				t.Errorf("logged %d times, want 2:\n%s", n, s.log)
-			}
-			s.want(200, "GET", "/readyz", nil)
-			s.put("k", []byte("new"))
-			s.wantBlob("k", []byte("new"))
-			s.want(204, "DELETE", "/blob/k", nil)
-		})
+// blobs verifies a directory at rest. It answers how many blobs it holds, and a line for each that
+// begins with the key, the SHA-256, the size and the version: ["KEY",{tag CONTENT},5,0
+func (s *testServer) blobs(fields []string) answer {
+	s.t.Helper()
+	dir := s.path(fields[0])
+	verifyDir(s.t, dir)
+	files, err := filepath.Glob(filepath.Join(dir, "shard_*.db"))
+	fatal(s.t, err)
+	var lines []string
+	for _, file := range files {
+		db := openDB(file, "mode=ro")
+		defer db.Close()
+		rows, err := db.Query(`SELECT json_array(key, lower(hex(sha256)), size, version,
+			content_type, created_at, updated_at, expires_at) FROM blobs`)
+		fatal(s.t, err)
+		for rows.Next() {
+			var line string
+			fatal(s.t, rows.Scan(&line))
+			lines = append(lines, line)
+		}
+		fatal(s.t, rows.Err())
 	}
+	slices.Sort(lines)
+	return answer{status: strconv.Itoa(len(lines)), text: strings.Join(lines, "\n")}
+}
+
+// alike wants two directories at rest to hold the same blobs.
+func (s *testServer) alike(fields []string) answer {
+	s.t.Helper()
+	first := s.blobs(fields[:1])
+	second := s.blobs(fields[1:])
+	return answer{text: first.text + "\nand\n" + second.text, isError: first.text != second.text}
+}
+
+// hold executes SQL over a connection that stays open until the test ends: "hold FILE  TEXT".
+func (s *testServer) hold(fields []string) answer {
+	s.t.Helper()
+	fatal(s.t, os.MkdirAll(filepath.Dir(s.path(fields[0])), 0o700))
+	hold(s.t, openDB(s.path(fields[0]), "_pragma=busy_timeout(5000)"), fields[1])
+	return answer{}
+}
+
+// mode answers the type and the permissions of a file.
+func (s *testServer) mode(fields []string) answer {
+	s.t.Helper()
+	info, err := os.Stat(s.path(fields[0]))
+	fatal(s.t, err)
+	return answer{status: info.Mode().String()}
+}
+
+// copyLeaf copies a leaf page of a table over another one: "leaf FILE  TABLE 2  TABLE 9".
+func (s *testServer) copyLeaf(fields []string) answer {
+	s.t.Helper()
+	path := s.path(fields[0])
+	data, err := os.ReadFile(path)
+	fatal(s.t, err)
+	leaf := func(field string) []byte {
+		table, number, _ := strings.Cut(field, " ")
+		const query = `SELECT pgoffset || ' ' || pgsize FROM dbstat
+			WHERE name = '%s' AND pagetype = 'leaf' ORDER BY path LIMIT 1 OFFSET %s`
+		page := s.query([]string{path, fmt.Sprintf(query, table, number)}).status
+		var offset, size int
+		noErr(fmt.Sscan(page, &offset, &size))
+		return data[offset:][:size]
+	}
+	copy(leaf(fields[2]), leaf(fields[1]))
+	fatal(s.t, os.WriteFile(path, data, 0o600))
+	return answer{}
+}
+
+// A blob that is damaged on the disk is never taken for a whole one: its GET is a 500 or cut off,
+// the second one, too, and the log tells. It can be replaced and deleted. The shard stays ready.
+func TestDamagedContent(t *testing.T) {
+	const flip = "data = CAST(substr(data, 1, 99) || x'00' || substr(data, 101) AS BLOB)"
+	scriptRows(t, `
+		serve   num_shards=1  storage_compression=true  output_compression=true
+		PUT     /blob/k  $2   Content-Type: text/plain
+		sql     data/shard_0.db  UPDATE $3
+		GET     /blob/k       Accept-Encoding: $4  -> $5  $6
+		GET     /blob/k       Accept-Encoding: $4  -> $5  $6
+		log     the blob is damaged  -> 2
+		GET     /readyz       -> 200
+		PUT     /blob/k  new  -> 201
+		GET     /blob/k       -> 200  new
+		DELETE  /blob/k       -> 204
+	`, strings.ReplaceAll(`
+		small            {noise 900}     blobs SET FLIP                    identity  500  ~damaged
+		small, deflated  {prose 900}     blobs SET FLIP                    identity  500  ~damaged
+		one chunk        {noise 200000}  blobs SET FLIP                    identity  500  ~damaged
+		small, as gzip   {noise 20000}   blobs SET FLIP                    gzip      500  ~damaged
+		a row            {noise 900}     blobs SET updated_at = 'x'        identity  500  ~damaged
+		a row of chunks  {noise 3C}      blobs SET updated_at = 'x'        identity  500  ~damaged
+		first chunk      {noise 3C}      chunks SET FLIP WHERE id & 3 = 0  identity  200  cut
+		second, as gzip  {noise 3C}      chunks SET FLIP WHERE id & 3 = 1  gzip      200  cut
+		last chunk       {noise 3C}      chunks SET FLIP WHERE id & 3 = 2  identity  200  cut
+		deflated chunk   {prose 3C}      chunks SET FLIP WHERE id & 3 = 1  identity  200  cut
+	`, "FLIP", flip))
 }
 
 // sample has every kind of blob: small and large, as it is and deflated.
 const sample = `
 	serve storage_compression=true
-	PUT /blob/empty    ""
-	PUT /blob/small    {noise 5000}
-	PUT /blob/text     {prose 5000}
-	PUT /blob/large    {noise 3C}
-	PUT /blob/prose    {prose 3C+5}
-	PUT /blob/more/1   {prose 1}
-	PUT /blob/more/2   {prose 200}
-	PUT /blob/more/3   {prose 900}
+	PUT /blob/empty   ""
+	PUT /blob/small   {noise 5000}
+	PUT /blob/text    {prose 5000}
+	PUT /blob/large   {noise 3C}
+	PUT /blob/novel   {prose 3C+5}
+	PUT /blob/more/0  {prose 1}
+	PUT /blob/more/1  {prose 200}
+	PUT /blob/more/2  {prose 900}
 	stop
 `
 
-// Each paragraph damages one place, and check names it.
+// copyOfSample is the line of a script that makes the directory data a copy of a new sample.
+func copyOfSample(t *testing.T) string {
+	t.Helper()
+	return "copy " + script(t, sample).path("data") + "  data"
+}
+
+// A directory that is whole has no defects, and check says how much it read.
 func TestCheck(t *testing.T) {
-	sample := script(t, sample).path("data")
-	scripts(t, "copy "+sample+"  data", `
-		# nothing
-		blobnom check data  -> 0  ~4 shards, 8 blobs, 
-
-		# without an argument: the configured directory
-		blobnom check  -> 0  ~4 shards, 8 blobs, 
-
-		# no configuration is needed
+	script(t, sample+`
+		blobnom check data                 -> 0  ~4 shards, 8 blobs,   ~, 0 defects
+		# Without an argument: the configured directory
+		blobnom check                      -> 0  ~4 shards, 8 blobs,   ~, 0 defects
+		# No configuration is needed
 		blobnom check data  num_shards=no  -> 0
-
-		# small content
-		sql {shard small}  UPDATE blobs SET data = CAST(substr(data, 1, 2000) || x'00' || substr(data, 2002) AS BLOB) WHERE key = 'small'
-		blobnom check data  -> 1  ~{home small}key "small": the blob is damaged
-
-		# deflated content
-		sql {shard text}  UPDATE blobs SET data = zeroblob(length(data)) WHERE key = 'text'
-		blobnom check data  -> 1  ~{home text}key "text": 
-
-		# a chunk
-		sql {shard large}  UPDATE chunks SET data = CAST(substr(data, 1, 2000) || x'00' || substr(data, 2002) AS BLOB) WHERE id = (SELECT id << 20 | 1 FROM blobs WHERE key = 'large')
-		blobnom check data  -> 1  ~{home large}key "large": the blob is damaged
-
-		# a deflated chunk
-		sql {shard prose}  UPDATE chunks SET data = zeroblob(length(data)) WHERE id = (SELECT id << 20 | 3 FROM blobs WHERE key = 'prose')
-		blobnom check data  -> 1  ~{home prose}key "prose": 
-
-		# a chunk is missing
-		sql {shard large}  DELETE FROM chunks WHERE id = (SELECT id << 20 | 2 FROM blobs WHERE key = 'large')
-		blobnom check data  -> 1  ~{home large}key "large":   ~chunk 2   ~is missing
-
-		# a chunk too many
-		sql {shard large}  INSERT INTO chunks SELECT id << 20 | 3, x'00' FROM blobs WHERE key = 'large'
-		blobnom check data  -> 1  ~{home large}chunk 3 of content  ~belongs to no blob
-
-		# a chunk of a small blob
-		sql {shard small}  INSERT INTO chunks SELECT id << 20, x'00' FROM blobs WHERE key = 'small'
-		blobnom check data  -> 1  ~{home small}chunk 0 of content  ~belongs to no blob
-
-		# stray chunks
-		sql {shard large}  INSERT INTO chunks VALUES (99 << 20, x'00')
-		blobnom check data  -> 1  ~{home large}chunk 0 of content 99 belongs to no blob
-
-		# orphaned chunks
-		sql {shard large}  INSERT INTO chunks VALUES (99 << 20, x'00'); INSERT INTO orphans VALUES (99)
-		blobnom check data  -> 0
-
-		# SHA-256
-		sql {shard small}  UPDATE blobs SET sha256 = zeroblob(32) WHERE key = 'small'
-		blobnom check data  -> 1  ~{home small}key "small":   ~SHA-256
-
-		# half a SHA-256
-		sql {shard small}  UPDATE blobs SET sha256 = zeroblob(16) WHERE key = 'small'
-		blobnom check data  -> 1  ~{home small}key "small":   ~16
-
-		# CRC-32
-		sql {shard text}  UPDATE blobs SET crc32 = crc32 + 1 WHERE key = 'text'
-		blobnom check data  -> 1  ~{home text}key "text":   ~CRC-32
-
-		# size
-		sql {shard small}  UPDATE blobs SET size = size - 1 WHERE key = 'small'
-		blobnom check data  -> 1  ~{home small}key "small": 
-
-		# stored
-		sql {shard prose}  UPDATE blobs SET stored = stored + 1 WHERE key = 'prose'
-		blobnom check data  -> 1  ~{home prose}key "prose": 
-
-		# codec
-		sql {shard small}  UPDATE blobs SET codec = 9 WHERE key = 'small'
-		blobnom check data  -> 1  ~{home small}key "small":   ~codec
-
-		# an emptied blob
-		sql {shard empty}  UPDATE blobs SET data = x'00', stored = 1 WHERE key = 'empty'
-		blobnom check data  -> 1  ~{home empty}key "empty": 
-
-		# placement
-		sql {shard small}  UPDATE blobs SET key = 'smalls' WHERE key = 'small'
-		blobnom check data  -> 1  ~{home small}key "smalls": it belongs to shard 
-
-		# a bad key
-		sql {shard small}  UPDATE blobs SET key = CAST(x'ff' AS TEXT) WHERE key = 'small'
-		blobnom check data  -> 1  ~{home small}  ~not valid UTF-8
-
-		# an unreadable row
-		sql {shard small}  UPDATE blobs SET sha256 = zeroblob(32) WHERE key <> 'small'
-		sql {shard small}  UPDATE blobs SET updated_at = 'x' WHERE key = 'small'
-		blobnom check data  -> 1  ~{home small}key "small":   ~{home small}key "more/  ~restore it or delete it
-
-		# an id that is not ours
-		sql {shard small}  UPDATE blobs SET id = -id, sha256 = zeroblob(32) WHERE key = 'small'
-		blobnom check data  -> 1  ~{home small}key "small": 
-
-		# an index that lacks rows
-		sql {shard small}  UPDATE blobs SET expires_at = 1 << 50; CREATE INDEX more ON blobs (expires_at) WHERE expires_at = 1; PRAGMA writable_schema = ON; UPDATE sqlite_schema SET rootpage = (SELECT rootpage FROM sqlite_schema WHERE name = 'more') WHERE name = 'expiring'; DELETE FROM sqlite_schema WHERE name = 'more'
-		blobnom check data  -> 1  ~{home small}SQLite:   ~missing from index expiring
-
-		# an index has rows of no blob
-		sql {shard small}  PRAGMA writable_schema = ON; CREATE INDEX more ON blobs (version) WHERE version = 0; UPDATE sqlite_schema SET rootpage = (SELECT rootpage FROM sqlite_schema WHERE name = 'more') WHERE name = 'expiring'; DELETE FROM sqlite_schema WHERE name = 'more'
-		blobnom check data  -> 1  ~{home small}index expiring has 
-
-		# a table is gone
-		sql {shard large}  DROP TABLE orphans
-		blobnom check data  -> 1  ~{home large}  ~orphans
-
-		# a table of another tool
-		sql {shard large}  CREATE TABLE _litestream_seq (id INTEGER)
-		blobnom check data  -> 0
-
-		# no version
-		sql {shard large}  PRAGMA user_version = 0
-		blobnom check data  -> 1  ~{home large}  ~schema version 0
-
-		# the header
-		sql {shard large}  PRAGMA application_id = 1
-		blobnom check data  -> 1  ~{home large}  ~its header is not that of a shard
-
-		# the record
-		sql {shard large}  UPDATE meta SET value = 'another' WHERE key = 'directory'
-		blobnom check data  -> 1  ~it does not belong here
-
-		# another count
-		sql {shard large}  UPDATE meta SET value = 100000000000 WHERE key = 'num_shards'
-		blobnom check data  -> 1  ~{home large}  ~of 100000000000
-
-		# no record
-		sql {shard large}  DELETE FROM meta
-		blobnom check data  -> 1  ~{home large}  ~meta is incomplete
-
-		# a shard twice
-		copy data/shard_2.db  data/shard_3.db
-		blobnom check data  -> 1  ~shard 3: it does not belong here
-
-		# a shard of the Rust server
-		remove {shard large}
-		sql {shard large}  CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB); INSERT INTO blobs VALUES ('k', 'v')
-		blobnom check data  -> 1  ~{home large}  ~its header is not that of a shard
-
-		# a missing shard
-		remove {shard large}
-		blobnom check data  -> 1  ~{home large}the file is missing
-
-		# an empty shard
-		write {shard large}
-		blobnom check data  -> 1  ~{home large}  ~missing or empty
-
-		# a shard too many
-		copy {shard large}  data/shard_7.db
-		sql data/shard_7.db  UPDATE meta SET value = 7 WHERE key = 'shard'
-		blobnom check data  -> 1  ~shard 7: it does not belong here
-
-		# no database
-		write {shard large}  garbage
-		blobnom check data  -> 1  ~{home large}  ~not a database
-
-		# a torn page
-		overwrite {shard large}  8192  {noise 100}
-		blobnom check data  -> 1  ~{home large}
-
-		# a newer version is not damage
+		# Chunks that are to be deleted
+		sql data/shard_0.db  INSERT INTO orphans VALUES (9); INSERT INTO chunks VALUES (9 << 20, '')
+		# A table of another tool
+		sql data/shard_1.db  CREATE TABLE _litestream_seq (id INTEGER)
+		blobnom check data                 -> 0  ~, 0 defects
+		# A newer version is not damage
 		sql data/shard_2.db  PRAGMA user_version = 7
-		blobnom check data         -> 1  ~schema version 7 is written by a newer version
-		blobnom backup to          -> 1  ~schema version 7 is written by a newer version
+		blobnom check data                 -> 1  ~schema version 7 is written by a newer version
+		blobnom backup to                  -> 1  ~schema version 7 is written by a newer version
 		blobnom migrate data  data_dir=to  -> 1  ~schema version 7 is written by a newer version
-		ls .  -> 1  data
+		ls .                               -> 1  data
+	`)
+}
+
+// Each row changes a blob, and check names it.
+func TestCheckBlobs(t *testing.T) {
+	scriptRows(t, copyOfSample(t)+`
+		sql {shard $1}      UPDATE blobs SET $2 WHERE key = '$1'
+		blobnom check data  -> 1  ~{home $1}key "$1": the blob is damaged;   ~delete it: $3
+	`, `
+		small  data = zeroblob(size)            SHA-256
+		small  size = size - 1                  chunk 0 of content 1 has 5000 bytes
+		small  sha256 = zeroblob(32)            SHA-256
+		small  sha256 = zeroblob(16)            a SHA-256 of 16 bytes
+		small  codec = 9                        sql: Scan error
+		small  updated_at = 'x'                 sql: Scan error
+		small  id = -id, sha256 = zeroblob(32)  SHA-256
+		text   data = zeroblob(stored)          inflated to 0 bytes instead of 5000
+		text   crc32 = crc32 + 1                its CRC-32 is
+		novel  stored = stored + 1              SHA-256
+		empty  data = x'00', stored = 1         chunk 0 of content 1 has 1 bytes
+	`)
+}
+
+// Each row changes a shard, and check says what is wrong with it.
+func TestCheckShards(t *testing.T) {
+	scriptRows(t, copyOfSample(t)+`
+		sql data/shard_$1.db  $2
+		blobnom check data    -> 1  ~shard $1: $3
+	`, `
+		0  UPDATE blobs SET key = 'smalls' WHERE id = 1       key "smalls": it belongs to shard 1
+		0  UPDATE blobs SET key = CAST(x'ff' AS TEXT) WHERE id = 1  key "\xff": bad request: the key
+		0  UPDATE chunks SET data = x'00' WHERE id & 3 = 1    key "large": the blob is damaged
+		1  UPDATE chunks SET data = x'00' WHERE id & 3 = 3    key "novel": the blob is damaged
+		0  DELETE FROM chunks WHERE id & 3 = 2                key "large": the blob is damaged
+		0  INSERT INTO chunks VALUES (1 << 20, '')            chunk 0 of content 1 belongs to no
+		0  INSERT INTO chunks VALUES (2 << 20 | 3, '')        chunk 3 of content 2 belongs to no
+		0  INSERT INTO chunks VALUES (99 << 20, '')           chunk 0 of content 99 belongs to no
+		2  DROP TABLE orphans                                 shard is corrupt: SQL logic error
+		2  DELETE FROM meta                                   shard is corrupt: meta is incomplete
+		2  PRAGMA application_id = 1                          shard is corrupt: its header is not
+		2  PRAGMA user_version = 0                            shard is corrupt: application id
+		2  UPDATE meta SET value = 1 << 40 WHERE value = 4    shard is corrupt: application id
+		2  UPDATE meta SET value = 'x' WHERE key = 'directory'  it does not belong here: it is
+	`)
+}
+
+// Each row gives the index of the expiring blobs the pages of another one.
+func TestCheckIndex(t *testing.T) {
+	scriptRows(t, strings.NewReplacer(
+		"$ON", "PRAGMA writable_schema = ON",
+		"$LAST", "(SELECT max(rootpage) FROM sqlite_schema)",
+	).Replace(copyOfSample(t)+`
+		sql data/shard_0.db  $1
+		sql data/shard_0.db  CREATE INDEX more ON blobs (id) WHERE $2
+		sql data/shard_0.db  $ON; UPDATE sqlite_schema SET rootpage = $LAST WHERE name = 'expiring'
+		sql data/shard_0.db  $ON; DELETE FROM sqlite_schema WHERE name = 'more'
+		blobnom check data   -> 1  ~shard 0: $3
+	`), `
+		UPDATE blobs SET expires_at = 1 << 50  id = 0  SQLite: row 1 missing from index expiring
+		SELECT 0                               id > 0  index expiring has 3 rows instead of 0
+	`)
+}
+
+// Each paragraph damages a page, takes a shard away or puts another one in its place.
+func TestCheckFiles(t *testing.T) {
+	scripts(t, copyOfSample(t), `
+		# A torn page
+		overwrite data/shard_2.db  8192  {noise 100}
+		blobnom check data   -> 1  ~shard 2:
+
+		# Several defects
+		sql data/shard_0.db  UPDATE blobs SET sha256 = zeroblob(32) WHERE key = 'small'
+		remove data/shard_2.db
+		write data/shard_1.db
+		blobnom check data   -> 1  ~key "small":   ~shard 1:   ~shard 2: the file is  ~3 defects
+
+		# No database
+		write data/shard_2.db   garbage
+		blobnom check data   -> 1  ~shard 2:   ~not a database
+
+		# An empty shard
+		write data/shard_2.db
+		blobnom check data   -> 1  ~shard 2: shard is corrupt: the file is missing or empty
+
+		# A shard of the Rust server
+		remove data/shard_2.db
+		sql data/shard_2.db  CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)
+		blobnom check data   -> 1  ~shard 2: shard is corrupt: its header is not that of a shard
+
+		# A shard twice
+		copy data/shard_2.db  data/shard_3.db
+		blobnom check data   -> 1  ~shard 3: it does not belong here
+
+		# A shard too many
+		copy data/shard_2.db  data/shard_7.db
+		sql data/shard_7.db  UPDATE meta SET value = 7 WHERE key = 'shard'
+		blobnom check data   -> 1  ~shard 7: it does not belong here
 	`)
 }
 
 // A blob that is replaced or deleted while check reads it is not damaged.
 func TestCheckWhileBlobsChange(t *testing.T) {
 	for _, change := range []string{
-		"BEGIN IMMEDIATE; DELETE FROM blobs; DELETE FROM chunks; COMMIT",
-		"BEGIN IMMEDIATE; UPDATE blobs SET id = id + 1; UPDATE chunks SET id = id + (1 << 20); COMMIT",
+		"DELETE FROM blobs; DELETE FROM chunks",
+		"UPDATE blobs SET id = id + 1; UPDATE chunks SET id = id + (1 << 20)",
 	} {
-		t.Run(change, func(t *testing.T) {
-			server := newTestServer(t, oneShard)
-			server.put("k", noise(3*chunkSize, 1))
-			source, err := openSource(server.store.dir, 0)
-			fatal(t, err)
-			defer source.close()
-			var out bytes.Buffer
-			checked := &dataDir{call: &call{stdout: &out}, first: source.record}
-			fatal(t, source.eachRow(t.Context(), func(row storedRow) error {
-				exec1(t, filepath.Join(server.store.dir, shardName(0)), change)
-				return checked.checkBlob(row)
-			}))
-			expect(t, checked.defects == 0, "%d defects: %s", checked.defects, &out)
-		})
+		s := script(t, `
+			serve  num_shards=1
+			PUT    /blob/k  {noise 3C}
+		`)
+		source := noErr(openSource(s.path("data"), 0))
+		defer source.close()
+		var out bytes.Buffer
+		checked := &dataDir{call: &call{stdout: &out}, first: source.record}
+		fatal(t, source.eachRow(t.Context(), func(row storedRow) error {
+			s.script("sql data/shard_0.db  BEGIN IMMEDIATE; " + change + "; COMMIT")
+			return checked.checkBlob(row)
+		}))
+		expect(t, out.Len() == 0, "%s: check says %s", change, &out)
 	}
 }
 
-// A shard that somebody locks is not a damaged one.
+// A shard that another program locks is not a damaged one.
 func TestCheckOfLocked(t *testing.T) {
 	t.Parallel() // it mostly waits
-	dir := sampleDir(t).DataDir
-	hold(t, openDB(filepath.Join(dir, shardName(0)), "_pragma=locking_mode(exclusive)"), "BEGIN EXCLUSIVE; UPDATE blobs SET version = version")
-	wantEnd(t, 1, "cannot check shard 0: too busy")(runCommand(t, nil, "check", dir))
+	s := script(t, sample+`
+		hold data/shard_0.db  PRAGMA locking_mode = exclusive; BEGIN EXCLUSIVE; DELETE FROM blobs
+	`)
+	code, _, stderr := runCommand(t, nil, "check", s.path("data"))
+	expect(t, code == 1, "code %d, want 1", code)
+	expect(t, strings.Contains(stderr, "cannot check shard 0: too busy"), "it says %q", stderr)
 }
 
-// wantEnd wants a command to end with this code and one line that has text: a result, or an error
-// and no result.
-func wantEnd(t testing.TB, want int, text string) func(code int, stdout, stderr string) {
-	return func(code int, stdout, stderr string) {
-		t.Helper()
-		line, other := stdout, stderr
-		if want != 0 {
-			line, other = stderr, stdout
-		}
-		expect(t, code == want && strings.Count(line, "\n") == 1 && strings.Contains(line, text) && strings.HasPrefix(line, "blobnom: ") == (want != 0) && other == "",
-			"code %d, %q, %q; want code %d and one line with %q", code, stdout, stderr, want, text)
-	}
-}
-
-// copyDir runs backup or migrate, without a configuration file.
-func copyDir(t testing.TB, command, from, to string, env ...string) (code int, stdout, stderr string) {
-	t.Helper()
-	dir, arg := from, to
-	if command == "migrate" {
-		dir, arg = to, from
-	}
-	return runCommand(t, append([]string{"BLOBNOM_NUM_SHARDS=4", "BLOBNOM_DATA_DIR=" + dir}, env...), "-config", os.DevNull, command, arg)
-}
-
-// wantIncomplete wants every command to refuse dir.
-func wantIncomplete(t testing.TB, dir string) {
-	t.Helper()
-	wantEnd(t, 1, "incomplete copy")(runCommand(t, nil, "check", dir))
-	wantEnd(t, 1, "incomplete copy")(copyDir(t, "backup", dir, t.TempDir()))
-	wantEnd(t, 1, "incomplete copy")(copyDir(t, "migrate", dir, t.TempDir()))
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel() // it would end at once
-	var out, errs bytes.Buffer
-	code := run(ctx, []string{"-config", os.DevNull}, []string{"BLOBNOM_DATA_DIR=" + dir, "BLOBNOM_NUM_SHARDS=4", "BLOBNOM_ADDR=127.0.0.1:0"}, &out, &errs)
-	wantEnd(t, 1, "incomplete copy")(code, out.String(), errs.String())
-}
-
-// wantUntouched wants the files in dir as they were. A reader may have made -shm files and empty
-// -wal files.
-func wantUntouched(t testing.TB, dir string, before map[string]string) {
-	t.Helper()
-	made := func(name, sum string) bool {
-		return strings.HasSuffix(name, "-shm") || strings.HasSuffix(name, "-wal") && before[name] == "" && sum == sumOf(nil)
-	}
-	after := snapshot(t, dir)
-	maps.DeleteFunc(after, made)
-	maps.DeleteFunc(before, made)
-	expect(t, maps.Equal(before, after), "%v became %v", before, after)
-}
-
-// load writes, replaces and deletes until it is stopped.
-func (s *testServer) load() (stop func()) {
-	ctx, cancel := context.WithCancel(s.t.Context())
-	var group sync.WaitGroup
-	for w := range 4 {
-		group.Go(func() {
-			for rnd := rand.New(rand.NewPCG(uint64(w), 0)); ctx.Err() == nil; {
-				key := fmt.Sprintf("load/%d/%d", w, rnd.IntN(20))
-				if rnd.IntN(5) == 0 {
-					s.want(204, "DELETE", "/blob/"+key, nil)
-				} else {
-					s.put(key, noise([]int{100, 20_000, 2 * chunkSize}[rnd.IntN(3)], rnd.Uint64()))
-				}
-			}
-		})
-	}
-	return func() { cancel(); group.Wait() }
-}
-
+// A directory is copied and checked while its server writes. A backup of the backup is the same.
 func TestBackup(t *testing.T) {
-	t.Parallel()
-	cfg := testConfig(t, func(c *config) { c.StorageCompression = true })
-	s := serveConfig(t, cfg)
-	want := map[string][]byte{}
-	for i, size := range []int{0, 100, 20_000, 3 * chunkSize, 10 * chunkSize} {
-		want[fmt.Sprint("n", i)], want[fmt.Sprint("p", i)] = noise(size, 1), prose(size, 2)
-	}
-	for key, body := range want {
-		s.put(key, body, "Content-Type", "a/b")
-	}
-	// Under load, a live directory is copied and checked.
-	to, second := filepath.Join(t.TempDir(), "copy #1 100%"), filepath.Join(t.TempDir(), "b")
-	stop := s.load()
-	wantEnd(t, 0, "copied and verified")(copyDir(t, "backup", cfg.DataDir, to))
-	wantEnd(t, 0, "0 defects")(runCommand(t, nil, "check", cfg.DataDir))
-	wantEnd(t, 0, "0 defects")(runCommand(t, nil, "check", to))
-	stop()
-	client.CloseIdleConnections() // http.Server.Shutdown waits 5 s for one that was never used
-	wantEnd(t, 0, "copied and verified")(copyDir(t, "backup", to, second))
-	expect(t, maps.Equal(verifyDir(t, to), verifyDir(t, second)), "the backup of a backup is another")
-	n := countRows(t, second, "SELECT auto_vacuum FROM pragma_auto_vacuum")
-	expect(t, n == 4*2, "auto_vacuum adds up to %d: it is not incremental", n)
-	// A backup restores: data_dir may point at it, and it may be copied over a crashed
-	// directory, whose WALs then count no more.
-	crashed := foreign(t, 4, func(_ int, exec func(string, ...any)) {
-		exec("CREATE TABLE old (data)")
-		exec("INSERT INTO old VALUES (zeroblob(200000))")
-	})
-	files, _ := os.ReadDir(second)
-	for _, f := range files {
-		copyFile(t, filepath.Join(second, f.Name()), filepath.Join(crashed, f.Name()))
-	}
-	for _, dir := range []string{to, crashed} {
-		restored := *cfg
-		restored.DataDir = dir
-		r := serveConfig(t, &restored)
-		for key, body := range want {
-			r.wantBlob(key, body, "Blob-Created", s.wantBlob(key, body).Header.Get("Blob-Created"), "Content-Type", "a/b")
+	s := script(t, `
+		serve  storage_compression=true
+		PUT    /blob/small       {noise 100}
+		PUT    /blob/large       {noise 10C}
+		PUT    /blob/text        {prose 20000}  Content-Type: a/b
+		PUT    /blob/text        {prose 30000}  Content-Type: a/b
+		PUT    /blob/more?ttl=1h  {prose 3C}
+	`)
+	ctx, stop := context.WithCancel(t.Context())
+	written := make(chan struct{})
+	go func() {
+		defer close(written)
+		for ctx.Err() == nil {
+			s.script(`
+				PUT    /blob/a  {noise 2C}     -> 201
+				PUT    /blob/b  {noise 20000}  -> 201
+				PUT    /blob/a  {noise 100}    -> 201
+				PUT    /blob/b  {noise 3C}     -> 201
+				DELETE /blob/a                 -> 204
+			`)
 		}
-		r.put("new", []byte("x"))
-		n := countRows(t, dir, "SELECT journal_mode = 'wal' FROM pragma_journal_mode")
-		expect(t, n == 4, "%d shards are in WAL mode", n)
-		r.stop()
-	}
-	s.stop()
+	}()
+	s.script(`
+		blobnom backup  copy #1 100%                  -> 0  ~copied and verified
+		blobnom check data                            -> 0  ~, 0 defects
+	`)
+	stop()
+	<-written
+	s.script(`
+		blobnom check  copy #1 100%                   -> 0  ~, 0 defects
+		blobnom backup second  data_dir=copy #1 100%  -> 0  ~copied and verified
+		alike   copy #1 100%  second
+		sql     second  SELECT auto_vacuum = 2 FROM pragma_auto_vacuum  -> 4
+	`)
 }
 
-// A damaged content is copied, named and told; any other defect of the original leaves the copy
-// incomplete.
-func TestBackupOfDamage(t *testing.T) {
-	t.Parallel()
-	sample := sampleDir(t).DataDir
-	shard := func(dir, key string) string { return filepath.Join(dir, shardName(int(hashes["fnv1a"](key)%4))) }
-	const cure = "restore it or delete it"
-	for _, c := range []struct {
-		name, key, damage string
-		leaves            string // in the place of the copy
-		says              string
-	}{
-		{"SHA-256", "small", "UPDATE blobs SET sha256 = zeroblob(32) WHERE key = 'small'", "a copy", cure},
-		{"small content", "small", "UPDATE blobs SET data = zeroblob(5000) WHERE key = 'small'", "a copy", cure},
-		{"a missing chunk", "large", "DELETE FROM chunks WHERE id & 1048575 = 1", "a copy", cure},
-		{"half a SHA-256", "text", "UPDATE blobs SET sha256 = zeroblob(16) WHERE key = 'text'", "a copy", cure},
-		{"an unreadable row", "text", "UPDATE blobs SET updated_at = 'x' WHERE key = 'text'", "a copy", cure},
-		{"a stray chunk", "large", "INSERT INTO chunks VALUES (99 << 20, x'00')", "nothing", "belongs to no blob"},
-		{"placement", "small", "UPDATE blobs SET key = 'smalls' WHERE key = 'small'", "half a copy", "it belongs to shard"},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			from, to := filepath.Join(t.TempDir(), "from"), filepath.Join(t.TempDir(), "to")
-			fatal(t, os.CopyFS(from, os.DirFS(sample)))
-			exec1(t, shard(from, c.key), c.damage)
-			code, stdout, stderr := copyDir(t, "backup", from, to)
-			expect(t, code == 1 && strings.Count(stderr, "\n") == 1, "code %d, %q", code, stderr)
-			expect(t, strings.Contains(stdout, c.says), "%q, want %q", stdout, c.says)
-			switch c.leaves {
-			case "nothing":
-				expect(t, !fileExists(to), "something was made")
-				return
-			case "half a copy":
-				wantIncomplete(t, to)
-				return
-			}
-			expect(t, strings.Contains(stdout, fmt.Sprintf("key %q: ", c.key)), "%q does not name %s", stdout, c.key)
-			expect(t, strings.Contains(stdout, "55 blobs, ") && strings.Contains(stdout, " damaged, as in the original\n"), "no summary: %q", stdout)
-			expect(t, !strings.Contains(stdout, "verified"), "it says verified: %q", stdout)
-			expect(t, strings.Contains(stderr, "the copy is complete"), "%q", stderr)
-			code, _, stderr = runCommand(t, nil, "check", to)
-			expect(t, code == 1 && strings.Contains(stderr, "has defects"), "check of the copy: code %d, %q", code, stderr)
-			next := filepath.Join(t.TempDir(), "next")
-			code, stdout, stderr = copyDir(t, "migrate", from, next)
-			expect(t, code == 1 && strings.Contains(stdout, fmt.Sprintf("key %q: ", c.key)), "migrate: code %d, %q", code, stdout)
-			expect(t, strings.Contains(stdout, cure) && strings.Contains(stderr, "holds an incomplete copy"), "migrate: %q, %q", stdout, stderr)
-			wantIncomplete(t, next)
-		})
-	}
+// A backup restores: data_dir may point at it, or its files are copied over a directory that
+// crashed, whose WAL then counts no more.
+func TestRestore(t *testing.T) {
+	const backup = `
+		clock   2026-01-02T03:04:05.678Z
+		serve   num_shards=1
+		PUT     /blob/text     {prose 30000}  Content-Type: a/b
+		PUT     /blob/large    {noise 3C+5}
+		clock   +1h
+		blobnom backup to      -> 0
+		stop
+	`
+	scripts(t, backup, `
+		# data_dir points at it
+		serve   num_shards=1  data_dir=to
+		GET     /blob/text    -> 200  {prose 30000}  Content-Type: a/b
+		GET     /blob/text    -> 200  Blob-Created: 2026-01-02T03:04:05.678Z
+		PUT     /blob/new     x  -> 201
+		sql     to  SELECT journal_mode = 'wal' FROM pragma_journal_mode  -> 1
+
+		# It is copied over a directory with a WAL
+		hold    live/shard_0.db  PRAGMA journal_mode = wal; CREATE TABLE t AS SELECT zeroblob(99999)
+		copy    live               crashed
+		copy    to/shard_0.db      crashed/shard_0.db
+		copy    to/shard_0.db-wal  crashed/shard_0.db-wal
+		serve   num_shards=1  data_dir=crashed
+		GET     /blob/large   -> 200  {noise 3C+5}
+		PUT     /blob/new     x  -> 201
+	`)
+}
+
+// A backup has the damaged blobs of the original, and names them. A migration leaves them out,
+// names them, and stays incomplete.
+func TestCopyOfDamagedBlobs(t *testing.T) {
+	setup := copyOfSample(t)
+	scriptRows(t, setup+`
+		sql {shard $1}      $2
+		blobnom backup to   -> 1  ~{home $1}key "$1": the blob is damaged;
+		blobnom check to    -> 1  ~{home $1}key "$1":   ~, 8 blobs,   ~, 1 defects
+		blobnom migrate data  data_dir=new  -> 1  ~{home $1}key "$1": the blob is damaged;
+		blobnom check new   -> 1  ~incomplete copy
+	`, `
+		small  UPDATE blobs SET sha256 = zeroblob(32) WHERE key = 'small'
+		small  UPDATE blobs SET data = zeroblob(5000) WHERE key = 'small'
+		text   UPDATE blobs SET sha256 = zeroblob(16) WHERE key = 'text'
+		text   UPDATE blobs SET updated_at = 'x' WHERE key = 'text'
+		large  UPDATE chunks SET data = zeroblob(length(data)) WHERE id & 3 = 1
+		large  DELETE FROM chunks WHERE id & 3 = 1
+	`)
+	scripts(t, setup, `
+		# How the commands end
+		sql data/shard_0.db  UPDATE blobs SET sha256 = zeroblob(32) WHERE key = 'small'
+		blobnom backup to    -> 1  ~, 1 damaged, as in the original  ~the copy is complete
+		blobnom migrate data  data_dir=new  -> 1  ~new holds an incomplete copy: the copy lacks 1
+
+		# A key in another shard than that of its hash is no damage of a content
+		sql data/shard_0.db  UPDATE blobs SET key = 'smalls' WHERE key = 'small'
+		blobnom backup to    -> 1  ~it belongs to shard 1  ~the copy has 1 defects, see above
+		blobnom check to     -> 1  ~incomplete copy
+
+		# A chunk of no blob is not copied, nor is anything else
+		sql data/shard_0.db  INSERT INTO chunks VALUES (99 << 20, x'00')
+		blobnom backup to    -> 1  ~chunk 0 of content 99 belongs to no blob  ~is damaged, see above
+		ls to                -> 0
+	`)
+}
+
+const (
+	rustTable = "CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)"
+	upTo300   = "WITH RECURSIVE n(i) AS (SELECT 1 UNION SELECT i + 1 FROM n LIMIT 300)"
+)
+
+// Nothing is copied of a shard with a damaged page: SQLite would leave rows out without an error.
+// Each row copies a leaf of a table over another leaf.
+func TestDamagedPages(t *testing.T) {
+	made := script(t, strings.NewReplacer("TABLE", rustTable, "EACH", upTo300).Replace(`
+		sql rust/shard_0.db  TABLE
+		sql rust/shard_0.db  EACH INSERT INTO blobs SELECT i, zeroblob(900) FROM n
+		blobnom migrate rust  num_shards=1  -> 0  ~300 blobs
+	`))
+	setup := fmt.Sprintf("copy %s  data\ncopy %s  rust", made.path("data"), made.path("rust"))
+	scriptRows(t, setup+`
+		leaf data/shard_0.db  $1  $2
+		leaf rust/shard_0.db  $1  $2
+		blobnom check data                 -> 1  ~SQLite:
+		blobnom backup to                  -> 1  ~SQLite:   ~is damaged, see above
+		blobnom migrate data  data_dir=to  -> 1  ~SQLite:   ~is damaged, see above
+		blobnom migrate rust  data_dir=to  -> 1  ~SQLite:   ~is damaged, see above
+		ls to                              -> 0
+	`, `
+		blobs 2   blobs 14
+		blobs 2   blobs 9
+		blobs 9   blobs 2
+		blobs 0   blobs 1
+		blobs 14  blobs 0
+	`)
+}
+
+// A table that looks empty is no empty table, and a chunk that a page hides is no missing chunk.
+func TestHiddenRows(t *testing.T) {
+	scriptRows(t, copyOfSample(t)+`
+		leaf data/shard_$1.db  orphans 0  $2 0
+		blobnom backup to                  -> 1  ~shard $1: SQLite:   ~is damaged, see above
+		blobnom migrate data  data_dir=to  -> 1  ~shard $1: SQLite:   ~is damaged, see above
+		ls to                              -> 0
+	`, `
+		1  blobs
+		0  chunks
+	`)
 }
 
 // A defect that the copy alone has is no damage of the original.
 func TestDamagedCopy(t *testing.T) {
-	from, to := sampleDir(t).DataDir, filepath.Join(t.TempDir(), "to")
-	wantEnd(t, 0, "copied and verified")(copyDir(t, "backup", from, to))
-	exec1(t, filepath.Join(to, shardName(int(hashes["fnv1a"]("small")%4))), "UPDATE blobs SET sha256 = zeroblob(32) WHERE key = 'small'")
+	s := script(t, sample+`
+		blobnom backup to  -> 0  ~copied and verified
+		sql to/shard_0.db  UPDATE blobs SET sha256 = zeroblob(32) WHERE key = 'small'
+	`)
 	cli := &call{stdout: io.Discard}
-	original, err := cli.listDir(from)
-	fatal(t, err)
-	copied, err := cli.listDir(to)
-	fatal(t, err)
+	original := noErr(cli.listDir(s.path("data")))
+	copied := noErr(cli.listDir(s.path("to")))
 	fatal(t, copied.check(t.Context()))
-	err = copied.compareDamage(original)
-	expect(t, err != nil && strings.Contains(err.Error(), `key "small" is whole in the original`), "%v", err)
+	err := copied.compareDamage(original)
+	want := `key "small" is whole in the original, or has changed; run backup again`
+	expect(t, err != nil && err.Error() == want, "%v, want %s", err, want)
 }
 
-// A database whose pages are damaged ends every command, and no blob of it is left out silently.
-func TestDamagedPages(t *testing.T) {
-	t.Parallel()
-	fill := func(exec func(string, ...any)) {
-		exec("BEGIN")
-		for i := range 60 {
-			exec("INSERT INTO blobs (key, data) VALUES (?, zeroblob(900))", fmt.Sprint("k", i))
-		}
-		exec("COMMIT")
-	}
-	rust := foreign(t, 1, func(_ int, exec func(string, ...any)) {
-		exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)")
-		fill(exec)
-		exec("PRAGMA wal_checkpoint(TRUNCATE)")
-	})
-	ours := filepath.Join(t.TempDir(), "ours")
-	wantEnd(t, 0, "60 blobs")(copyDir(t, "migrate", rust, ours, "BLOBNOM_NUM_SHARDS=1"))
-	for _, c := range []struct {
-		name     string
-		from, to int // leaves of the table, the first one is 0
-	}{
-		{"third over last", 2, -1},
-		{"third over tenth", 2, 9},
-		{"tenth over third", 9, 2},
-		{"first over second", 0, 1},
-		{"last over first", -1, 0},
-	} {
-		for command, source := range map[string]string{"migrate of the Rust server's": rust, "migrate of ours": ours, "backup": ours, "check": ours} {
-			t.Run(command+" "+c.name, func(t *testing.T) {
-				dir, to := filepath.Join(t.TempDir(), "dir"), filepath.Join(t.TempDir(), "to")
-				fatal(t, os.CopyFS(dir, os.DirFS(source)))
-				copyLeaf(t, filepath.Join(dir, shardName(0)), c.from, c.to)
-				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-				defer cancel()
-				line := []string{"-config", os.DevNull, "check", dir}
-				env := []string{"BLOBNOM_NUM_SHARDS=1", "BLOBNOM_DATA_DIR=" + dir}
-				if command == "backup" {
-					line = []string{"-config", os.DevNull, "backup", to}
-				} else if command != "check" {
-					line = []string{"-config", os.DevNull, "migrate", dir}
-					env[1] = "BLOBNOM_DATA_DIR=" + to
-				}
-				var stdout, stderr bytes.Buffer
-				code := run(ctx, line, env, &stdout, &stderr)
-				expect(t, ctx.Err() == nil, "it does not end")
-				expect(t, code == 1 && stderr.Len() > 0, "code %d, %s%s", code, &stdout, &stderr)
-				said := stdout.String() + stderr.String()
-				expect(t, strings.Contains(said, "SQLite: ") || strings.Contains(said, "malformed"), "%s does not say what is damaged", said)
-				made := fileExists(filepath.Join(to, shardName(0)))
-				expect(t, !made, "a copy was begun")
-			})
-		}
-	}
-}
-
-// copyLeaf copies one leaf page of the table blobs over another. Negative numbers count from the
-// last.
-func copyLeaf(t *testing.T, path string, from, to int) {
-	t.Helper()
-	changeLeaves(t, path, "blobs", func(leaves [][]byte) {
-		n := len(leaves)
-		copy(leaves[(to+n)%n], leaves[(from+n)%n])
-	})
-}
-
-// changeLeaves changes the leaf pages of a table in a database at rest.
-func changeLeaves(t *testing.T, path, table string, change func(leaves [][]byte)) {
-	t.Helper()
-	db := openDB(path, "mode=ro")
-	defer db.Close()
-	rows, err := db.Query("SELECT pgoffset, pgsize FROM dbstat WHERE name = ? AND pagetype = 'leaf' ORDER BY path", table)
-	fatal(t, err)
-	defer rows.Close()
-	data, err := os.ReadFile(path)
-	fatal(t, err)
-	var leaves [][]byte
-	for rows.Next() {
-		var offset, size int
-		fatal(t, rows.Scan(&offset, &size))
-		leaves = append(leaves, data[offset:offset+size])
-	}
-	fatal(t, rows.Err())
-	change(leaves)
-	fatal(t, os.WriteFile(path, data, 0o600))
-}
-
-// A chunk that a damaged table hides is no damaged content: the copy is not completed without it.
-func TestBackupOfHiddenChunk(t *testing.T) {
-	from, to := filepath.Join(t.TempDir(), "from"), filepath.Join(t.TempDir(), "to")
-	fatal(t, os.CopyFS(from, os.DirFS(megabytes(t, 1, 1))))
-	changeLeaves(t, filepath.Join(from, shardName(0)), "chunks", func(leaves [][]byte) {
-		leaves[0][4]-- // the low byte of the number of cells
-	})
-	code, stdout, stderr := copyDir(t, "backup", from, to)
-	expect(t, code == 1 && strings.Contains(stdout, "SQLite: "), "code %d, %q", code, stdout)
-	expect(t, strings.Contains(stderr, "is damaged, see above"), "%q", stderr)
-	expect(t, !fileExists(to), "something was made")
-}
-
-// A table whose root is that of an empty one is no empty table.
-func TestBackupOfSwappedTables(t *testing.T) {
-	from, to := filepath.Join(t.TempDir(), "from"), filepath.Join(t.TempDir(), "to")
-	fatal(t, os.CopyFS(from, os.DirFS(megabytes(t, 1, 1))))
-	shard := filepath.Join(from, shardName(0))
-	var empty []byte
-	changeLeaves(t, shard, "orphans", func(leaves [][]byte) { empty = bytes.Clone(leaves[0]) })
-	changeLeaves(t, shard, "blobs", func(leaves [][]byte) { copy(leaves[0], empty) })
-	code, stdout, stderr := copyDir(t, "backup", from, to)
-	expect(t, code == 1 && strings.Contains(stdout, "SQLite: "), "code %d, %q, %q", code, stdout, stderr)
-	expect(t, !fileExists(to), "something was made")
-}
-
-// A copy goes where nothing is, or what an interrupted one left.
+// A copy goes where nothing is, or over what an interrupted one left. Nobody else may read it.
 func TestCopyTargets(t *testing.T) {
-	t.Parallel()
-	sample := sampleDir(t).DataDir
-	want := verifyDir(t, sample)
-	with := func(names ...string) func(*testing.T) string {
-		return func(t *testing.T) string {
-			dir := t.TempDir() // for everybody
-			for _, name := range names {
-				os.WriteFile(filepath.Join(dir, name), []byte("mine"), 0o600)
-			}
-			return dir
-		}
+	setup := copyOfSample(t)
+	for _, command := range []string{"backup to", "migrate data  data_dir=to"} {
+		scripts(t, setup, strings.ReplaceAll(`
+			# A new directory
+			blobnom COPY  -> 0  ~8 blobs
+			alike  data  to
+			mode   to                  -> drwx------
+			mode   to/shard_0.db       -> -rw-------
+			mode   to/shard_3.db-wal   -> -rw-------
+			keep   to
+			blobnom COPY  -> 1  ~it is not empty, shard_0.db is in the way
+			same   to
+
+			# What an interrupted copy left
+			write  to/blobnom.partial
+			write  to/blobnom.lock
+			write  to/blobnom.new      left
+			write  to/blobnom.reserve  left
+			write  to/shard_0.db       left
+			write  to/shard_0.db-wal   left
+			write  to/shard_7.db       left
+			blobnom COPY  -> 0  ~8 blobs
+			alike  data  to
+			remove to/shard_0.db-shm  to/shard_1.db-shm  to/shard_2.db-shm  to/shard_3.db-shm
+			ls     to     -> 9  ~blobnom.lock shard_0.db shard_0.db-wal shard_1.db shard_1.db-wal
+
+			# A lock, of a copy that was killed before it wrote its marker
+			write  to/blobnom.lock
+			blobnom COPY  -> 0  ~8 blobs
+			alike  data  to
+		`, "COPY", command))
 	}
-	places := map[string]func(*testing.T) string{
-		"new":           func(t *testing.T) string { return filepath.Join(t.TempDir(), "a", "new place") },
-		"empty":         with(),
-		"a mount point": func(t *testing.T) string { return mount(t, "64m") },
-		"interrupted":   with(partialFile, shardName(0), shardName(0)+"-wal", shardName(7), creatingFile, reserveFile),
-		"a lock": func(t *testing.T) string {
-			dir := t.TempDir() // a copy was killed before it wrote its marker
-			lock, err := lockDir(dir)
-			fatal(t, err)
-			lock.Close()
-			return dir
-		},
-		"a file":                 with("diary.txt"),
-		"a hidden file":          with(".x"),
-		"a shard":                with(shardName(0)),
-		"a copy of another name": with("blobnom.partial2"),
-	}
-	for name, place := range places {
-		for _, command := range []string{"backup", "migrate"} {
-			t.Run(command+" "+name, func(t *testing.T) {
-				to := place(t)
-				if files, _ := os.ReadDir(to); len(files) > 0 && name != "interrupted" && name != "a lock" {
-					before := snapshot(t, to)
-					wantEnd(t, 1, "not empty")(copyDir(t, command, sample, to))
-					wantUntouched(t, to, before)
-					return
-				}
-				wantEnd(t, 0, "55 blobs")(copyDir(t, command, sample, to))
-				expect(t, maps.Equal(verifyDir(t, to), want), "the copy is another")
-				top, _ := os.Stat(to)
-				expect(t, name != "new" || top.Mode().Perm() == 0o700, "a new directory has mode %v", top.Mode())
-				files, _ := os.ReadDir(to)
-				for _, f := range files {
-					info, err := f.Info() // the sample is for nobody else to read
-					fatal(t, err)
-					mine := strings.HasPrefix(f.Name(), "shard_") && !strings.Contains(f.Name(), "7") && info.Mode()&top.Mode()&0o077 == 0
-					expect(t, mine || f.Name() == lockFile, "%s is there, %v in %v", f.Name(), info.Mode(), top.Mode())
-				}
-				before := snapshot(t, to)
-				wantEnd(t, 1, "not empty")(copyDir(t, command, sample, to))
-				wantUntouched(t, to, before)
-			})
-		}
-	}
+	scriptRows(t, setup+`
+		write   to/$1  mine
+		keep    to
+		blobnom backup to                  -> 1  ~it is not empty, $1 is in the way
+		blobnom migrate data  data_dir=to  -> 1  ~it is not empty, $1 is in the way
+		same    to
+	`, `
+		diary.txt
+		.hidden
+		shard_0.db
+		blobnom.partial2
+	`)
 }
 
-// Of two copies into one directory at a time one is refused, and what the other completes stays
-// whole.
+// An incomplete copy is refused by every command.
+func TestIncompleteCopy(t *testing.T) {
+	script(t, copyOfSample(t)+`
+		blobnom backup to                  -> 0
+		write   to/blobnom.partial
+		keep    to
+		blobnom check to                   -> 1  ~to is an incomplete copy: run the interrupted
+		blobnom backup to2  data_dir=to    -> 1  ~to is an incomplete copy
+		blobnom migrate to  data_dir=to2   -> 1  ~to is an incomplete copy
+		blobnom serve  data_dir=to         -> 1  ~to is an incomplete copy
+		serve   data_dir=to                -> refused  ~to is an incomplete copy
+		same    to
+		ls      .                          -> 2  data to
+	`)
+}
+
+// Of two copies into one directory at a time one is refused. What the other completes stays whole.
 func TestCopiesMeet(t *testing.T) {
-	sample := sampleDir(t).DataDir
-	for _, command := range []string{"backup", "migrate"} {
-		t.Run(command, func(t *testing.T) {
-			to := filepath.Join(t.TempDir(), "to")
-			wantEnd(t, 0, "55 blobs")(copyDir(t, "backup", sample, to))
-			whole := snapshot(t, to)
-			marker := filepath.Join(to, partialFile)
-			// The copy is about to be complete. Another command sees the marker, and waits for the
-			// lock.
-			fatal(t, os.WriteFile(marker, nil, 0o600))
-			lock, err := lockDir(to)
-			fatal(t, err)
-			defer lock.Close()
-			ended := make(chan func())
-			go func() {
-				code, stdout, stderr := copyDir(t, command, sample, to)
-				ended <- func() { wantEnd(t, 1, "")(code, stdout, stderr) }
-			}()
-			eventually(t, "it waits for the lock", func() bool { return openFiles(t, filepath.Join(to, lockFile)) == 2 })
-			os.Remove(marker)
-			lock.Close()
-			(<-ended)()
-			wantUntouched(t, to, whole)
-			verifyDir(t, to)
-			// If it takes long, nobody waits for it.
-			fatal(t, os.WriteFile(marker, nil, 0o600))
-			lock, err = lockDir(to)
-			fatal(t, err)
-			defer lock.Close()
-			wantEnd(t, 1, "in use")(copyDir(t, command, sample, to))
-			os.Remove(marker)
-			wantUntouched(t, to, whole)
-		})
-	}
+	s := script(t, copyOfSample(t)+`
+		blobnom backup to  -> 0
+		keep    to
+	`)
+	// The second command has seen a marker, and waited for the lock until the first was done.
+	err := startOver(s.path("to"))
+	expect(t, err != nil && strings.Contains(err.Error(), "not empty"), "%v, want: not empty", err)
+	s.script(`
+		same    to
+		write   to/blobnom.partial
+		hold    to/blobnom.lock  PRAGMA journal_mode = off; BEGIN EXCLUSIVE; PRAGMA user_version = 1
+		blobnom backup to                  -> 1  ~in use by another blobnom
+		blobnom migrate data  data_dir=to  -> 1  ~in use by another blobnom
+		remove  to/blobnom.partial
+		same    to
+		alike   data  to
+	`)
 }
 
-// openFiles returns how often this process has the file open.
-func openFiles(t *testing.T, path string) (n int) {
-	t.Helper()
-	links, err := filepath.Glob("/proc/self/fd/*")
-	fatal(t, err)
-	if len(links) == 0 {
-		t.Skip("no /proc here")
-	}
-	for _, link := range links {
-		if target, _ := os.Readlink(link); target == path {
-			n++
-		}
-	}
-	return n
-}
-
-// Each row is refused at once, and nothing is made.
+// What cannot be copied or checked is refused at once, and nothing is made.
 func TestRefusals(t *testing.T) {
-	t.Chdir(t.TempDir())
-	live := newTestServer(t, func(c *config) { c.NumShards = 1 })
-	table := func(_ int, exec func(string, ...any)) { exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)") }
-	ours, empty := live.store.dir, t.TempDir()
-	missing, to := filepath.Join(t.TempDir(), "missing"), filepath.Join(t.TempDir(), "to")
-	rust := foreign(t, 1, table)
-	songs := foreign(t, 1, func(_ int, exec func(string, ...any)) { exec("CREATE TABLE songs (title)") })
-	gap, headless := foreign(t, 3, table), foreign(t, 3, table)
-	os.Remove(filepath.Join(gap, shardName(1)))
-	os.Remove(filepath.Join(headless, shardName(0)))
-	before := snapshot(t, rust)
-	for _, c := range []struct {
-		name          string
-		code          int
-		says, dataDir string
-		arguments     []string
-	}{
-		{"check of nothing", 1, "holds no shards", to, []string{"check", empty}},
-		{"check of a missing one", 1, "cannot read", to, []string{"check", missing}},
-		{"check of the Rust server's", 1, "run: blobnom migrate " + rust, to, []string{"check", rust}},
-		{"check of two", 2, "see: blobnom help", to, []string{"check", ours, ours}},
-		{"backup of nothing", 1, "holds no shards", empty, []string{"backup", to}},
-		{"backup of a missing one", 1, "cannot read", missing, []string{"backup", to}},
-		{"backup of the Rust server's", 1, "run: blobnom migrate " + rust, rust, []string{"backup", to}},
-		{"backup into a file", 1, "cannot copy into", ours, []string{"backup", filepath.Join(ours, shardName(0))}},
-		{"backup below a file", 1, "cannot copy into", ours, []string{"backup", filepath.Join(ours, shardName(0), "b")}},
-		{"backup into itself", 1, "not empty", ours, []string{"backup", ours}},
-		{"backup to nowhere", 2, "see: blobnom help", ours, []string{"backup"}},
-		{"backup to two", 2, "see: blobnom help", ours, []string{"backup", to, to}},
-		{"migrate of nothing", 1, "holds no shards", to, []string{"migrate", empty}},
-		{"migrate of a missing one", 1, "cannot read", to, []string{"migrate", missing}},
-		{"migrate while it is served", 1, "in use", to, []string{"migrate", ours}},
-		{"migrate of another program's", 1, "no such table: blobs", to, []string{"migrate", songs}},
-		{"migrate of the Rust server's without the middle", 1, "shard 1 of " + gap + " is missing", to, []string{"migrate", gap}},
-		{"migrate of the Rust server's without the first", 1, "shard 0 of " + headless + " is missing", to, []string{"migrate", headless}},
-		{"migrate into itself", 1, "not empty", rust, []string{"migrate", rust}},
-		{"migrate from nowhere", 2, "see: blobnom help", to, []string{"migrate"}},
-		{"migrate with a flag", 2, "see: blobnom help", to, []string{"migrate", "-gunzip", rust}},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			wantEnd(t, c.code, c.says)(runCommand(t, []string{"BLOBNOM_DATA_DIR=" + c.dataDir}, c.arguments...))
-			expect(t, !fileExists(to) && !fileExists(missing), "something was made")
-		})
-	}
-	code, _, stderr := copyDir(t, "migrate", rust, to, "BLOBNOM_NUM_SHARDS=0", "BLOBNOM_HASH=md5")
-	expect(t, code == 2 && strings.Contains(stderr, "md5") && !fileExists(to), "wrong configuration: code %d, %s", code, stderr)
-	wantUntouched(t, rust, before)
+	script(t, `
+		serve  num_shards=1
+		sql    rust/shard_0.db   CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)
+		sql    songs/shard_0.db  CREATE TABLE songs (title)
+		copy   rust              gap
+		copy   rust/shard_0.db   gap/shard_2.db
+		sql    headless/shard_1.db  CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)
+		write  empty/diary.txt
+		keep   rust
+		blobnom check empty                   -> 1  ~holds no shards
+		blobnom check to                      -> 1  ~cannot read
+		blobnom check rust                    -> 1  ~run: blobnom migrate rust
+		blobnom backup to     data_dir=empty  -> 1  ~holds no shards
+		blobnom backup to     data_dir=to2    -> 1  ~cannot read
+		blobnom backup to     data_dir=rust   -> 1  ~run: blobnom migrate rust
+		blobnom backup data/shard_0.db        -> 1  ~cannot copy into
+		blobnom backup data/shard_0.db/b      -> 1  ~cannot copy into
+		blobnom backup data                   -> 1  ~not empty
+		blobnom migrate empty     data_dir=to   -> 1  ~holds no shards
+		blobnom migrate to2       data_dir=to   -> 1  ~cannot read
+		blobnom migrate data      data_dir=to   -> 1  ~in use by another blobnom
+		blobnom migrate songs     data_dir=to   -> 1  ~no such table: blobs
+		blobnom migrate gap       data_dir=to   -> 1  ~shard 1 of gap is missing
+		blobnom migrate headless  data_dir=to   -> 1  ~shard 0 of headless is missing
+		blobnom migrate rust      data_dir=rust -> 1  ~not empty
+		blobnom migrate rust      data_dir=to  hash=md5  -> 2  ~md5
+		same   rust
+		ls     .  -> 6  data empty gap headless rust songs
+	`)
 }
 
-// Shards of ours that do not fit together are refused at once, by the number in the file's name.
-func TestCopyRefusesMixedShards(t *testing.T) {
-	to := filepath.Join(t.TempDir(), "to")
-	sample, other := sampleDir(t).DataDir, sampleDir(t).DataDir
-	sampled := func(change func(dir string)) string {
-		dir := filepath.Join(t.TempDir(), "data")
-		fatal(t, os.CopyFS(dir, os.DirFS(sample)))
-		change(dir)
-		return dir
-	}
-	lacks := func(i int) string {
-		return sampled(func(dir string) { os.Remove(filepath.Join(dir, shardName(i))) })
-	}
-	mixed := sampled(func(dir string) { copyFile(t, filepath.Join(other, shardName(2)), filepath.Join(dir, shardName(2))) })
-	stray := sampled(func(dir string) { copyFile(t, filepath.Join(other, shardName(2)), filepath.Join(dir, shardName(7))) })
-	half := sampled(func(dir string) {
-		path := filepath.Join(dir, shardName(3))
-		os.Remove(path)
-		exec1(t, path, "CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)")
-	})
-	for _, c := range []struct{ name, says, from, command string }{
-		{"stray", "shard 7 of " + stray + ": it does not belong here", stray, "backup"},
-		{"mixed", "shard 2 of " + mixed + ": it does not belong here", mixed, "backup"},
-		{"half", "shard 3 of " + half + ": shard is corrupt: its header", half, "backup"},
-		{"middle missing", "shard 1 of ", lacks(1), "backup"},
-		{"last missing", "shard 3 of ", lacks(3), "backup"},
-		{"first missing", "shard 0 of ", lacks(0), "migrate"},
-		{"middle missing", "shard 2 of ", lacks(2), "migrate"},
-		{"last missing", "shard 3 of ", lacks(3), "migrate"},
-		{"stray", "shard 7 of " + stray + ": it does not belong here", stray, "migrate"},
-		{"mixed", "shard 2 of " + mixed + ": it does not belong here", mixed, "migrate"},
-		{"half", "shard 3 of " + half + ": shard is corrupt: its header", half, "migrate"},
-	} {
-		t.Run(c.command+" "+c.name, func(t *testing.T) {
-			wantEnd(t, 1, c.says)(copyDir(t, c.command, c.from, to))
-			expect(t, !fileExists(to), "something was made")
-		})
-	}
+// Shards of ours that do not belong together are refused at once, by the number in the file's name.
+func TestMixedShards(t *testing.T) {
+	setup := copyOfSample(t)
+	const commands = `
+		blobnom backup to                  -> 1  ~shard $1 of   ~data: $2
+		blobnom migrate data  data_dir=to  -> 1  ~shard $1 of   ~data: $2
+		ls to                              -> 0
+	`
+	scriptRows(t, setup+`
+		remove data/shard_$1.db
+		sql rust.db  CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)
+		copy $3  data/shard_$1.db
+	`+commands, `
+		2  it does not belong here  `+script(t, sample).path("data/shard_2.db")+`
+		7  it does not belong here  data/shard_2.db
+		3  shard is corrupt: its header is not that of a shard  rust.db
+	`)
+	scriptRows(t, setup+`
+		remove data/shard_$1.db
+	`+strings.ReplaceAll(commands, ": $2", " is missing; restore it from a backup"), `
+		0
+		2
+		3
+	`)
 }
 
-// megabytes makes a directory with n blobs of one MiB.
-func megabytes(t *testing.T, shards int64, n int) string {
-	t.Helper()
-	s := newTestServer(t, func(c *config) { c.NumShards = shards })
-	for i := range n {
-		s.put(fmt.Sprint("k", i), noise(1<<20, uint64(i)))
-	}
-	s.stop()
-	return s.store.dir
-}
-
-// A backup or a migration that is killed or interrupted leaves nothing that passes for whole, and
-// the next run completes, whichever it is.
+// A copy that is killed or interrupted leaves nothing that passes for whole. The next run completes
+// it, whichever command that is.
 func TestCopyKilled(t *testing.T) {
 	t.Parallel()
-	from, to := megabytes(t, 2, 24), filepath.Join(t.TempDir(), "copy")
-	marker := filepath.Join(to, partialFile)
-	copied := func() (n int64) {
-		for i := range 3 {
-			n += max(0, sizeOf(filepath.Join(to, shardName(i)))) + max(0, sizeOf(filepath.Join(to, shardName(i)+"-wal")))
-		}
-		return n
-	}
-	start := func(args []string) (*exec.Cmd, *bytes.Buffer) {
-		said := &bytes.Buffer{}
-		cmd := asBlobnom(t, exec.Command(os.Args[0], args[1:]...), args[0], "BLOBNOM_NUM_SHARDS=3")
-		cmd.Stdout = said
-		cmd.Stderr = said
-		fatal(t, cmd.Start())
-		return cmd, said
-	}
-	backup, migrate := []string{from, "backup", to}, []string{to, "migrate", from}
-	for _, c := range []struct {
-		name        string
-		ended, next []string
-		signal      os.Signal
+	s := script(t, `
+		serve  num_shards=2
+		PUT    /blob/k0  {noise 32C}
+		PUT    /blob/k1  {noise 32C+1}
+		PUT    /blob/k2  {noise 32C+2}
+		stop
+	`)
+	data := s.path("data")
+	to := s.path("to")
+	backup := []string{data, "backup", to}
+	migrate := []string{to, "migrate", data}
+	for _, row := range []struct {
+		signal       os.Signal
+		killed, next []string
 	}{
-		{"kill -9 of backup", backup, migrate, os.Kill},
-		{"kill -9 of migrate", migrate, backup, os.Kill},
-		{"SIGINT of backup", backup, backup, os.Interrupt},
-		{"SIGINT of migrate", migrate, migrate, os.Interrupt},
-		{"SIGTERM of backup", backup, backup, syscall.SIGTERM},
-		{"SIGTERM of migrate", migrate, migrate, syscall.SIGTERM},
+		{os.Kill, backup, migrate},
+		{os.Kill, migrate, backup},
+		{os.Interrupt, backup, backup},
+		{os.Interrupt, migrate, migrate},
+		{syscall.SIGTERM, backup, backup},
+		{syscall.SIGTERM, migrate, migrate},
 	} {
-		hits := 0
-		for _, far := range []int64{0, 1, 10 << 20} {
-			os.RemoveAll(to)
-			cmd, said := start(c.ended)
-			eventually(t, "the copy is so far", func() bool { return fileExists(marker) && copied() >= far })
-			cmd.Process.Signal(c.signal)
-			cmd.Wait()
-			if !fileExists(marker) { // the copy was complete before the signal came
-				expect(t, len(verifyDir(t, to)) == 24, "%s: half a copy passes for a whole one", c.name)
-				continue
-			}
-			hits++
-			wantIncomplete(t, to)
-			if c.signal != os.Kill {
-				code := cmd.ProcessState.ExitCode()
-				want := "blobnom: interrupted; " + to + " holds an incomplete copy; run the same command again, it starts over\n"
-				expect(t, code == 1 && said.String() == want, "%s: code %d, %q, want %q", c.name, code, said, want)
-			}
-		}
-		expect(t, hits > 0, "%s: no signal came in time", c.name)
-		cmd, said := start(c.next)
-		err := cmd.Wait()
-		expect(t, err == nil && strings.Contains(said.String(), "24 blobs"), "after %s: %v: %s", c.name, err, said)
-		expect(t, len(verifyDir(t, to)) == 24, "after %s: the copy is not whole", c.name)
-		expect(t, !fileExists(filepath.Join(to, creatingFile)) && !fileExists(marker), "after %s: a marker is left", c.name)
-		os.RemoveAll(to)
+		var said string
+		eventually(t, "a signal comes in time", func() bool {
+			said = interruptCopy(t, row.killed, row.signal, to)
+			return fileExists(filepath.Join(to, partialFile))
+		})
+		want := "blobnom: interrupted; " + to + " holds an incomplete copy; " +
+			"run the same command again, it starts over\n"
+		isRight := said == want || row.signal == os.Kill
+		expect(t, isRight, "%v of %s: it says %q, want %q", row.signal, row.killed, said, want)
+		env := []string{"BLOBNOM_NUM_SHARDS=2", "BLOBNOM_DATA_DIR=" + row.next[0]}
+		code, _, stderr := runCommand(t, env, row.next[1:]...)
+		expect(t, code == 0, "%s after %s: code %d, %s", row.next, row.killed, code, stderr)
+		s.script("alike data  to")
 	}
 }
 
-// An interrupted check says that nothing was changed.
+// interruptCopy starts the program in a directory, ends it by a signal as soon as it has written a
+// part of the copy, and returns what it printed.
+func interruptCopy(t *testing.T, args []string, signal os.Signal, to string) string {
+	t.Helper()
+	fatal(t, os.RemoveAll(to))
+	cmd := asBlobnom(t, exec.Command(os.Args[0], args[1:]...), args[0], "BLOBNOM_NUM_SHARDS=2")
+	var said bytes.Buffer
+	cmd.Stdout = &said
+	cmd.Stderr = &said
+	fatal(t, cmd.Start())
+	shard := filepath.Join(to, shardName(0))
+	eventually(t, "a part is copied", func() bool {
+		return max(sizeOf(shard), sizeOf(shard+"-wal")) > 1<<20
+	})
+	fatal(t, cmd.Process.Signal(signal))
+	cmd.Wait()
+	return said.String()
+}
+
+// A check that is interrupted says that nothing was changed.
 func TestCheckInterrupted(t *testing.T) {
-	dir := sampleDir(t).DataDir
+	s := script(t, sample)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	var stdout, stderr bytes.Buffer
-	code := run(ctx, []string{"check", dir}, nil, &stdout, &stderr)
-	wantEnd(t, 1, "interrupted; nothing was changed; run the same command again")(code, stdout.String(), stderr.String())
+	var stderr bytes.Buffer
+	code := run(ctx, []string{"check", s.path("data")}, nil, io.Discard, &stderr)
+	const want = "blobnom: interrupted; nothing was changed; run the same command again, " +
+		"it starts over\n"
+	expect(t, code == 1, "code %d, want 1", code)
+	expect(t, stderr.String() == want, "it says %q, want %q", &stderr, want)
 }
 
-// A person at a terminal sees every half second how far the work is, and output on lines of its
-// own.
+// A person at a terminal sees every half second how far the work is. What the command prints stands
+// on lines of its own.
 func TestProgress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var screen bytes.Buffer
@@ -6523,237 +6312,180 @@ func TestProgress(t *testing.T) {
 		hide()
 		time.Sleep(time.Hour)
 		fmt.Fprintln(cli.stderr, "the end")
-		const clear = "\r\x1b[K"
-		want := clear + "checking shard 1 of 2, 0 s" +
-			clear + "checking shard 1 of 2, 5 blobs, 1 s" +
-			clear + "a result\n" +
-			clear + "checking shard 2 of 2, 2 s" +
-			clear + "the end\n"
+		want := strings.ReplaceAll("CLEARchecking shard 1 of 2, 0 s"+
+			"CLEARchecking shard 1 of 2, 5 blobs, 1 s"+
+			"CLEARa result\n"+
+			"CLEARchecking shard 2 of 2, 2 s"+
+			"CLEARthe end\n", "CLEAR", "\r\x1b[K")
 		expect(t, screen.String() == want, "it shows %q, want %q", &screen, want)
 	})
 	expect(t, !isTerminal(&bytes.Buffer{}), "a buffer is a terminal")
-	file, err := os.Create(filepath.Join(t.TempDir(), "f"))
-	fatal(t, err)
+	file := noErr(os.Create(filepath.Join(t.TempDir(), "f")))
 	defer file.Close()
 	expect(t, !isTerminal(file), "a file is a terminal")
 }
 
-// A copy that finds no room fails, and says that it is incomplete.
+// A copy may go into a mount point. One that finds no room there fails, and says that it is
+// incomplete.
 func TestCopyDiskFull(t *testing.T) {
-	t.Parallel()
-	from := megabytes(t, 1, 20)
-	for _, command := range []string{"backup", "migrate"} {
-		to := filepath.Join(mount(t, "16m"), "copy")
-		code, stdout, stderr := copyDir(t, command, from, to)
-		wantEnd(t, 1, "disk full")(code, stdout, stderr[max(0, strings.LastIndex(stderr, "blobnom: ")):]) // the store logs before
-		wantIncomplete(t, to)
+	for _, command := range []string{"backup MOUNT", "migrate data  data_dir=MOUNT"} {
+		lines := strings.ReplaceAll(`
+			serve  num_shards=1
+			PUT    /blob/k0  {noise 10C}
+			stop
+			blobnom COPY         num_shards=1  -> 0  ~1 blobs
+			write  MOUNT/blobnom.partial
+			serve  num_shards=1
+			PUT    /blob/k1  {noise 80C}
+			stop
+			blobnom COPY         num_shards=1  -> 1  ~disk full
+			blobnom check MOUNT                -> 1  ~incomplete copy
+		`, "COPY", command)
+		script(t, strings.ReplaceAll(lines, "MOUNT", mount(t, "16m")))
 	}
+	// There is not even room for the shards.
+	tiny := mount(t, "128k")
+	script(t, sample+"blobnom migrate data  data_dir="+tiny+"  -> 1  ~disk full")
 }
 
-// foreign makes shards as another program left them: all but the second were never closed,
-// with rows in the databases and rows in the WALs. sql gives the statements for a shard.
-func foreign(t *testing.T, shards int, sql func(shard int, exec func(query string, args ...any))) string {
-	t.Helper()
-	made, dir := t.TempDir(), filepath.Join(t.TempDir(), "foreign dir")
-	os.Mkdir(dir, 0o755)
-	for i := range shards {
-		path := filepath.Join(made, shardName(i))
-		db := openDB(path, "_pragma=journal_mode(wal)&_pragma=wal_autocheckpoint(200)")
-		defer db.Close()
-		db.SetMaxOpenConns(1)
-		sql(i, func(query string, args ...any) {
-			_, err := db.Exec(query, args...)
-			fatal(t, err)
-		})
-		if i == 1 && shards == 3 {
-			db.Close()
-		}
-		for _, suffix := range []string{"", "-wal", "-shm"} {
-			if fileExists(path+suffix) && (suffix != "-shm" || i == 0) {
-				copyFile(t, path+suffix, filepath.Join(dir, shardName(i)+suffix))
-			}
-		}
-	}
-	return dir
-}
-
-// Directories of the Rust server come over byte for byte.
+// A directory of the Rust server comes over byte for byte, and stays as it is. That server may have
+// been killed: rows are in a WAL alone, with or without its index.
 func TestMigrateRust(t *testing.T) {
-	t.Parallel()
-	const shards, keys = 3, 2000
-	home := func(key string) int { return int(hashes["fnv1a"](key) % shards) }
-	table := func(exec func(string, ...any)) { exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)") }
-	early, late := map[string][]byte{}, map[string][]byte{}
-	for k := range keys - 5 {
-		early[oddKey(k)] = oddBody(k) // some are nil: they become NULL
-	}
-	for i, size := range []int{0, chunkSize - 1, chunkSize, chunkSize + 1, 25e6} {
-		late[fmt.Sprint("late", i)] = noise(size, uint64(i))
-	}
-	all := maps.Clone(early)
-	maps.Copy(all, late)
-	insert := func(exec func(string, ...any), i int, blobs map[string][]byte) {
-		for key, body := range blobs {
-			if home(key) == i {
-				exec("INSERT INTO blobs VALUES (?, ?)", key, body)
-			}
-		}
-	}
-	// Each row makes shard i; it fails if it wants no blobs.
-	for _, c := range []struct {
-		name string
-		make func(i int, exec func(string, ...any))
-		want map[string][]byte
-		says []string
-	}{
-		{"many", func(i int, exec func(string, ...any)) {
-			table(exec)
-			exec("BEGIN")
-			insert(exec, i, early)
-			exec("COMMIT") // the last rows are in the WAL alone
-			insert(exec, i, late)
-		}, all, []string{fmt.Sprint(keys, " blobs"), "found twice: 0"}},
-		{"other columns and tables", func(i int, exec func(string, ...any)) {
-			exec("CREATE TABLE blobs (made REAL, key TEXT PRIMARY KEY, n INT AS (length(key)) STORED, data BLOB, expires_at INTEGER, more TEXT)")
-			exec("CREATE TABLE blobs_photos (key TEXT PRIMARY KEY, data BLOB, value)")
-			exec("CREATE TABLE meta (name)")
-			exec("INSERT INTO blobs (made, key, data, expires_at, more) VALUES (1.5, ?, x'00ff', 1, 'more')", fmt.Sprint("k", i))
-			exec("INSERT INTO blobs_photos VALUES ('not me', 'x', 'y')")
-		}, map[string][]byte{"k0": {0, 255}, "k1": {0, 255}, "k2": {0, 255}}, []string{"3 blobs"}},
-		{"misplaced", func(i int, exec func(string, ...any)) {
-			table(exec)
-			exec("INSERT INTO blobs VALUES (?, 'lost')", fmt.Sprint("lost", i))
-			exec("INSERT INTO blobs VALUES ('twice', ?)", fmt.Sprint("in ", i == home("twice")))
-		}, map[string][]byte{"lost0": []byte("lost"), "lost1": []byte("lost"), "lost2": []byte("lost"), "twice": []byte("in true")},
-			[]string{fmt.Sprintf("shard %d: key \"twice\": not taken", (home("twice")+1)%3), fmt.Sprintf("shard %d: key \"twice\": not taken", (home("twice")+2)%3), "found twice: 2"}},
-		{"twice, and nowhere right", func(i int, exec func(string, ...any)) {
-			if table(exec); i != home("twice") {
-				exec("INSERT INTO blobs VALUES ('twice', 'same')")
-			}
-		}, map[string][]byte{"twice": []byte("same")}, []string{`key "twice": not taken`, "found twice: 1"}},
-		{"twice in one shard", func(i int, exec func(string, ...any)) {
-			if table(exec); i == home("same") {
-				exec("INSERT INTO blobs VALUES ('same', 'x'), (CAST('same' AS BLOB), 'y')")
-			}
-		}, nil, []string{"2 blobs were copied, 1 are there"}},
-		{"a key that is NULL", func(i int, exec func(string, ...any)) {
-			table(exec)
-			exec("INSERT INTO blobs VALUES (?, 'x')", fmt.Sprint("good", i))
-			if i == 1 {
-				exec("INSERT INTO blobs VALUES (NULL, 'x')")
-			}
-		}, nil, []string{`shard 1: key "": bad request: the key has 0 bytes`, "the copy lacks 1 blobs"}},
-		{"invalid keys", func(i int, exec func(string, ...any)) {
-			table(exec)
-			exec("INSERT INTO blobs VALUES ('', 'x'), (?, 'x'), (CAST(x'ff' AS TEXT), 'x'), (CAST(x'6100' AS TEXT), 'x'), (?, 'x')", strings.Repeat("k", maxKeyBytes+1), fmt.Sprint("good", i))
-		}, nil, []string{`shard 0: key "": `, `shard 1: key "kkk`, `shard 2: key "\xff": `, `key "a\x00": `, "the copy lacks 12 blobs"}},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			from, to := foreign(t, shards, c.make), filepath.Join(t.TempDir(), "new", "data")
-			before := snapshot(t, from)
-			code, stdout, stderr := copyDir(t, "migrate", from, to, "BLOBNOM_NUM_SHARDS=4", "BLOBNOM_STORAGE_COMPRESSION=true", "BLOBNOM_MAX_BLOB_BYTES=10")
-			for _, want := range c.says {
-				expect(t, strings.Contains(stdout+stderr, want), "%s%s, want %q", stdout, stderr, want)
-			}
-			wantUntouched(t, from, before)
-			if c.want == nil {
-				wantEnd(t, 1, c.says[len(c.says)-1])(code, "", stderr)
-				wantIncomplete(t, to)
-				return
-			}
-			verifyDir(t, to)
-			got := contents(t, to)
-			expect(t, maps.EqualFunc(got, c.want, bytes.Equal) && code == 0 && stderr == "", "%d blobs, want %d; code %d, %s%s", len(got), len(c.want), code, stdout, stderr)
-		})
-	}
+	script(t, strings.NewReplacer(
+		"TABLE", rustTable,
+		"EACH", upTo300,
+	).Replace(`
+		hold live/shard_0.db  PRAGMA journal_mode = wal; TABLE
+		hold live/shard_1.db  PRAGMA journal_mode = wal; TABLE
+		sql  live/shard_2.db  PRAGMA journal_mode = wal; TABLE
+		sql  live/shard_0.db  EACH INSERT INTO blobs SELECT 'many/' || i, 'of many/' || i FROM n
+		sql  live/shard_0.db  INSERT INTO blobs VALUES ('1', NULL), ('2', ''), ('ü/ä', x'c3bc')
+		hold live/shard_0.db  PRAGMA wal_checkpoint(TRUNCATE)
+		sql  live/shard_0.db  INSERT INTO blobs VALUES ('''";-- ', x'00ff')
+		sql  live/shard_0.db  INSERT INTO blobs VALUES ('//../x', 'v'), (char(1), 'v')
+		sql  live/shard_1.db  INSERT INTO blobs VALUES ('1C-1', printf('%.*c', 262143, 'x'))
+		sql  live/shard_1.db  INSERT INTO blobs VALUES ('1C', printf('%.*c', 262144, 'x'))
+		sql  live/shard_2.db  INSERT INTO blobs VALUES ('1C+1', printf('%.*c', 262145, 'x'))
+		sql  live/shard_2.db  INSERT INTO blobs VALUES ('100C', printf('%.*c', 26214400, 'x'))
+		copy live  data
+		remove data/shard_1.db-shm
+		keep data
+		blobnom migrate data  data_dir=to  storage_compression=true  max_blob_bytes=10  -> 0
+		same data
+		blobs to  -> 310  ~["1",{tag },0,0,"application/octet-stream"  ~["2",{tag },0,0,
+		blobs to  -> 310  ~["ü/ä",{tag ü}  ~["//../x",{tag v}  ~["\u0001",{tag v}
+		blobs to  -> 310  ~["1C-1",{tag {repeat 1C-1 x}}  ~["1C",{tag {repeat 1C x}}
+		blobs to  -> 310  ~["1C+1",{tag {repeat 1C+1 x}}  ~["100C",{tag {repeat 100C x}}
+		sql   to  SELECT count(*) FROM blobs WHERE key = '''";-- ' AND data = x'00ff'     -> 1
+		sql   to  SELECT count(*) FROM blobs WHERE data = CAST('of ' || key AS BLOB)  -> 300
+	`))
 }
 
-// A misplaced row waits for its own commit, but not for batch_timeout_ms.
-func TestMigrateWaitsForNoBatch(t *testing.T) {
-	from := foreign(t, 2, func(i int, exec func(string, ...any)) {
-		exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)")
-		for n := range 3 {
-			exec("INSERT INTO blobs VALUES (?, 'x')", fmt.Sprint("in", i, n))
-			exec("INSERT INTO blobs VALUES ('twice' || ?, 'x')", n)
-		}
-	})
-	to := filepath.Join(t.TempDir(), "to")
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-	defer cancel()
-	env := []string{"BLOBNOM_NUM_SHARDS=2", "BLOBNOM_DATA_DIR=" + to, "BLOBNOM_BATCH_TIMEOUT_MS=60000"}
-	var stdout, stderr bytes.Buffer
-	code := run(ctx, []string{"-config", os.DevNull, "migrate", from}, env, &stdout, &stderr)
-	expect(t, code == 0 && strings.Contains(stdout.String(), "found twice: 3"), "code %d, %s%s", code, &stdout, &stderr)
+// Every row of the Rust server counts, in whichever shard. Keys that are not copied are named.
+func TestMigrateRows(t *testing.T) {
+	setup := ""
+	for i := range 4 {
+		setup += fmt.Sprintf("sql data/shard_%d.db  %s\n", i, rustTable)
+	}
+	scripts(t, setup, `
+		# Other columns and tables
+		remove data/shard_0.db
+		sql data/shard_0.db  CREATE TABLE blobs (a, key TEXT, b AS (length(key)), data, expires_at)
+		sql data/shard_0.db  INSERT INTO blobs (a, key, data, expires_at) VALUES (1.5, 'k', 'v', 1)
+		sql data/shard_0.db  CREATE TABLE meta AS SELECT 'not me' AS key, 'v' AS data
+		blobnom migrate data  data_dir=to  -> 0  ~1 blobs
+		blobs to  -> 1  ~["k",{tag v},1,0,"application/octet-stream"  ~,null]
+
+		# Keys in another shard than that of their hash wait for no batch
+		sql data/shard_0.db  INSERT INTO blobs VALUES ('lost', 'v'), ('twice', 'v')
+		blobnom migrate data  data_dir=to  batch_timeout_ms=60000  -> 0  ~; found twice: 0
+		blobs to  -> 2  ~["lost",{tag v}  ~["twice",{tag v}
+
+		# Of a key found twice the copy in the shard of its hash is taken
+		sql data/shard_0.db  INSERT INTO blobs VALUES ('twice', 'wrong')
+		sql data/shard_2.db  INSERT INTO blobs VALUES ('twice', 'wrong')
+		sql data/shard_3.db  INSERT INTO blobs VALUES ('twice', 'right')
+		blobnom migrate data  data_dir=to  -> 0  ~shard 0: key "twice":   ~shard 2: key "twice":
+		blobs to  -> 1  ~["twice",{tag right}
+
+		# A key found twice, and not in the shard of its hash
+		sql data/shard_0.db  INSERT INTO blobs VALUES ('twice', 'same')
+		sql data/shard_1.db  INSERT INTO blobs VALUES ('twice', 'same')
+		blobnom migrate data  data_dir=to  -> 0  ~shard 1: key "twice": not taken, there  ~ twice: 1
+		blobs to  -> 1  ~["twice",{tag same}
+
+		# A key found twice in one shard
+		sql data/shard_3.db  INSERT INTO blobs VALUES ('same', 'x'), (CAST('same' AS BLOB), 'y')
+		blobnom migrate data  data_dir=to  -> 1  ~2 blobs were copied, 1 are there
+		blobnom check to  -> 1  ~incomplete copy
+
+		# A key that is NULL
+		sql data/shard_1.db  INSERT INTO blobs VALUES ('good', 'x'), (NULL, 'x')
+		blobnom migrate data  data_dir=to  -> 1  ~shard 1: key "": bad request:   ~lacks 1 blobs
+		blobnom check to  -> 1  ~incomplete copy
+
+		# Keys that are refused
+		sql data/shard_0.db  INSERT INTO blobs VALUES ('', ''), ('{repeat 1025 k}', '')
+		sql data/shard_1.db  INSERT INTO blobs VALUES (CAST(x'ff' AS TEXT), ''), ('good', '')
+		sql data/shard_2.db  INSERT INTO blobs VALUES (CAST(x'6100' AS TEXT), '')
+		blobnom migrate data  data_dir=to  -> 1  ~key "":   ~key "k  ~key "\xff":   ~key "a\x00":
+		blobnom check to  -> 1  ~incomplete copy
+	`)
 }
 
 // An empty database is not opened: that would delete the WAL beside it.
 func TestEmptyDatabase(t *testing.T) {
-	t.Parallel()
-	from := foreign(t, 1, func(_ int, exec func(string, ...any)) { exec("CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)") })
-	os.Truncate(filepath.Join(from, shardName(0)), 0)
-	before := snapshot(t, from)
-	code, stdout, stderr := runCommand(t, nil, "check", from)
-	expect(t, code == 1 && strings.Contains(stdout, "missing or empty"), "code %d, %s%s", code, stdout, stderr)
-	wantEnd(t, 1, "missing or empty")(copyDir(t, "backup", from, filepath.Join(t.TempDir(), "to")))
-	wantEnd(t, 1, "missing or empty")(copyDir(t, "migrate", from, filepath.Join(t.TempDir(), "to")))
-	_, err := openStore(context.Background(), testConfig(t, oneShard, func(c *config) { c.DataDir = from }), nil, slog.New(slog.DiscardHandler), time.Now)
-	expect(t, err != nil, "it is served")
-	os.Remove(filepath.Join(from, lockFile))
-	wantUntouched(t, from, before)
+	script(t, `
+		hold live/shard_0.db  PRAGMA journal_mode = wal; CREATE TABLE blobs (key, data)
+		copy live  data
+		write data/shard_0.db
+		keep data
+		blobnom check data                 -> 1  ~missing or empty
+		blobnom backup to                  -> 1  ~missing or empty
+		blobnom migrate data  data_dir=to  -> 1  ~missing or empty
+		serve num_shards=1                 -> refused
+		remove data/blobnom.lock
+		same data
+		ls .                               -> 2  data live
+	`)
 }
 
-// From one shape to another and back nothing changes.
+// From one shape to another and back nothing changes. What has expired comes over, too: the server
+// deletes it.
 func TestReshard(t *testing.T) {
-	t.Parallel()
-	cfg := testConfig(t, func(c *config) { c.StorageCompression = true })
-	s := serveConfig(t, cfg)
-	for i, size := range []int{0, 1, 5000, 20_000, chunkSize, 3*chunkSize + 5} {
-		for j, kind := range []func(int, uint64) []byte{noise, prose} {
-			key := fmt.Sprint("blob/", i, j)
-			s.put(key, kind(size, 1), "Content-Type", "a/"+key)
-			s.want(201, "PUT", "/blob/"+key+"?ttl=1h", kind(size, 2), "Content-Type", "a/"+key)
-		}
-	}
-	for i := range 500 {
-		s.put(oddKey(i), oddBody(i))
-	}
-	want := s.list(url.Values{"limit": {"10000"}}).Blobs
-	s.stop()
-	bodies, from := contents(t, cfg.DataDir), cfg.DataDir
-	for i, c := range []struct {
-		shards   int64
-		hash     string
-		compress bool
-	}{{7, "fnv1a", false}, {3, "sha256", true}, {1, "crc32c", false}, {4, "fnv1a", true}} {
-		to, before := filepath.Join(t.TempDir(), fmt.Sprint("d", i)), snapshot(t, from)
-		wantEnd(t, 0, fmt.Sprintf("%d blobs", len(want)))(copyDir(t, "migrate", from, to,
-			fmt.Sprint("BLOBNOM_NUM_SHARDS=", c.shards), "BLOBNOM_HASH="+c.hash, fmt.Sprint("BLOBNOM_STORAGE_COMPRESSION=", c.compress)))
-		got := contents(t, to)
-		expect(t, maps.EqualFunc(got, bodies, bytes.Equal), "%+v: %d contents, want %d", c, len(got), len(bodies))
-		wantUntouched(t, from, before)
-		moved := *cfg
-		moved.DataDir, moved.NumShards, moved.Hash = to, c.shards, c.hash
-		s := serveConfig(t, &moved)
-		rows := s.list(url.Values{"limit": {"10000"}}).Blobs
-		expect(t, slices.Equal(rows, want), "%+v: %d rows, want %d", c, len(rows), len(want))
-		s.stop()
-		from = to
-	}
-	// What has expired comes over, and is left to the server.
-	last := filepath.Join(t.TempDir(), "last")
-	exec1(t, filepath.Join(from, shardName(0)), "UPDATE blobs SET expires_at = 1 WHERE id = (SELECT max(id) FROM blobs)")
-	wantEnd(t, 0, fmt.Sprintf("%d blobs", len(want)))(copyDir(t, "migrate", from, last))
-	n := countRows(t, last, "SELECT count(*) FROM blobs WHERE expires_at = 1")
-	expect(t, n == 1, "%d expired blobs", n)
-	// Whatever is damaged does not arrive as if it were whole.
-	damaged := filepath.Join(cfg.DataDir, shardName(int(hashes["fnv1a"]("blob/50")%4)))
-	exec1(t, damaged, "UPDATE chunks SET data = zeroblob(length(data)) WHERE id & 1048575 = 1")
-	next := filepath.Join(t.TempDir(), "next")
-	code, stdout, stderr := copyDir(t, "migrate", cfg.DataDir, next)
-	expect(t, code == 1 && strings.Contains(stdout, `key "blob/5`), "code %d, %q", code, stdout)
-	expect(t, strings.Contains(stderr, "blobs, listed above"), "%q", stderr)
-	wantIncomplete(t, next)
-	os.RemoveAll(cfg.DataDir) // not for the check at the end
+	script(t, `
+		clock 2026-01-02T03:04:05.678Z
+		serve storage_compression=true
+		PUT   /blob/empty           ""
+		PUT   /blob/small           {prose 5000}   Content-Type: text/plain
+		PUT   /blob/small           {noise 5000}   Content-Type: text/html
+		PUT   /blob/more?ttl=1h     {prose 20000}
+		PUT   /blob/chunk           {noise 1C}
+		PUT   /blob/large?ttl=2h    {noise 3C+5}   Content-Type: image/png
+		PUT   /blob/novel           {prose 3C+5}   Content-Type: text/css
+		PUT   /blob/a%20b           1
+		PUT   /blob/%27%22;--       2
+		PUT   /blob/100%25%3F%23    3
+		PUT   /blob/%01%7F          4
+		PUT   /blob/%2F%2F..%2Fx    5
+		PUT   /blob/%C3%BC/%E6%97%A5  6
+		stop
+		keep  data
+		blobnom migrate data  data_dir=b  num_shards=7                -> 0  ~, 12 blobs,
+		blobnom migrate b  data_dir=c  num_shards=3  hash=sha256  storage_compression=true  -> 0
+		blobnom migrate c  data_dir=d  num_shards=1  hash=crc32c      -> 0
+		same  data
+		alike data  b
+		alike data  c
+		alike data  d
+		sql   d/shard_0.db  UPDATE blobs SET expires_at = 1 WHERE key = 'small'
+		blobnom migrate d  data_dir=e  storage_compression=true       -> 0  ~, 12 blobs,
+		alike d  e
+		serve data_dir=e
+		GET   /blob/novel           -> 200  {prose 3C+5}  Content-Type: text/css
+		GET   /blob/small           -> 404
+		GET   /blob/%01%7F          -> 200  4
+	`)
 }
 
 // ============================================================================
