@@ -6282,6 +6282,78 @@ func interruptCopy(t *testing.T, args []string, signal os.Signal, to string) str
 	return said.String()
 }
 
+// watch records which files of directories are opened or removed.
+func watch(t *testing.T, dirs ...string) *os.File {
+	t.Helper()
+	calls := map[string][]uintptr{
+		"linux/amd64": {294, 254},
+		"linux/arm64": {26, 27},
+	}[runtime.GOOS+"/"+runtime.GOARCH]
+	if calls == nil {
+		skip(t, "there is no inotify on %s", runtime.GOOS)
+	}
+	const opened, removed = 0x20, 0x200
+	fd, _, failed := syscall.RawSyscall(calls[0], syscall.O_NONBLOCK, 0, 0)
+	if failed != 0 {
+		t.Fatalf("inotify_init1: %v", failed)
+	}
+	for _, dir := range dirs {
+		path := noErr(syscall.BytePtrFromString(dir))
+		syscall.RawSyscall(calls[1], fd, uintptr(unsafe.Pointer(path)), opened|removed)
+	}
+	return os.NewFile(fd, "watch")
+}
+
+// partialCopy is a copy that only lacks to be synced, and to lose its marker.
+func partialCopy(t *testing.T) (*testServer, *dataDir) {
+	t.Helper()
+	s := script(t, `
+		serve  num_shards=1
+		PUT    /blob/k  {noise 3C}
+		stop
+		blobnom backup to  num_shards=1  -> 0
+		write  to/blobnom.partial
+		keep   to
+	`)
+	cli := &call{stdout: io.Discard}
+	return s, noErr(cli.listDir(s.path("to")))
+}
+
+// The marker of a copy is synced before anything is removed, and the copy before its marker goes.
+// Where a sync fails, nothing goes.
+func TestFailedSyncOfCopy(t *testing.T) {
+	s, copied := partialCopy(t)
+	broken := []string{"fsync", "EIO"}
+	whileBroken(t, broken, func() error {
+		s.script("blobnom backup to  num_shards=1  -> 1  ~sync to: input/output error")
+		return nil
+	})
+	s.script("same to")
+	err := whileBroken(t, broken, copied.completeCopy)
+	expect(t, errors.Is(err, syscall.EIO), "%v, want %v", err, syscall.EIO)
+	s.script("same to")
+}
+
+// The files of a copy are synced, their directory and the one above, and then the marker goes.
+func TestOrderOfSyncs(t *testing.T) {
+	s, copied := partialCopy(t)
+	events := watch(t, copied.path, s.dir)
+	fatal(t, copied.completeCopy())
+	data := make([]byte, 10_000)
+	n := noErr(events.Read(data))
+	steps := ""
+	for event := data[:n]; len(event) > 0; {
+		length := binary.NativeEndian.Uint32(event[12:])
+		name := string(bytes.TrimRight(event[16:16+length], "\x00"))
+		steps += []string{" to/", " ./"}[event[0]-1] + name
+		event = event[16+length:]
+	}
+	const want = " to/shard_0.db-wal" + // is created
+		" ./to to/ ./ to/shard_0.db to/shard_0.db-wal" +
+		" to/blobnom.partial ./to to/" // is removed, and that is synced
+	expect(t, steps == want, "opened and removed:%s, want:%s", steps, want)
+}
+
 // A check that is interrupted says that nothing was changed.
 func TestCheckInterrupted(t *testing.T) {
 	s := script(t, sample)
@@ -6485,6 +6557,13 @@ func TestReshard(t *testing.T) {
 		GET   /blob/novel           -> 200  {prose 3C+5}  Content-Type: text/css
 		GET   /blob/small           -> 404
 		GET   /blob/%01%7F          -> 200  4
+	`)
+	script(t, copyOfSample(t)+`
+		# A blob that has expired counts as well when its key is found twice
+		sql   data/shard_0.db  UPDATE blobs SET expires_at = 1 WHERE key = 'small'
+		sql   data/shard_1.db  UPDATE blobs SET key = 'small' WHERE key = 'more/2'
+		blobnom migrate data  data_dir=to  -> 0  ~shard 1: key "small": not taken  ~ twice: 1
+		blobs to  -> 7  ~["small",{tag {noise 5000}}
 	`)
 }
 
