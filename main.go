@@ -380,13 +380,7 @@ func main() {
 
 // run executes one command line and returns the exit code. An error is one line on stderr.
 func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) int {
-	cli := &call{
-		environ: environ,
-		stdout:  stdout,
-		stderr:  stderr,
-		method:  http.MethodGet,
-		ttl:     time.Hour,
-	}
+	cli := &call{environ: environ, stdout: stdout, stderr: stderr}
 	err := cli.dispatch(ctx, args)
 	if err == nil {
 		return 0
@@ -589,11 +583,10 @@ func (cli *call) config() (*config, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	for _, variable := range cli.environ {
-		name, _, _ := strings.Cut(variable, "=") // the value may be a secret
-		key, isOurs := strings.CutPrefix(name, "BLOBNOM_")
-		isKnown := key == strings.ToUpper(key) && isConfigKey(strings.ToLower(key))
-		if isOurs && !isKnown {
+	for _, entry := range cli.environ {
+		name, _, _ := strings.Cut(entry, "=") // the value may be a secret
+		isNamed := func(s setting) bool { return s.variable() == name }
+		if strings.HasPrefix(name, "BLOBNOM_") && !slices.ContainsFunc(cfg.settings(), isNamed) {
 			const text = "environment variable names no configuration key, and is ignored"
 			newLogger(cfg, cli.stderr).Warn(text, "variable", name)
 		}
@@ -681,10 +674,10 @@ func urlOf(cfg *config, address *net.TCPAddr) string {
 }
 
 func signFlags(cli *call, flags *flag.FlagSet) {
-	flags.StringVar(&cli.method, "method", cli.method, "")
-	flags.Func("ttl", "", func(text string) error {
-		ttl, err := parseTTL(text)
-		cli.ttl = ttl
+	flags.StringVar(&cli.method, "method", http.MethodGet, "")
+	cli.ttl = time.Hour
+	flags.Func("ttl", "", func(text string) (err error) {
+		cli.ttl, err = parseTTL(text)
 		return err
 	})
 }
@@ -706,25 +699,17 @@ func cmdSign(_ context.Context, cli *call) error {
 	if cfg.AuthToken == "" {
 		return usageError("auth_token in " + origin + " is empty; a signature needs it as its key")
 	}
-	urlPath := url.PathEscape(key)
-	isDots := func(segment string) bool { return segment == "." || segment == ".." }
-	if slices.ContainsFunc(strings.Split(key, "/"), isDots) {
+	urlPath := pathOf(key)
+	if urlPath == "" {
 		urlPath = escapeAll(key)
 		fmt.Fprintln(cli.stderr, `note: browsers and many clients resolve the "." or ".." `+
 			"segment, even percent-encoded, and get 401; curl --path-as-is does not")
 	}
-	if rest, ok := strings.CutPrefix(key, "/blob/"); ok {
-		fmt.Fprintf(cli.stderr, "note: a key begins after /blob/, and this one begins with it; "+
-			"did you mean %q?\n", rest)
-	}
-	urlPath = strings.ReplaceAll(urlPath, "%2F", "/")
 	expires := strconv.FormatInt(time.Now().Add(cli.ttl).Unix(), 10)
 	signature := sign(cfg.AuthToken, cli.method, key, expires)
 	fmt.Fprintf(cli.stdout, "/blob/%s?expires=%s&sig=%s\n", urlPath, expires, signature)
 	return nil
 }
-
-const noLimit = 1 << 60 // bytes; version 1 of control groups has a larger number for "none"
 
 // limitMemory keeps Go's memory below half of what the container or service may have. The rest is
 // for SQLite, which Go does not count, and for what is allocated during a garbage collection.
@@ -733,7 +718,7 @@ const noLimit = 1 << 60 // bytes; version 1 of control groups has a larger numbe
 // openStore, because cacheLimit reads the limit there.
 func limitMemory(logger *slog.Logger) {
 	limit := cgroupLimit("/")
-	if limit == noLimit || os.Getenv("GOMEMLIMIT") != "" {
+	if limit == math.MaxInt64 || os.Getenv("GOMEMLIMIT") != "" {
 		return
 	}
 	debug.SetMemoryLimit(limit / 2)
@@ -741,38 +726,25 @@ func limitMemory(logger *slog.Logger) {
 		"bytes", limit, "go_memory_limit", limit/2)
 }
 
-// cgroupLimit returns the smallest memory limit, in bytes, of the control groups that the process
-// is in, and noLimit without one. /proc/self/cgroup has lines such as 0::/system.slice/x.service
-// (version 2) or 4:memory:/docker/x (version 1). In a container that path may be the host's. Then
-// the limit is at the top, where the search up from the path ends. root is "/" except in tests.
+// cgroupLimit returns the smallest memory limit, in bytes, of the control group that the process is
+// in and of those above, and math.MaxInt64 without one. Of /proc/self/cgroup it needs the line of
+// version 2, such as 0::/system.slice/x.service. root is "/" except in tests.
 func cgroupLimit(root string) int64 {
-	limit := int64(noLimit)
-	mount := filepath.Join(root, "sys/fs/cgroup")
+	limit := int64(math.MaxInt64)
 	groups, _ := os.ReadFile(filepath.Join(root, "proc/self/cgroup")) // only Linux has it
-	for line := range strings.Lines(string(groups)) {
-		_, rest, _ := strings.Cut(strings.TrimSpace(line), ":")
-		_, group, _ := strings.Cut(rest, ":")
-		for {
-			version2 := filepath.Join(mount, group, "memory.max")
-			version1 := filepath.Join(mount, "memory", group, "memory.limit_in_bytes")
-			limit = min(limit, readLimit(version2), readLimit(version1))
-			if group == "/" || group == "." {
-				break
-			}
-			group = path.Dir(group)
+	_, group, _ := strings.Cut(string(groups), "::")
+	group = path.Join("/", strings.TrimSpace(group))
+	for {
+		text, _ := os.ReadFile(filepath.Join(root, "sys/fs/cgroup", group, "memory.max"))
+		number, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+		if err == nil { // else there is no file, or it has the word "max"
+			limit = min(limit, number)
 		}
+		if group == "/" {
+			return limit
+		}
+		group = path.Dir(group)
 	}
-	return limit
-}
-
-// readLimit returns the number in a file, and noLimit if there is none, or the word "max".
-func readLimit(file string) int64 {
-	text, _ := os.ReadFile(file)
-	limit, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
-	if err != nil {
-		return noLimit
-	}
-	return limit
 }
 
 // runLong runs a command that SIGINT and SIGTERM interrupt, and that shows its progress on a
@@ -782,8 +754,8 @@ func (cli *call) runLong(ctx context.Context, row command) error {
 	defer stop()
 	context.AfterFunc(ctx, stop) // from then on another signal kills the process
 	if isTerminal(cli.stderr) {
-		hide := cli.showProgressOn(cli.stderr)
-		defer hide()
+		cli.showProgress()
+		defer cli.progress.clear()
 	}
 	err := row.run(ctx, cli)
 	left := cli.progress.leaves
@@ -806,78 +778,43 @@ func isTerminal(w io.Writer) bool {
 	return err == nil && info.Mode()&os.ModeCharDevice != 0
 }
 
-const drawInterval = 500 * time.Millisecond
-
-// progress is the status line of a long command on a terminal. A timer draws it, because SQLite may
-// work on one shard for minutes without a word.
+// progress is the status line of a long command. Only the goroutine of the command draws it.
 type progress struct {
-	leaves string // what an interruption leaves; "" for nothing
-
-	mu       sync.Mutex // guards the rest
-	terminal io.Writer
-	timer    *time.Timer // calls draw
-	start    time.Time
-	task     string // such as "checking shard 1 of 4"
-	done     string // of the task, such as ", 10 blobs"
-	isDrawn  bool   // the line is on the terminal
-	isHidden bool   // it is not drawn any more
+	terminal io.Writer // nil: it is not shown
+	task     string    // such as "checking shard 1 of 4"
+	drawn    time.Time
+	leaves   string // what an interruption leaves; "" for nothing
 }
 
-// showProgressOn shows the progress until hide is called. Other output goes where it went, and
-// first clears the line of the progress.
-func (cli *call) showProgressOn(terminal io.Writer) (hide func()) {
+// showProgress shows the progress on stderr. Other output first clears the line.
+func (cli *call) showProgress() {
 	p := &cli.progress
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.terminal = terminal
-	p.start = time.Now()
-	p.timer = time.AfterFunc(drawInterval, p.draw)
+	p.terminal = cli.stderr
 	cli.stdout = io.MultiWriter(p, cli.stdout)
 	cli.stderr = io.MultiWriter(p, cli.stderr)
-	return p.hide
-}
-
-func (p *progress) hide() {
-	p.mu.Lock()
-	p.timer.Stop()
-	p.isHidden = true // a call of draw may be waiting for mu
-	p.mu.Unlock()
-	p.clear()
 }
 
 func (p *progress) startTask(task string, shard, shards int) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
 	p.task = fmt.Sprintf("%s shard %d of %d", task, shard+1, shards)
-	p.done = ""
+	p.draw("")
 }
 
+// setDone shows how much of the task is done, twice a second at most.
 func (p *progress) setDone(done string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.done = ", " + done
-}
-
-func (p *progress) draw() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.isHidden {
-		return
-	}
-	seconds := time.Since(p.start).Seconds()
-	fmt.Fprintf(p.terminal, "\r\x1b[K%s%s, %.0f s", p.task, p.done, seconds)
-	p.isDrawn = true
-	p.timer.Reset(drawInterval)
-}
-
-func (p *progress) clear() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.isDrawn {
-		io.WriteString(p.terminal, "\r\x1b[K")
-		p.isDrawn = false
+	if time.Since(p.drawn) >= 500*time.Millisecond {
+		p.draw(", " + done)
 	}
 }
+
+func (p *progress) draw(done string) {
+	p.drawn = time.Now()
+	if p.terminal != nil {
+		p.clear()
+		io.WriteString(p.terminal, p.task+done)
+	}
+}
+
+func (p *progress) clear() { io.WriteString(p.terminal, "\r\x1b[K") }
 
 // Write clears the line and writes nothing. In a MultiWriter it makes way for the next writer.
 func (p *progress) Write(data []byte) (int, error) {
@@ -972,10 +909,8 @@ func (cfg *config) settings() []setting {
 	}
 }
 
-func isConfigKey(name string) bool {
-	isNamed := func(s setting) bool { return s.key == name }
-	return slices.ContainsFunc(newConfig().settings(), isNamed)
-}
+// variable returns the name of the environment variable for s.
+func (s setting) variable() string { return "BLOBNOM_" + strings.ToUpper(s.key) }
 
 // The checks of the table. A value has the type of its field.
 
@@ -1007,20 +942,19 @@ func oneOf(words ...string) func(any) string {
 }
 
 func directoryName(value any) string {
-	if name := value.(string); name == "" || strings.ContainsRune(name, 0) {
+	if value.(string) == "" {
 		return "the name of a directory"
 	}
 	return ""
 }
 
 func hostPort(value any) string {
-	const form = `HOST:PORT, such as "127.0.0.1:3000"`
 	_, port, err := net.SplitHostPort(value.(string))
-	if err != nil {
-		return form
+	if err == nil {
+		_, err = strconv.ParseUint(port, 10, 16)
 	}
-	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
-		return form
+	if err != nil {
+		return `HOST:PORT, such as "127.0.0.1:3000"`
 	}
 	return ""
 }
@@ -1047,8 +981,7 @@ func visibleText(value any) string {
 
 // visibleWord accepts what can be a token in a header.
 func visibleWord(value any) string {
-	hasSpace := strings.Contains(value.(string), " ")
-	if hasSpace || visibleText(value) != "" {
+	if strings.Contains(value.(string), " ") || visibleText(value) != "" {
 		return "visible ASCII without spaces"
 	}
 	return ""
@@ -1059,8 +992,8 @@ func visibleWord(value any) string {
 func (s setting) parse(text string) any {
 	switch s.field.(type) {
 	case *int64:
-		const likeTOML = 0 // the base: 1_000_000 and 0x10 are numbers, too
-		if value, err := strconv.ParseInt(text, likeTOML, 64); err == nil {
+		// The base 0 reads 1_000_000 and 0x10, as TOML does.
+		if value, err := strconv.ParseInt(text, 0, 64); err == nil {
 			return value
 		}
 	case *bool:
@@ -1074,26 +1007,26 @@ func (s setting) parse(text string) any {
 // set checks a value and stores it in the field. It returns "" if the value is right, else what it
 // must be.
 func (s setting) set(value any) string {
-	ok := false
+	isRightType := false
 	expected := ""
 	switch field := s.field.(type) {
 	case *string:
-		*field, ok = value.(string)
+		*field, isRightType = value.(string)
 		expected = "text in quotes"
 	case *int64:
-		*field, ok = value.(int64)
+		*field, isRightType = value.(int64)
 		expected = "a whole number"
 	case *bool:
-		*field, ok = value.(bool)
+		*field, isRightType = value.(bool)
 		expected = "true or false"
 	}
-	if !ok {
-		return expected
+	if isRightType && s.check != nil {
+		return s.check(value)
 	}
-	if s.check == nil {
+	if isRightType {
 		return ""
 	}
-	return s.check(value)
+	return expected
 }
 
 // problems collects what is wrong with a configuration.
@@ -1106,10 +1039,9 @@ func (p *problems) add(format string, args ...any) {
 // lookUp returns the value of s in the environment or else among the values of the file, and the
 // name of the variable or key that has it. The value is nil if there is none.
 func (s setting) lookUp(environ []string, values map[string]any) (any, string) {
-	variable := "BLOBNOM_" + strings.ToUpper(s.key)
-	for _, entry := range slices.Backward(environ) { // of two, the last counts
-		if text, ok := strings.CutPrefix(entry, variable+"="); ok {
-			return s.parse(text), variable
+	for _, entry := range environ {
+		if text, ok := strings.CutPrefix(entry, s.variable()+"="); ok {
+			return s.parse(text), s.variable()
 		}
 	}
 	return values[s.key], s.key
@@ -1124,10 +1056,9 @@ func loadConfig(file string, environ []string) (*config, string, error) {
 		found.add("%v", readErr)
 	}
 	cfg := newConfig()
-	names := map[string]string{} // per key: the key or the variable that gave the value
 	for _, s := range cfg.settings() {
 		value, name := s.lookUp(environ, values)
-		names[s.key] = name
+		delete(values, s.key)
 		if value == nil {
 			isRequired := s.key == "data_dir" || s.key == "num_shards"
 			if isRequired && readErr == nil {
@@ -1135,7 +1066,7 @@ func loadConfig(file string, environ []string) (*config, string, error) {
 			}
 			continue
 		}
-		isVariable := name != s.key
+		isVariable := name == s.variable()
 		if isVariable && value == "" && strings.Contains(s.key, "_token") {
 			// An unset variable of a compose file arrives like this. It must not open the server.
 			found.add("%s: is set but empty; give it a value or unset it", name)
@@ -1151,15 +1082,13 @@ func loadConfig(file string, environ []string) (*config, string, error) {
 		found.add("%s = %#v: must be %s", name, value, expected)
 	}
 	for _, key := range slices.Sorted(maps.Keys(values)) {
-		if !isConfigKey(key) { // its value is not shown: the key may be a misspelt auth_token
-			found.add("%s: unknown key", key)
-		}
+		// The value is not shown: the key may be a misspelt auth_token.
+		found.add("%s: unknown key", key)
 	}
 	// The files are read here and never again: a new token needs a restart.
-	cfg.AuthToken = found.readToken(names, "auth_token", cfg.AuthToken, cfg.AuthTokenFile)
-	cfg.ReadToken = found.readToken(names, "read_token", cfg.ReadToken, cfg.ReadTokenFile)
-	cfg.checkTokens(&found)
-	cfg.checkTLS(names, &found)
+	found.readToken("auth_token", &cfg.AuthToken, cfg.AuthTokenFile)
+	found.readToken("read_token", &cfg.ReadToken, cfg.ReadTokenFile)
+	cfg.checkTogether(&found)
 	if len(found) > 0 {
 		text := strings.Join(found, "; ")
 		return nil, origin, usageError("wrong configuration (" + origin + "): " + text)
@@ -1187,65 +1116,44 @@ func readConfigFile(file string) (values map[string]any, origin string, err erro
 		// The text of the error is not shown: it quotes the file, perhaps a token.
 		const problem = "not valid TOML: line %d cannot be parsed; text values need quotes"
 		err = fmt.Errorf(problem, syntax.Position.Line)
-	} else if err != nil {
-		err = errors.New("not valid TOML")
 	}
 	return values, origin, err
 }
 
-// readToken returns the value of key, which is token or the content of file, if there is a file.
-func (p *problems) readToken(names map[string]string, key, token, file string) string {
+// readToken sets the token of key to the content of file, if there is a file. White space around
+// the token does not count.
+func (p *problems) readToken(key string, token *string, file string) {
 	if file == "" {
-		return token
-	}
-	fileName := names[key+"_file"]
-	if token != "" {
-		p.add("%s and %s are both given; keep one", names[key], fileName)
-		return token
-	}
-	token, err := readTokenFile(file)
-	if err != nil {
-		p.add("%s = %q: must be a file with a token: %v", fileName, file, err)
-	}
-	return token
-}
-
-// readTokenFile returns the token in a file. White space around it does not count.
-func readTokenFile(file string) (string, error) {
-	data, err := os.ReadFile(file)
-	if err != nil {
-		return "", err
-	}
-	token := strings.TrimSpace(string(data))
-	if token == "" {
-		return "", errors.New("it is empty")
-	}
-	if expected := visibleWord(token); expected != "" {
-		return "", errors.New("the token must be " + expected)
-	}
-	return token, nil
-}
-
-func (cfg *config) checkTokens(found *problems) {
-	if cfg.ReadToken == "" {
 		return
 	}
-	if cfg.AuthToken == "" && cfg.AuthTokenFile == "" {
-		found.add("read_token: needs auth_token; without that everybody may read and write")
+	if *token != "" {
+		p.add("%s and %[1]s_file are both given; keep one", key)
+		return
 	}
-	if cfg.ReadToken == cfg.AuthToken {
-		found.add("read_token: must differ from auth_token")
+	data, err := os.ReadFile(file)
+	*token = strings.TrimSpace(string(data))
+	if err == nil && (*token == "" || visibleWord(*token) != "") {
+		err = errors.New("it is empty, or not visible ASCII without spaces")
+	}
+	if err != nil {
+		p.add("%s_file = %q: must be a file with a token: %v", key, file, err)
 	}
 }
 
-func (cfg *config) checkTLS(names map[string]string, found *problems) {
+// checkTogether checks the values that depend on each other.
+func (cfg *config) checkTogether(found *problems) {
+	if cfg.ReadToken != "" && cfg.AuthToken == "" && cfg.AuthTokenFile == "" {
+		found.add("read_token: needs auth_token; without that everybody may read and write")
+	}
+	if cfg.ReadToken != "" && cfg.ReadToken == cfg.AuthToken {
+		found.add("read_token: must differ from auth_token")
+	}
 	if cfg.TLSCert == "" && cfg.TLSKey == "" {
 		return
 	}
-	_, err := tls.LoadX509KeyPair(cfg.TLSCert, cfg.TLSKey)
-	if err != nil {
-		const problem = "%s = %q: must be set together with tls_cert, and be its key: %v"
-		found.add(problem, names["tls_key"], cfg.TLSKey, err)
+	if _, err := tls.LoadX509KeyPair(cfg.TLSCert, cfg.TLSKey); err != nil {
+		const problem = "tls_key = %q: must be set together with tls_cert, and be its key: %v"
+		found.add(problem, cfg.TLSKey, err)
 	}
 }
 
