@@ -1192,14 +1192,12 @@ func newServer(cfg *config, st *store, logger *slog.Logger) *server {
 	s.handle("PUT /blob/{key...}", s.putBlob)
 	s.handle("POST /blob/{key...}", s.putBlob)
 	s.handle("DELETE /blob/{key...}", s.deleteBlob)
-	s.handle("/blob/{key...}", unservedMethod)
+	s.handle("/blob/{key...}", refuseMethod)
+	s.handleGet("/blob", s.blobRoot) // else the mux redirects it to /blob/
 	s.handleGet("/{$}", s.about)
 	s.handleGet("/healthz", healthz)
 	s.handleGet("/readyz", s.readyz)
 	s.handleGet("/metrics", s.exposeMetrics)
-	s.handle("GET /blob", s.blobRoot)
-	s.handle("OPTIONS /blob", unservedMethod)
-	s.handle("/blob", unknownPath) // else the mux redirects it to /blob/
 	s.handle("/", unknownPath)
 	return s
 }
@@ -1219,7 +1217,7 @@ func (s *server) handleGet(urlPath string, h handler) {
 		}
 		return h(w, r)
 	})
-	s.handle(urlPath, unservedMethod)
+	s.handle(urlPath, refuseMethod)
 }
 
 func healthz(w *response, _ *http.Request) error {
@@ -1228,20 +1226,32 @@ func healthz(w *response, _ *http.Request) error {
 
 func unknownPath(*response, *http.Request) error { return errNoRoute }
 
-// unservedMethod answers a method that a route does not serve. OPTIONS is a health check of some
-// load balancers. A preflight gets here only without cors_origin, and is refused.
-func unservedMethod(w *response, r *http.Request) error {
-	methods := "GET, HEAD"
+// methodsOf returns the methods that the path of r serves.
+func methodsOf(r *http.Request) string {
 	if strings.HasPrefix(r.URL.Path, "/blob/") {
-		methods = blobMethods
+		return blobMethods
 	}
-	w.Header().Set("Allow", methods)
-	if r.Method == http.MethodOptions && !isPreflight(r) {
-		w.WriteHeader(http.StatusNoContent)
-		return nil
+	return "GET, HEAD"
+}
+
+func refuseMethod(w *response, r *http.Request) error {
+	w.Header().Set("Allow", methodsOf(r))
+	return newError(http.StatusMethodNotAllowed, "method not allowed: allowed are "+methodsOf(r))
+}
+
+// answerOptions answers a load balancer, whose health check OPTIONS may be, or a browser that asks
+// what a page of another origin may do. Without cors_origin the answer does not name the origin,
+// and so allows the page nothing.
+func (s *server) answerOptions(w *response, r *http.Request) error {
+	header := w.Header()
+	header.Set("Allow", methodsOf(r))
+	if s.cfg.CORSOrigin != "" {
+		asked := r.Header.Get("Access-Control-Request-Headers")
+		header.Set("Access-Control-Allow-Methods", blobMethods)
+		header.Set("Access-Control-Allow-Headers", asked)
 	}
-	text := "method not allowed: allowed are " + methods
-	return &statusError{http.StatusMethodNotAllowed, text}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
 }
 
 // exposedHeaders are the headers of answers that a script of cors_origin may read.
@@ -1258,28 +1268,13 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	err := cleanPath(r.URL)
 	switch {
-	case s.cfg.CORSOrigin != "" && isPreflight(r):
-		s.answer(w, r, answerPreflight)
+	case r.Method == http.MethodOptions:
+		s.answer(w, r, s.answerOptions)
 	case err != nil:
 		s.answer(w, r, func(*response, *http.Request) error { return err })
 	default:
 		s.mux.ServeHTTP(w, r)
 	}
-}
-
-// isPreflight reports whether a browser asks what a page of another origin may do. The browser
-// sends no token with this question.
-func isPreflight(r *http.Request) bool {
-	asked := r.Header.Get("Access-Control-Request-Method")
-	return r.Method == http.MethodOptions && asked != ""
-}
-
-func answerPreflight(w *response, r *http.Request) error {
-	header := w.Header()
-	header.Set("Access-Control-Allow-Methods", blobMethods)
-	header.Set("Access-Control-Allow-Headers", r.Header.Get("Access-Control-Request-Headers"))
-	w.WriteHeader(http.StatusNoContent)
-	return nil
 }
 
 // cleanPath resolves dot segments. Then it percent-encodes what the mux would redirect to another
@@ -1318,7 +1313,6 @@ type handler func(w *response, r *http.Request) error
 type response struct {
 	http.ResponseWriter
 	status         int       // 0: nothing was answered, or the answer was cut off
-	route          string    // for the metrics, where the pattern does not tell
 	received, sent int64     // bytes of bodies
 	renewed        time.Time // when the deadlines were last moved: see renewDeadlines
 }
@@ -1350,19 +1344,19 @@ func (w *response) Write(p []byte) (n int, err error) {
 
 // upload is the body of a request. It ends with an error at the limit, or if the client is gone.
 type upload struct {
-	body      io.Reader
-	w         *response
-	announced int64 // bytes, -1 if the client did not say
-	limit     int64 // bytes
+	request *http.Request
+	w       *response
+	limit   int64 // bytes
 }
 
 func (u *upload) Read(p []byte) (n int, err error) {
-	if u.announced <= u.limit { // else nothing is read
+	isAnnounced := u.request.ContentLength > u.limit // then nothing is read
+	if !isAnnounced {
 		u.w.renewDeadlines() // the client has the full time, however long the last commit took
-		n, err = u.body.Read(p[:min(len(p), pieceBytes)])
+		n, err = u.request.Body.Read(p[:min(len(p), pieceBytes)])
 		u.w.received += int64(n)
 	}
-	if u.announced > u.limit || u.w.received > u.limit {
+	if isAnnounced || u.w.received > u.limit {
 		return n, fmt.Errorf("%w: max_blob_bytes is %d", errTooLarge, u.limit)
 	}
 	if err != nil && err != io.EOF {
@@ -1381,10 +1375,7 @@ func (s *server) answer(rw http.ResponseWriter, r *http.Request, h handler) {
 	if err == nil {
 		err = h(w, r)
 	}
-	isWhole := true
-	if err != nil {
-		isWhole = s.answerError(w, r, err)
-	}
+	isWhole := err == nil || answerError(w, r, err)
 	if !isWhole {
 		w.status = 0
 	}
@@ -1401,20 +1392,11 @@ func (s *server) answer(rw http.ResponseWriter, r *http.Request, h handler) {
 }
 
 // answerError answers err. It returns false if the answer has begun or nobody reads it.
-func (s *server) answerError(w *response, r *http.Request, err error) bool {
-	isGone := errors.Is(err, errClientGone)
-	status, text := statusOf(err)
-	if status >= 500 && !isGone {
-		level := slog.LevelError
-		if errors.Is(err, errFull) {
-			level = slog.LevelDebug // the reserve has logged it once, for all requests
-		}
-		s.log.Log(r.Context(), level, "request failed",
-			"method", r.Method, "path", r.URL.EscapedPath(), "status", status, "error", err)
-	}
-	if isGone || w.status != 0 {
+func answerError(w *response, r *http.Request, err error) bool {
+	if w.status != 0 || errors.Is(err, errClientGone) {
 		return false
 	}
+	status, text := statusOf(err)
 	maps.DeleteFunc(w.Header(), func(name string, _ []string) bool {
 		return !belongsToError(name, status)
 	})
@@ -1444,9 +1426,14 @@ func belongsToError(header string, status int) bool {
 	return strings.HasPrefix(header, "Access-Control-")
 }
 
-// logRequest writes the debug line of a request, without its query, which may have a signature.
+// logRequest writes the line of a request, without its query, which may have a signature. It is an
+// error if the server is to blame, and else for debugging.
 func (s *server) logRequest(w *response, r *http.Request, err error, took time.Duration) {
-	if !s.log.Enabled(r.Context(), slog.LevelDebug) { // saves the time to collect the arguments
+	level := slog.LevelDebug
+	if isOurFault(err) {
+		level = slog.LevelError
+	}
+	if !s.log.Enabled(r.Context(), level) { // saves the time to collect the arguments
 		return
 	}
 	args := []any{
@@ -1458,10 +1445,20 @@ func (s *server) logRequest(w *response, r *http.Request, err error, took time.D
 		"duration_ms", float64(took.Microseconds()) / 1e3,
 		"client", r.RemoteAddr,
 	}
-	if err != nil && w.status < 500 { // answerError has logged the cause of a 5xx
+	if err != nil {
 		args = append(args, "error", err)
 	}
-	s.log.Debug("request", args...)
+	s.log.Log(r.Context(), level, "request", args...)
+}
+
+// isOurFault reports whether the log has to say why a request failed. Of a full disk the reserve
+// has logged it once, for all requests.
+func isOurFault(err error) bool {
+	if err == nil || errors.Is(err, errClientGone) || errors.Is(err, errFull) {
+		return false
+	}
+	status, _ := statusOf(err)
+	return status >= 500
 }
 
 func writeText(w *response, status int, text string) error {
@@ -1822,12 +1819,7 @@ func (s *server) putBlob(w *response, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	body := &upload{
-		body:      r.Body,
-		w:         w,
-		announced: r.ContentLength,
-		limit:     s.store.maxBlob,
-	}
+	body := &upload{request: r, w: w, limit: s.store.maxBlob}
 	b, isQueued, err := sh.put(key, digests.tee(body), &putOptions{
 		contentType: contentType,
 		length:      r.ContentLength,
@@ -1879,7 +1871,7 @@ func (s *server) deleteBlob(w *response, r *http.Request) error {
 
 // listBlobs serves /blob/: the page of the top folder for a browser, else a page of the listing.
 func (s *server) listBlobs(w *response, r *http.Request) error {
-	w.route = "/blob/"
+	r.Pattern = folderRoute
 	w.Header().Set("Vary", "Accept")
 	if wantsPage(r) {
 		return s.showFolder(w, r, "")
@@ -2043,9 +2035,13 @@ func seeOther(w *response, location string) error {
 	return nil
 }
 
+// folderRoute is the pattern of listings and folders for the metrics. The mux gave them that of a
+// key.
+const folderRoute = "GET /blob/"
+
 // showFolder answers a page of what is below folder, which is empty or ends with a slash.
 func (s *server) showFolder(w *response, r *http.Request, folder string) error {
-	w.route = "/blob/"
+	r.Pattern = folderRoute
 	if err := s.authorizeFolder(r); err != nil {
 		return err
 	}
@@ -2628,12 +2624,12 @@ func (b *blob) isCompressible() bool {
 // answer 401 gives no reason that helps to guess a token.
 
 // authorize returns an error unless r may do what it asks for. Credentials that are sent must be
-// right, even where none are needed. Only the health routes and preflights never look at them.
+// right, even where none are needed. Only the health routes never look at them.
 func (s *server) authorize(r *http.Request) error {
 	if s.foreign != nil && s.foreign.Check(r) != nil {
 		return errForeign
 	}
-	if s.cfg.AuthToken == "" || isHealthRoute(r) || isPreflight(r) {
+	if s.cfg.AuthToken == "" || isHealthRoute(r) {
 		return nil
 	}
 	token, isSent := sentToken(r)
@@ -4972,7 +4968,7 @@ func newMetrics() *metrics {
 
 // observe counts one request. Its w.status is 0 if it was cut off.
 func (m *metrics) observe(w *response, r *http.Request, took time.Duration) {
-	labels := routeMethod{routeOf(w, r), "other"}
+	labels := routeMethod{routeOf(r), "other"}
 	switch r.Method {
 	case http.MethodGet, http.MethodHead, http.MethodPut, http.MethodPost, http.MethodDelete:
 		labels.method = r.Method
@@ -4989,12 +4985,9 @@ func (m *metrics) observe(w *response, r *http.Request, took time.Duration) {
 	m.sent += w.sent
 }
 
-// routeOf returns the route of a request for its labels: the one that the handler has set, or the
-// path of the pattern, which may follow a method. A path that is refused has no pattern.
-func routeOf(w *response, r *http.Request) string {
-	if w.route != "" {
-		return w.route
-	}
+// routeOf returns the path of the pattern of r, which may follow a method. OPTIONS and a path that
+// is refused have no pattern.
+func routeOf(r *http.Request) string {
 	if r.Pattern == "" {
 		return "none"
 	}
