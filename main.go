@@ -1599,8 +1599,8 @@ func (s *server) getBlob(w *response, r *http.Request) error {
 	return s.serveBlob(w, r, reader)
 }
 
-// serveBlob answers with a blob. http.ServeContent decides about conditions and ranges. A GET
-// without them is answered chunk by chunk.
+// serveBlob answers with a blob. http.ServeContent decides about conditions and ranges; a GET
+// without them does not need it.
 func (s *server) serveBlob(w *response, r *http.Request, reader *blobReader) error {
 	// TLS connections are not corked.
 	conn, isCorkable := r.Context().Value(connKey{}).(*corkedConn)
@@ -1611,21 +1611,25 @@ func (s *server) serveBlob(w *response, r *http.Request, reader *blobReader) err
 	normalizeRange(r, reader.blob.size)
 	s.describe(w, r, reader.blob)
 	s.negotiate(w, r, reader)
+	send := serveContent
 	if isPlainGet(r) {
-		if err := reader.load(); err != nil { // before the header, so that it can still be an error
-			return err
-		}
-		if _, err := reader.WriteTo(w); err != nil {
-			return err
-		}
-	} else {
-		if err := serveContent(w, r, reader); err != nil {
-			return err
-		}
+		send = sendWhole
+	}
+	if err := send(w, r, reader); err != nil {
+		return err
 	}
 	// Moves net/http's buffer into the cork. It fails only if the client is gone.
 	http.NewResponseController(w.ResponseWriter).Flush()
 	return nil
+}
+
+// sendWhole answers with a whole blob, chunk by chunk.
+func sendWhole(w *response, _ *http.Request, reader *blobReader) error {
+	if err := reader.load(); err != nil { // before the header, so that it can still be an error
+		return err
+	}
+	_, err := reader.WriteTo(w)
+	return err
 }
 
 // isPlainGet reports whether r is a GET without a condition or range.
@@ -1800,32 +1804,25 @@ func (s *server) putBlob(w *response, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	query, err := writeQueryOf(r, "ttl")
+	ttl, err := ttlOf(r)
 	if err != nil {
 		return err
-	}
-	var ttl time.Duration
-	if query.Has("ttl") {
-		ttl, err = parseTTL(query.Get("ttl"))
-		if err != nil {
-			return err
-		}
 	}
 	cond, err := conditionsOf(r.Header)
 	if err != nil {
 		return err
 	}
-	digests, err := digestsOf(r)
+	sent, err := digestsOf(r.Header)
 	if err != nil {
 		return err
 	}
 	body := &upload{request: r, w: w, limit: s.store.maxBlob}
-	b, isQueued, err := sh.put(key, digests.tee(body), &putOptions{
+	b, isQueued, err := sh.put(key, sent.tee(body), &putOptions{
 		contentType: contentType,
 		length:      r.ContentLength,
 		ttl:         ttl,
 		conditions:  cond,
-		verify:      digests.verify,
+		verify:      sent.verify,
 	})
 	if err != nil {
 		return err
@@ -1835,12 +1832,16 @@ func (s *server) putBlob(w *response, r *http.Request) error {
 	if b.expires != 0 {
 		w.Header().Set("Blob-Expires", stamp(b.expires))
 	}
-	status := http.StatusCreated
+	acknowledge(w, http.StatusCreated, isQueued)
+	return nil
+}
+
+// acknowledge answers a write: with status if it is committed, else with 202.
+func acknowledge(w *response, status int, isQueued bool) {
 	if isQueued {
 		status = http.StatusAccepted
 	}
 	w.WriteHeader(status)
-	return nil
 }
 
 // deleteBlob serves DELETE. Only with a precondition does the answer tell whether the key existed.
@@ -1861,11 +1862,7 @@ func (s *server) deleteBlob(w *response, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	status := http.StatusNoContent
-	if isQueued {
-		status = http.StatusAccepted
-	}
-	w.WriteHeader(status)
+	acknowledge(w, http.StatusNoContent, isQueued)
 	return nil
 }
 
@@ -1940,14 +1937,14 @@ func (s *server) readyz(w *response, _ *http.Request) error {
 	status := http.StatusOK
 	rows := []map[string]any{}
 	for i, sh := range s.store.shards {
+		err := sh.health()
 		row := map[string]any{
 			"shard":                    i,
-			"ready":                    true,
+			"ready":                    err == nil,
 			"failed_background_writes": sh.failedWrites.Load(),
 		}
-		if err := sh.health(); err != nil {
+		if err != nil {
 			status = http.StatusServiceUnavailable
-			row["ready"] = false
 			_, row["error"] = statusOf(err)
 		}
 		rows = append(rows, row)
@@ -2063,47 +2060,31 @@ func (s *server) showFolder(w *response, r *http.Request, folder string) error {
 // writeFolder writes the page while it reads the shards: a folder of any size costs the memory of
 // one page of the listing. It reads all rows twice, because the folders stand before the files.
 func (s *server) writeFolder(w io.Writer, folder string) error {
-	page := folderPage{Folder: "/" + folder, Crumbs: crumbsOf(folder), Script: uploadScript}
-	if err := pageTemplates.ExecuteTemplate(w, "folder", page); err != nil {
+	top := folderTop{Folder: "/" + folder, Crumbs: crumbsOf(folder), Script: uploadScript}
+	if err := pageTemplates.ExecuteTemplate(w, "folder", top); err != nil {
 		return err
 	}
 	all := listing{prefix: folder, delimiter: "/", limit: defaultPage}
-	for row, err := range s.store.rows(all) {
-		if err == nil && row.isFolder() {
-			page.Folders++
-			err = writeRow(w, folder, row)
-		}
-		if err != nil {
-			return err
-		}
-	}
-	for row, err := range s.store.rows(all) {
-		if err == nil && !row.isFolder() {
-			page.Files++
-			page.Bytes += row.Size
-			err = writeRow(w, folder, row)
-		}
-		if err != nil {
-			return err
+	for _, areFolders := range []bool{true, false} {
+		for row, err := range s.store.rows(all) {
+			if err == nil && row.isFolder() == areFolders {
+				row.Key = strings.TrimPrefix(row.Key, folder) // names and links are relative
+				err = pageTemplates.ExecuteTemplate(w, "row", row)
+			}
+			if err != nil {
+				return err
+			}
 		}
 	}
-	return pageTemplates.ExecuteTemplate(w, "end", page)
+	_, err := io.WriteString(w, "</table>\n")
+	return err
 }
 
-// writeRow writes a row of folder's page. Names and links in it are relative to the folder.
-func writeRow(w io.Writer, folder string, row listed) error {
-	row.Key = strings.TrimPrefix(row.Key, folder)
-	return pageTemplates.ExecuteTemplate(w, "row", row)
-}
-
-// folderPage is what the templates of a folder page show, except its rows.
-type folderPage struct {
-	Folder  string
-	Crumbs  []crumb
-	Script  template.JS
-	Folders int
-	Files   int
-	Bytes   int64 // of the files
+// folderTop is what stands above the rows of a folder page.
+type folderTop struct {
+	Folder string
+	Crumbs []crumb
+	Script template.JS
 }
 
 // crumb is one part of a folder's path. URL is relative, and empty for the folder itself.
@@ -2192,10 +2173,6 @@ th + th, td + td { padding-left: 1rem; white-space: nowrap; opacity: .7 }
 {{- define "row"}}<tr><td><a{{with path .Key}} href="./{{.}}"{{end}}>{{.Key}}</a>
 {{- if .ETag}}<td>{{human .Size}}<td>{{.ContentType}}
 <td>{{slice .Updated 0 10}} {{slice .Updated 11 16}}{{end}}
-{{end}}
-
-{{- define "end"}}</table>
-<p>Folders: {{.Folders}}. Files: {{.Files}}, {{human .Bytes}}.
 {{end}}`))
 
 // uploadScript uploads chosen and dropped files into the folder, three at a time. Files that were
@@ -2275,28 +2252,17 @@ func humanSize(count int64) string {
 // What headers and queries ask for. Each parser refuses what it does not understand. Otherwise the
 // server could ignore a precondition and do a write that the client did not want.
 
-// plainName is a parameter's name that an answer may quote. Other names are not quoted. They may
-// contain a secret: a signed query that was encoded twice is one long name.
-var plainName = regexp.MustCompile(`^[A-Za-z_-]{1,20}$`)
-
 // queryOf parses the query of r. It may have each of the known parameters once, and no other. An
-// error names the parameter, but never quotes a value, which may be a signature.
+// error quotes nothing of the query, which may have a signature.
 func queryOf(r *http.Request, known ...string) (url.Values, error) {
 	query, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
 		return nil, badRequest("the query is malformed")
 	}
-	for _, name := range slices.Sorted(maps.Keys(query)) {
-		shown := "it has another"
-		if plainName.MatchString(name) {
-			shown = "it has " + name
-		}
-		if !slices.Contains(known, name) {
+	for name, values := range query {
+		if !slices.Contains(known, name) || len(values) > 1 {
 			names := cmp.Or(strings.Join(known, ", "), "none")
-			return nil, badRequest("the query parameters known here are: %s; %s", names, shown)
-		}
-		if len(query[name]) > 1 {
-			return nil, badRequest("the query has %s more than once", name)
+			return nil, badRequest("the query parameters known here, each once, are: %s", names)
 		}
 	}
 	return query, nil
@@ -2316,6 +2282,15 @@ func writeQueryOf(r *http.Request, known ...string) (url.Values, error) {
 
 func isSigned(r *http.Request) bool {
 	return r.URL.RawQuery != "" && r.URL.Query().Has("sig")
+}
+
+// ttlOf returns how long an upload is to live, or 0 if it is to stay.
+func ttlOf(r *http.Request) (time.Duration, error) {
+	query, err := writeQueryOf(r, "ttl")
+	if err != nil || !query.Has("ttl") {
+		return 0, err
+	}
+	return parseTTL(query.Get("ttl"))
 }
 
 // parseTTL parses whole seconds, whole days such as 7d, or a Go duration.
@@ -2423,34 +2398,26 @@ var (
 
 // conditionsOf returns the preconditions in h. It refuses dates: two writes may have the same date.
 func conditionsOf(h http.Header) (conditions, error) {
-	for _, name := range []string{"If-Match", "If-None-Match"} {
-		list := strings.Join(h[name], ",")
-		if len(h[name]) > 0 && !tagList.MatchString(list) {
-			const form = `%s must be * or a list of entity tags such as "abc"`
-			return conditions{}, badRequest(form, name)
-		}
-	}
 	if len(h["If-Unmodified-Since"]) > 0 || len(h["If-Modified-Since"]) > 0 {
 		const text = "dates are not supported as conditions of writes, use If-Match"
 		return conditions{}, badRequest(text)
 	}
-	return conditions{
-		match:     strings.Join(h["If-Match"], ","),
-		noneMatch: strings.Join(h["If-None-Match"], ","),
-	}, nil
+	var lists [2]string
+	for i, name := range []string{"If-Match", "If-None-Match"} {
+		lists[i] = strings.Join(h[name], ",")
+		if len(h[name]) > 0 && !tagList.MatchString(lists[i]) {
+			const form = `%s must be * or a list of entity tags such as "abc"`
+			return conditions{}, badRequest(form, name)
+		}
+	}
+	return conditions{match: lists[0], noneMatch: lists[1]}, nil
 }
 
 // hasTag reports whether a list of entity tags is "*" or has one of tags.
 func hasTag(list string, tags ...string) bool {
-	if strings.Trim(list, " \t,") == "*" {
-		return true
-	}
-	for _, tag := range entityTag.FindAllString(list, -1) {
-		if slices.Contains(tags, tag) {
-			return true
-		}
-	}
-	return false
+	isNamed := func(tag string) bool { return slices.Contains(tags, tag) }
+	isStar := strings.Trim(list, " \t,") == "*"
+	return isStar || slices.ContainsFunc(entityTag.FindAllString(list, -1), isNamed)
 }
 
 // matchesStrongly reports whether a list names b's content. A weak tag names nothing.
@@ -2479,127 +2446,70 @@ func (cond conditions) refuse(b *blob) error {
 
 // digest is a checksum that a client sent for its body.
 type digest struct {
-	algorithm string // sha-256, sha-512 or md5
-	sum       string // in base64 without padding
+	name string    // sha-256, sha-512 or md5
+	sum  string    // in base64, with or without its padding
+	hash hash.Hash // of the body; nil for sha-256, which every upload computes
 }
 
-// digestAlgorithms are the known checksums by name: the hash, and what a value looks like. The
-// padding of its base64 is optional.
-var digestAlgorithms = map[string]struct {
-	form *regexp.Regexp
-	hash func() hash.Hash
-}{
-	"sha-256": {regexp.MustCompile(`^:([A-Za-z0-9+/]{43})=?:$`), sha256.New},
-	"sha-512": {regexp.MustCompile(`^:([A-Za-z0-9+/]{86})(?:==)?:$`), sha512.New},
-	"md5":     {regexp.MustCompile(`^([A-Za-z0-9+/]{22})(?:==)?$`), md5.New},
-}
+type digests []digest
 
-// parseDigests returns the digests in Repr-Digest and Content-Digest (RFC 9530) and Content-MD5.
-func parseDigests(h http.Header) (digests []digest, err error) {
+// digestForm is a digest in a list of them: its name and its sum. Other names are ignored.
+var digestForm = regexp.MustCompile(`(?i)(?:^|,)[ \t]*(sha-256|sha-512)=:([a-z0-9+/]+=*):`)
+
+// digestsOf returns the digests in Repr-Digest and Content-Digest (RFC 9530) and Content-MD5.
+func digestsOf(h http.Header) (found digests, err error) {
 	for _, name := range []string{"Repr-Digest", "Content-Digest"} {
-		if len(h[name]) == 0 {
-			continue
+		members := digestForm.FindAllStringSubmatch(strings.Join(h[name], ","), -1)
+		if len(h[name]) > 0 && members == nil {
+			return nil, badRequest("%s must be sha-256=:BASE64: or sha-512=:BASE64:", name)
 		}
-		found, err := parseDigestList(strings.Join(h[name], ","))
-		if err != nil {
-			return nil, badRequest("%s: %v", name, err)
-		}
-		digests = append(digests, found...)
-	}
-	for _, value := range h["Content-Md5"] {
-		parts := digestAlgorithms["md5"].form.FindStringSubmatch(value)
-		if parts == nil {
-			return nil, badRequest("Content-MD5 must be the base64 of 16 bytes")
-		}
-		digests = append(digests, digest{"md5", parts[1]})
-	}
-	return digests, nil
-}
-
-// parseDigestList parses members such as "sha-256=:BASE64:". It ignores algorithms that it does not
-// know beside one that it knows.
-func parseDigestList(list string) (digests []digest, err error) {
-	for member := range strings.SplitSeq(list, ",") {
-		algorithm, value, _ := strings.Cut(member, "=")
-		algorithm = strings.ToLower(strings.TrimSpace(algorithm))
-		if algorithm != "sha-256" && algorithm != "sha-512" {
-			continue
-		}
-		value, _, _ = strings.Cut(value, ";") // parameters
-		form := digestAlgorithms[algorithm].form
-		parts := form.FindStringSubmatch(strings.TrimSpace(value))
-		if parts == nil {
-			return nil, fmt.Errorf("%s=:BASE64: is the form of this digest", algorithm)
-		}
-		digests = append(digests, digest{algorithm, parts[1]})
-	}
-	if digests == nil {
-		return nil, errors.New("sha-256=:BASE64: or sha-512=:BASE64: is the form of a digest")
-	}
-	return digests, nil
-}
-
-// bodyDigests compares one upload with the digests that its client sent.
-type bodyDigests struct {
-	sent    []digest
-	trailer http.Header          // more of them, once the body is read
-	hashes  map[string]hash.Hash // by algorithm; not sha-256, which every upload computes
-}
-
-func digestsOf(r *http.Request) (*bodyDigests, error) {
-	sent, err := parseDigests(r.Header)
-	if err != nil {
-		return nil, err
-	}
-	hashes := map[string]hash.Hash{}
-	for name, algorithm := range digestAlgorithms {
-		isSent := func(d digest) bool { return d.algorithm == name }
-		isNeeded := len(r.Trailer) > 0 || slices.ContainsFunc(sent, isSent)
-		if isNeeded && name != "sha-256" {
-			hashes[name] = algorithm.hash()
+		for _, parts := range members {
+			d := digest{name: strings.ToLower(parts[1]), sum: parts[2]}
+			if d.name == "sha-512" {
+				d.hash = sha512.New()
+			}
+			found = append(found, d)
 		}
 	}
-	return &bodyDigests{sent, r.Trailer, hashes}, nil
+	for _, sum := range h["Content-Md5"] {
+		found = append(found, digest{"md5", sum, md5.New()})
+	}
+	return found, nil
 }
 
 // tee returns a reader of body that feeds the hashes.
-func (d *bodyDigests) tee(body io.Reader) io.Reader {
-	for _, each := range d.hashes {
-		body = io.TeeReader(body, each)
+func (found digests) tee(body io.Reader) io.Reader {
+	for _, d := range found {
+		if d.hash != nil {
+			body = io.TeeReader(body, d.hash)
+		}
 	}
 	return body
 }
 
 // verify compares the digests with the body, which is read and has the SHA-256 sum.
-func (d *bodyDigests) verify(sum []byte) error {
-	fromTrailer, err := parseDigests(d.trailer)
-	if err != nil {
-		return err
-	}
-	for _, each := range slices.Concat(d.sent, fromTrailer) {
+func (found digests) verify(sum []byte) error {
+	for _, d := range found {
 		actual := sum
-		if each.algorithm != "sha-256" {
-			actual = d.hashes[each.algorithm].Sum(nil)
+		if d.hash != nil {
+			actual = d.hash.Sum(nil)
 		}
-		if each.sum != base64.RawStdEncoding.EncodeToString(actual) {
-			const text = "the body does not match its digest: its %s is %x"
-			return badRequest(text, each.algorithm, actual)
+		encoded := base64.StdEncoding.EncodeToString(actual)
+		if strings.TrimRight(d.sum, "=") != strings.TrimRight(encoded, "=") {
+			const text = "the body does not match its digest: its %s in base64 is %s"
+			return badRequest(text, d.name, encoded)
 		}
 	}
 	return nil
 }
 
 // acceptsGzip reports whether an Accept-Encoding accepts gzip and does not prefer the content as it
-// is. Without the header the answer is no. A malformed element has the weight 0.
+// is. Without the header the answer is no. A malformed weight is 0.
 func acceptsGzip(h http.Header) bool {
 	weights := map[string]float64{} // by coding
 	for element := range strings.SplitSeq(strings.Join(h["Accept-Encoding"], ","), ",") {
-		coding, params, err := mime.ParseMediaType(element) // the form is the same: gzip;q=0.5
-		weight, badWeight := strconv.ParseFloat(cmp.Or(params["q"], "1"), 64)
-		if err != nil || badWeight != nil || weight > 1 {
-			weight = 0
-		}
-		weights[coding] = weight
+		coding, params, _ := mime.ParseMediaType(element) // the form is the same: gzip;q=0.5
+		weights[coding], _ = strconv.ParseFloat(cmp.Or(params["q"], "1"), 64)
 	}
 	weight, isNamed := weights["gzip"]
 	if !isNamed {
