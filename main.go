@@ -124,8 +124,8 @@ const (
 	maxPage     = 10_000 // the most that a client may ask for
 
 	// chunkSize is the largest content that is stored in its row; a larger one goes through the
-	// chunks table. An upload holds two chunks in memory, a download one and SQLite's copy. Chunks of
-	// 64 and 128 KiB add a fifth and 6 % to the CPU time of a GET of 1 MiB; 512 KiB save 1 %.
+	// chunks table. An upload holds two chunks in memory, a download one and SQLite's copy. Chunks
+	// of 64 and 128 KiB add a fifth and 6 % to the CPU time of a GET of 1 MiB; 512 KiB save 1 %.
 	chunkSize   = 256 << 10
 	seqBits     = 20                   // low bits of a chunk's id, its sequence number
 	hardMaxBlob = chunkSize << seqBits // 256 GiB, even if max_blob_bytes is 0
@@ -136,10 +136,11 @@ const (
 	opOverhead   = 2 << 10 // bytes of a queued write besides key and content
 	reserveBytes = 6 << 20 // more than a shard's WAL: see Upkeep
 
-	// newPageBytes is the size of the pages of a new shard; each shard keeps its own. Every page of a
-	// chunk takes a read on the way out, and on the way in three writes and a read. Against 4 KiB, a
-	// GET of 1 MiB takes an eighth less CPU time, a POST a sixth, and a POST of 4 KiB among 20,000
-	// keys a tenth; among 4,000 keys it takes 5 to 15 % more. With 16 KiB it takes a quarter more.
+	// newPageBytes is the size of the pages of a new shard; each shard keeps its own. Every page of
+	// a chunk takes a read on the way out, and on the way in three writes and a read. Against
+	// 4 KiB, a GET of 1 MiB takes an eighth less CPU time, a POST a sixth, and a POST of 4 KiB
+	// among 20,000 keys a tenth; among 4,000 keys it takes 5 to 15 % more. With 16 KiB it takes a
+	// quarter more.
 	newPageBytes = 8 << 10
 
 	// A shard's WAL is copied into the database once checkpointBytes are in it. With half as much,
@@ -256,7 +257,8 @@ var (
 	errReadOnly = newError(http.StatusForbidden, "the read token opens GET and HEAD only")
 	errForeign  = newError(http.StatusForbidden,
 		"a page of another origin may not write, see cors_origin")
-	errNotFound  = newError(http.StatusNotFound, "not found")
+	errNoBlob    = newError(http.StatusNotFound, "not found: no blob under this key")
+	errNoRoute   = newError(http.StatusNotFound, "not found: blobs are at /blob/KEY")
 	errCondition = newError(http.StatusPreconditionFailed, "precondition failed")
 	errTooLarge  = newError(http.StatusRequestEntityTooLarge, "blob too large")
 	errRange     = newError(http.StatusRequestedRangeNotSatisfiable, "range not satisfiable")
@@ -271,11 +273,10 @@ var (
 		"the blob is damaged; restore it or delete it")
 	errBusy     = newError(http.StatusServiceUnavailable, "too busy, try again")
 	errStopping = newError(http.StatusServiceUnavailable, "server is stopping")
-	errNoFiles  = newError(http.StatusServiceUnavailable, "out of file descriptors")
-	errFull     = newError(http.StatusInsufficientStorage, "disk full")
+	errNoFiles  = newError(http.StatusServiceUnavailable,
+		"out of file descriptors; raise the limit (ulimit -n, LimitNOFILE)")
+	errFull = newError(http.StatusInsufficientStorage, "disk full")
 
-	errNoBlob     = fmt.Errorf("%w: no blob under this key", errNotFound)
-	errNoRoute    = fmt.Errorf("%w: blobs are at /blob/KEY", errNotFound)
 	errClientGone = errors.New("the client broke off") // nobody is left to answer
 	errNewer      = errors.New("written by a newer version of this server; use that one")
 )
@@ -301,7 +302,7 @@ func translate(err error) error {
 		return err
 	}
 	code, extended := sqliteCode(err)
-	meaning := (*statusError)(nil)
+	var meaning *statusError
 	switch {
 	case code == sqlite3.SQLITE_FULL, extended == sqlite3.SQLITE_IOERR_SHMSIZE, isNoSpace(err):
 		meaning = errFull // SHMSIZE: the -shm file could not grow
@@ -312,8 +313,10 @@ func translate(err error) error {
 	case extended == sqlite3.SQLITE_IOERR_FSYNC, extended == sqlite3.SQLITE_IOERR_DIR_FSYNC:
 		meaning = errNotSynced
 	case isOutOfFiles(err), code == sqlite3.SQLITE_CANTOPEN && outOfFiles():
-		return fmt.Errorf("%w: raise the limit with ulimit -n or LimitNOFILE: %w", errNoFiles, err)
-	case code == sqlite3.SQLITE_CANTOPEN, code == sqlite3.SQLITE_READONLY, code == sqlite3.SQLITE_PERM:
+		meaning = errNoFiles
+	case code == sqlite3.SQLITE_CANTOPEN,
+		code == sqlite3.SQLITE_READONLY,
+		code == sqlite3.SQLITE_PERM:
 		meaning = errCannotOpen
 	default:
 		return err
@@ -338,17 +341,15 @@ func schemaError(err error) error {
 	return err
 }
 
+// isNoSpace reports whether a disk, a quota or a file's maximum size is reached.
 func isNoSpace(err error) bool {
-	for _, errno := range []error{syscall.ENOSPC, syscall.EDQUOT, syscall.EFBIG} {
-		if errors.Is(err, errno) {
-			return true
-		}
-	}
-	return false
+	return errors.Is(err, syscall.ENOSPC) ||
+		errors.Is(err, syscall.EDQUOT) ||
+		errors.Is(err, syscall.EFBIG)
 }
 
-// isCorrupt reports whether SQLite or this program finds a file damaged. SQLite says so of a read, too,
-// that has failed with EIO: whoever asks tries again before it believes that.
+// isCorrupt reports whether SQLite or this program finds a file damaged. SQLite also says so of a
+// read that has failed with EIO: the caller tries again before it believes that.
 func isCorrupt(err error) bool { return errors.Is(translate(err), errCorrupt) }
 
 func isOutOfFiles(err error) bool {
@@ -638,7 +639,6 @@ func cmdServe(ctx context.Context, cli *call) error {
 	logger.Info("serving",
 		"version", version(),
 		"listen", address.String(),
-		"url", urlOf(cfg, address),
 		"config", origin,
 		"data_dir", cfg.DataDir,
 		"num_shards", cfg.NumShards,
@@ -659,18 +659,6 @@ func cmdServe(ctx context.Context, cli *call) error {
 	}
 	logger.Info("stopped")
 	return nil
-}
-
-// urlOf returns what to open in a browser on this machine.
-func urlOf(cfg *config, address *net.TCPAddr) string {
-	u := url.URL{Scheme: "http", Host: address.String(), Path: "/"}
-	if cfg.TLSCert != "" {
-		u.Scheme = "https"
-	}
-	if address.IP.IsUnspecified() {
-		u.Host = fmt.Sprintf("localhost:%d", address.Port)
-	}
-	return u.String()
 }
 
 func signFlags(cli *call, flags *flag.FlagSet) {
@@ -770,11 +758,8 @@ func (cli *call) runLong(ctx context.Context, row command) error {
 }
 
 func isTerminal(w io.Writer) bool {
-	file, isFile := w.(*os.File)
-	if !isFile {
-		return false
-	}
-	info, err := file.Stat()
+	file, _ := w.(*os.File)
+	info, err := file.Stat() // fails for nil
 	return err == nil && info.Mode()&os.ModeCharDevice != 0
 }
 
@@ -883,7 +868,7 @@ type setting struct {
 // settings is the table of all keys, for the fields of cfg. data_dir and num_shards are required.
 func (cfg *config) settings() []setting {
 	return []setting{
-		{"data_dir", &cfg.DataDir, directoryName},
+		{"data_dir", &cfg.DataDir, matching("(?s).", "the name of a directory")},
 		{"num_shards", &cfg.NumShards, between(1, maxShards)},
 		{"storage_compression", &cfg.StorageCompression, nil},
 		{"output_compression", &cfg.OutputCompression, nil},
@@ -903,7 +888,7 @@ func (cfg *config) settings() []setting {
 		{"tls_cert", &cfg.TLSCert, nil},
 		{"tls_key", &cfg.TLSKey, nil},
 		{"cors_origin", &cfg.CORSOrigin, webOrigin},
-		{"cache_control", &cfg.CacheControl, visibleText},
+		{"cache_control", &cfg.CacheControl, matching("^[ -~]*$", "visible ASCII")},
 		{"log_format", &cfg.LogFormat, oneOf("text", "json")},
 		{"log_level", &cfg.LogLevel, oneOf("debug", "info", "warn", "error")},
 	}
@@ -941,12 +926,17 @@ func oneOf(words ...string) func(any) string {
 	}
 }
 
-func directoryName(value any) string {
-	if value.(string) == "" {
-		return "the name of a directory"
+func matching(pattern, form string) func(any) string {
+	return func(value any) string {
+		if !regexp.MustCompile(pattern).MatchString(value.(string)) {
+			return form
+		}
+		return ""
 	}
-	return ""
 }
+
+// visibleWord accepts what can be a token in a header.
+var visibleWord = matching("^[!-~]*$", "visible ASCII without spaces")
 
 func hostPort(value any) string {
 	_, port, err := net.SplitHostPort(value.(string))
@@ -966,23 +956,6 @@ func webOrigin(value any) string {
 	}
 	if http.NewCrossOriginProtection().AddTrustedOrigin(origin) != nil {
 		return `an origin such as "https://example.org", or "*"`
-	}
-	return ""
-}
-
-// visibleText accepts what can be the value of a header.
-func visibleText(value any) string {
-	isInvisible := func(r rune) bool { return r < ' ' || r > '~' }
-	if strings.ContainsFunc(value.(string), isInvisible) {
-		return "visible ASCII"
-	}
-	return ""
-}
-
-// visibleWord accepts what can be a token in a header.
-func visibleWord(value any) string {
-	if strings.Contains(value.(string), " ") || visibleText(value) != "" {
-		return "visible ASCII without spaces"
 	}
 	return ""
 }
@@ -1342,7 +1315,8 @@ func (w *response) Write(p []byte) (n int, err error) {
 	return n, nil
 }
 
-// upload is the body of a request. It ends with an error at the limit, or if the client is gone.
+// upload is the body of a request. It ends with an error at the limit, or if the client is gone. A
+// body that is announced as too large is not read.
 type upload struct {
 	request *http.Request
 	w       *response
@@ -1350,13 +1324,14 @@ type upload struct {
 }
 
 func (u *upload) Read(p []byte) (n int, err error) {
-	isAnnounced := u.request.ContentLength > u.limit // then nothing is read
-	if !isAnnounced {
+	isTooLarge := u.request.ContentLength > u.limit
+	if !isTooLarge {
 		u.w.renewDeadlines() // the client has the full time, however long the last commit took
 		n, err = u.request.Body.Read(p[:min(len(p), pieceBytes)])
 		u.w.received += int64(n)
+		isTooLarge = u.w.received > u.limit
 	}
-	if isAnnounced || u.w.received > u.limit {
+	if isTooLarge {
 		return n, fmt.Errorf("%w: max_blob_bytes is %d", errTooLarge, u.limit)
 	}
 	if err != nil && err != io.EOF {
@@ -1706,7 +1681,7 @@ func (s *server) negotiate(w *response, r *http.Request, reader *blobReader) {
 	}
 }
 
-var maxAge = regexp.MustCompile(`(?i)\b(s-maxage|max-age)="?(\d+)"?`)
+var maxAge = regexp.MustCompile(`(?i)\b(s-maxage|max-age)="?\d+"?`)
 
 // cacheControl returns the Cache-Control of an answer with b. Caches must not keep the answer to a
 // signed URL, nor keep a blob beyond its expiry.
@@ -1718,14 +1693,12 @@ func (s *server) cacheControl(r *http.Request, b *blob) string {
 	if configured == "" || b.expires == 0 {
 		return configured
 	}
-	left := (b.expires - s.store.now().UnixMilli()) / 1000
+	left := max(0, b.expires-s.store.now().UnixMilli()) / 1000
 	return maxAge.ReplaceAllStringFunc(configured, func(directive string) string {
-		parts := maxAge.FindStringSubmatch(directive)
-		seconds, err := strconv.ParseInt(parts[2], 10, 64)
-		if err == nil && seconds <= left {
-			return directive
-		}
-		return fmt.Sprintf("%s=%d", parts[1], max(left, 0))
+		name, value, _ := strings.Cut(directive, "=")
+		// Of a number that is too large ParseInt returns the largest.
+		seconds, _ := strconv.ParseInt(strings.Trim(value, `"`), 10, 64)
+		return fmt.Sprintf("%s=%d", name, min(seconds, left))
 	})
 }
 
@@ -1913,13 +1886,8 @@ func listingOf(r *http.Request) (listing, error) {
 	l.prefix = query.Get("prefix")
 	l.after = query.Get("after")
 	l.delimiter = query.Get("delimiter")
-	for _, text := range []string{l.prefix, l.after, l.delimiter} {
-		if !utf8.ValidString(text) {
-			return l, badRequest("prefix, after and delimiter must be valid UTF-8")
-		}
-	}
-	if query.Has("delimiter") && l.delimiter == "" {
-		return l, badRequest("the delimiter must not be empty")
+	if !utf8.ValidString(l.prefix + " " + l.after + " " + l.delimiter) {
+		return l, badRequest("prefix, after and delimiter must be valid UTF-8")
 	}
 	if query.Has("limit") {
 		limit, err := strconv.ParseUint(query.Get("limit"), 10, 31)
@@ -2012,11 +1980,8 @@ func (s *server) answerMissing(w *response, r *http.Request, key string) error {
 		// A reader of public blobs does not learn whether anything is below the key.
 		mayList := s.authorizeFolder(r) == nil
 		folderPath := pathOf(folder)
-		if mayList && folderPath != "" {
-			row, _, err := s.store.list(listing{prefix: folder, limit: 1})
-			if err == nil && len(row) > 0 {
-				return seeOther(w, "/blob/"+folderPath)
-			}
+		if mayList && folderPath != "" && s.findFolder(folder) == nil {
+			return seeOther(w, "/blob/"+folderPath)
 		}
 	}
 	prefix := strings.ReplaceAll(url.QueryEscape(folder), "%2F", "/")
@@ -2042,12 +2007,10 @@ func (s *server) showFolder(w *response, r *http.Request, folder string) error {
 	if err := s.authorizeFolder(r); err != nil {
 		return err
 	}
-	firstRow, _, err := s.store.list(listing{prefix: folder, limit: 1})
-	if err != nil {
+	err := s.findFolder(folder)
+	isEmptyTop := folder == "" && errors.Is(err, errNoBlob)
+	if err != nil && !isEmptyTop {
 		return err
-	}
-	if len(firstRow) == 0 && folder != "" {
-		return errNoBlob
 	}
 	setPageHeaders(w)
 	if r.Method == http.MethodHead {
@@ -2055,6 +2018,15 @@ func (s *server) showFolder(w *response, r *http.Request, folder string) error {
 		return nil
 	}
 	return s.writeFolder(w, folder)
+}
+
+// findFolder returns errNoBlob if no key is below folder.
+func (s *server) findFolder(folder string) error {
+	rows, _, err := s.store.list(listing{prefix: folder, limit: 1})
+	if err == nil && len(rows) == 0 {
+		return errNoBlob
+	}
+	return err
 }
 
 // writeFolder writes the page while it reads the shards: a folder of any size costs the memory of
@@ -2321,13 +2293,11 @@ func contentTypeOf(r *http.Request) (string, error) {
 	sent := r.Header.Get("Content-Type")
 	media, _, _ := strings.Cut(sent, ";")
 	media = strings.ToLower(strings.TrimSpace(media))
-	encoding := strings.Join(r.Header["Content-Encoding"], ",")
-	isEncoded := encoding != "" && !strings.EqualFold(encoding, "identity")
 	switch {
 	case media == "multipart/form-data":
 		const text = "multipart/form-data is a form; send the file alone, as curl -T FILE does"
 		return "", badRequest(text)
-	case isEncoded, r.Header.Get("Content-Range") != "":
+	case r.Header.Get("Content-Encoding") != "", r.Header.Get("Content-Range") != "":
 		const text = "no Content-Encoding or Content-Range; send the whole content as it is"
 		return "", badRequest(text)
 	case len(sent) > 255, !utf8.ValidString(sent):
@@ -2542,11 +2512,10 @@ func (s *server) authorize(r *http.Request) error {
 	if s.cfg.AuthToken == "" || isHealthRoute(r) {
 		return nil
 	}
-	token, isSent := sentToken(r)
-	mayWrite := isSent && isSame(token, s.cfg.AuthToken)
-	isReader := isSent && s.cfg.ReadToken != "" && isSame(token, s.cfg.ReadToken)
-	mayRead := mayWrite || isReader
-	if isSent && !mayRead {
+	token := sentToken(r)
+	mayWrite := isSame(token, s.cfg.AuthToken)
+	mayRead := mayWrite || token != "" && isSame(token, s.cfg.ReadToken)
+	if isTokenSent(r) && !mayRead {
 		return errUnauthorized
 	}
 	if r.Method == http.MethodOptions { // the answer says only which methods there are
@@ -2560,13 +2529,12 @@ func (s *server) authorize(r *http.Request) error {
 		return nil
 	}
 	isRead := r.Method == http.MethodGet || r.Method == http.MethodHead
-	if mayRead && !isRead {
-		return errReadOnly
-	}
-	isOfBlob := r.PathValue("key") != ""
-	isPublic := s.cfg.PublicRead && isRead && isOfBlob
-	if mayRead || isPublic {
+	isPublic := s.cfg.PublicRead && r.PathValue("key") != ""
+	switch {
+	case isRead && (mayRead || isPublic):
 		return nil
+	case mayRead:
+		return errReadOnly
 	}
 	return errUnauthorized
 }
@@ -2575,8 +2543,7 @@ func (s *server) authorize(r *http.Request) error {
 // does not open folder pages. The handler calls it, not authorize: only after a look for the blob
 // is it known whether "a/" is a blob or a folder.
 func (s *server) authorizeFolder(r *http.Request) error {
-	_, isSent := sentToken(r)
-	if s.cfg.AuthToken != "" && !isSent {
+	if s.cfg.AuthToken != "" && !isTokenSent(r) {
 		return errUnauthorized
 	}
 	return nil
@@ -2586,25 +2553,19 @@ func isHealthRoute(r *http.Request) bool {
 	return r.URL.Path == "/healthz" || r.URL.Path == "/readyz"
 }
 
+func isTokenSent(r *http.Request) bool { return r.Header.Get("Authorization") != "" }
+
 // sentToken returns the token in the Authorization header: that of the scheme Bearer, or the
-// password of Basic with any user name. The token is empty if the header has another scheme or is
-// sent twice. isSent reports whether there is a header.
-func sentToken(r *http.Request) (token string, isSent bool) {
-	values := r.Header["Authorization"]
-	if len(values) == 0 {
-		return "", false
+// password of Basic with any user name. It is empty if there is none.
+func sentToken(r *http.Request) string {
+	if _, password, isBasic := r.BasicAuth(); isBasic {
+		return password
 	}
-	if len(values) > 1 {
-		return "", true
-	}
-	if _, password, ok := r.BasicAuth(); ok {
-		return password, true
-	}
-	scheme, token, _ := strings.Cut(values[0], " ")
+	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
 	if !strings.EqualFold(scheme, "Bearer") {
-		return "", true
+		return ""
 	}
-	return strings.TrimSpace(token), true
+	return strings.TrimSpace(token)
 }
 
 // isSame compares secrets. Its time does not depend on how many bytes are equal.
@@ -2617,20 +2578,14 @@ func isSame(a, b string) bool {
 func (s *server) checkSignature(r *http.Request, query url.Values) error {
 	key := r.PathValue("key")
 	expires := query.Get("expires")
-	signature := query.Get("sig")
 	isFor := func(method string) bool {
-		return isSame(signature, sign(s.cfg.AuthToken, method, key, expires))
-	}
-	end, err := strconv.ParseInt(expires, 10, 64)
-	if err != nil || key == "" || strings.Count(r.URL.RawQuery, "&") != 1 {
-		return errUnauthorized
+		return isSame(query.Get("sig"), sign(s.cfg.AuthToken, method, key, expires))
 	}
 	isHead := r.Method == http.MethodHead
 	isValid := isFor(r.Method) || (isHead && isFor(http.MethodGet))
-	if !isValid && slices.ContainsFunc(strings.Split(blobMethods, ", "), isFor) {
-		return fmt.Errorf("%w: the signature is for another method", errUnauthorized)
-	}
-	if !isValid {
+	hasMore := strings.Count(r.URL.RawQuery, "&") != 1
+	end, err := strconv.ParseInt(expires, 10, 64)
+	if !isValid || hasMore || key == "" || err != nil {
 		return errUnauthorized
 	}
 	if s.store.now().Unix() >= end {
@@ -4913,6 +4868,19 @@ func (s *server) exposeMetrics(w *response, _ *http.Request) error {
 	return write(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", text.Bytes())
 }
 
+// metric has one value, a number, and no labels.
+type metric struct {
+	name, help string
+	value      any
+}
+
+func writeMetrics(text io.Writer, metrics []metric) {
+	for _, m := range metrics {
+		writeHelp(text, m.name, m.help)
+		fmt.Fprintln(text, m.name, m.value)
+	}
+}
+
 // writeHelp begins a metric. A name that ends in _total is a counter.
 func writeHelp(text io.Writer, name, help string) {
 	kind := "gauge"
@@ -4920,12 +4888,6 @@ func writeHelp(text io.Writer, name, help string) {
 		kind = "counter"
 	}
 	fmt.Fprintf(text, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
-}
-
-// writeMetric writes a metric that has one value, a number, and no labels.
-func writeMetric(text io.Writer, name, help string, value any) {
-	writeHelp(text, name, help)
-	fmt.Fprintln(text, name, value)
 }
 
 func (m *metrics) write(text io.Writer) {
@@ -4950,36 +4912,34 @@ func (m *metrics) write(text io.Writer) {
 		fmt.Fprintf(text, "%s_sum{%s} %g\n", duration, labels, h.sum)
 		fmt.Fprintf(text, "%s_count{%s} %d\n", duration, labels, total)
 	}
-	writeMetric(text, "blobnom_http_received_bytes_total", "Bytes of uploaded bodies.", m.received)
-	writeMetric(text, "blobnom_http_sent_bytes_total", "Bytes of answered bodies.", m.sent)
+	writeMetrics(text, []metric{
+		{"blobnom_http_received_bytes_total", "Bytes of uploaded bodies.", m.received},
+		{"blobnom_http_sent_bytes_total", "Bytes of answered bodies.", m.sent},
+	})
 }
 
 func (st *store) writeMetrics(text io.Writer) {
-	writeMetric(text, "blobnom_batches_total", "Transactions of writes.", st.batches.Load())
-	operations := st.operations.Load()
-	writeMetric(text, "blobnom_batch_operations_total", "Writes in transactions.", operations)
 	seconds := float64(st.commitNanos.Load()) / 1e9
-	writeMetric(text, "blobnom_commit_seconds_total", "Time that transactions took.", seconds)
-	pending := st.pending.Load()
-	writeMetric(text, "blobnom_queue_bytes", "Bytes of writes queued or being committed.", pending)
 	var disk syscall.Statfs_t
-	if syscall.Statfs(st.dir, &disk) == nil {
-		free := int64(disk.Bavail) * int64(disk.Bsize)
-		writeMetric(text, "blobnom_disk_free_bytes", "Free bytes of the data's disk.", free)
-	}
+	syscall.Statfs(st.dir, &disk)
+	free := int64(disk.Bavail) * int64(disk.Bsize)
+	writeMetrics(text, []metric{
+		{"blobnom_batches_total", "Transactions of writes.", st.batches.Load()},
+		{"blobnom_batch_operations_total", "Writes in transactions.", st.operations.Load()},
+		{"blobnom_commit_seconds_total", "Time that transactions took.", seconds},
+		{"blobnom_queue_bytes", "Bytes of writes queued or being committed.", st.pending.Load()},
+		{"blobnom_disk_free_bytes", "Free bytes of the data's disk.", free},
+	})
 }
 
 // writeShardMetrics writes a sample per shard. One that could not be opened is only not ready.
 func (st *store) writeShardMetrics(text io.Writer) {
-	const line = "%s{shard=\"%d\"} %d\n"
 	const ready = "blobnom_shard_ready"
-	writeHelp(text, ready, "1 if the shard is ready, else 0, as /readyz.")
-	for _, sh := range st.shards {
-		value := 1
+	isReady := func(sh *shard) int64 {
 		if sh.health() != nil {
-			value = 0
+			return 0
 		}
-		fmt.Fprintf(text, line, ready, sh.index, value)
+		return 1
 	}
 	queued := func(sh *shard) int64 { return int64(sh.batcher.depth()) }
 	failed := func(sh *shard) int64 { return sh.failedWrites.Load() }
@@ -4989,6 +4949,7 @@ func (st *store) writeShardMetrics(text io.Writer) {
 		name, help string
 		value      func(*shard) int64
 	}{
+		{ready, "1 if the shard is ready, else 0, as /readyz.", isReady},
 		{"blobnom_queue_operations", "Queued writes.", queued},
 		{"blobnom_failed_background_writes_total", "Writes that failed after a 202.", failed},
 		{"blobnom_shard_blobs", "Blobs, expired ones too, at most a minute ago.", (*shard).blobs},
@@ -4997,8 +4958,8 @@ func (st *store) writeShardMetrics(text io.Writer) {
 	} {
 		writeHelp(text, m.name, m.help)
 		for _, sh := range st.shards {
-			if sh.broken == nil {
-				fmt.Fprintf(text, line, m.name, sh.index, m.value(sh))
+			if sh.broken == nil || m.name == ready {
+				fmt.Fprintf(text, "%s{shard=\"%d\"} %d\n", m.name, sh.index, m.value(sh))
 			}
 		}
 	}
@@ -5019,36 +4980,37 @@ func (sh *shard) blobs() int64 {
 
 var processStart = time.Now()
 
-// writeProcessMetrics writes the standard metrics of a process and of Go, and the build's. What the
-// system does not tell is left out.
+// writeProcessMetrics writes the standard metrics of a process and of Go, and the build's. Two of
+// them only Linux tells.
 func writeProcessMetrics(text io.Writer) {
 	start := float64(processStart.UnixMilli()) / 1e3
-	const startHelp = "Start time in seconds since the Unix epoch."
-	writeMetric(text, "process_start_time_seconds", startHelp, start)
 	var usage syscall.Rusage
-	if syscall.Getrusage(syscall.RUSAGE_SELF, &usage) == nil {
-		seconds := float64(usage.Utime.Nano()+usage.Stime.Nano()) / 1e9
-		writeMetric(text, "process_cpu_seconds_total", "User and system CPU time.", seconds)
-	}
+	syscall.Getrusage(syscall.RUSAGE_SELF, &usage)
+	seconds := float64(usage.Utime.Nano()+usage.Stime.Nano()) / 1e9
 	var files syscall.Rlimit
-	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files) == nil {
-		writeMetric(text, "process_max_fds", "Maximum number of open file descriptors.", files.Cur)
-	}
-	if open, err := os.ReadDir("/proc/self/fd"); err == nil { // Linux, like the next file
-		count := len(open) - 1 // without the one that reads the directory
-		writeMetric(text, "process_open_fds", "Number of open file descriptors.", count)
-	}
-	var virtual, resident int // pages
-	statm, _ := os.ReadFile("/proc/self/statm")
-	if _, err := fmt.Sscan(string(statm), &virtual, &resident); err == nil {
-		resident *= os.Getpagesize()
-		writeMetric(text, "process_resident_memory_bytes", "Resident memory size.", resident)
-	}
+	syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files)
 	var memory runtime.MemStats
 	runtime.ReadMemStats(&memory)
-	writeMetric(text, "go_goroutines", "Goroutines that exist.", runtime.NumGoroutine())
-	writeMetric(text, "go_memstats_heap_alloc_bytes", "Bytes of heap objects.", memory.HeapAlloc)
-	writeMetric(text, "go_memstats_sys_bytes", "Bytes obtained from the system.", memory.Sys)
+	writeMetrics(text, []metric{
+		{"process_start_time_seconds", "Start time since the Unix epoch in seconds.", start},
+		{"process_cpu_seconds_total", "User and system CPU time in seconds.", seconds},
+		{"process_max_fds", "Maximum number of open file descriptors.", files.Cur},
+		{"go_goroutines", "Goroutines that exist.", runtime.NumGoroutine()},
+		{"go_memstats_heap_alloc_bytes", "Bytes of heap objects.", memory.HeapAlloc},
+		{"go_memstats_sys_bytes", "Bytes obtained from the system.", memory.Sys},
+	})
+	open, err := os.ReadDir("/proc/self/fd")
+	if err == nil {
+		count := len(open) - 1 // without the one that reads the directory
+		statm, _ := os.ReadFile("/proc/self/statm")
+		var virtual, resident int // pages
+		fmt.Sscan(string(statm), &virtual, &resident)
+		resident *= os.Getpagesize()
+		writeMetrics(text, []metric{
+			{"process_open_fds", "Number of open file descriptors.", count},
+			{"process_resident_memory_bytes", "Resident memory in bytes.", resident},
+		})
+	}
 	const build = "blobnom_build_info"
 	writeHelp(text, build, "Constant 1; the labels tell the version.")
 	fmt.Fprintf(text, "%s{version=%q,goversion=%q} 1\n", build, version(), runtime.Version())
