@@ -1041,7 +1041,7 @@ func loadConfig(file string, environ []string) (*config, string, error) {
 		}
 		isVariable := name == s.variable()
 		if isVariable && value == "" && strings.Contains(s.key, "_token") {
-			// An unset variable of a compose file arrives like this. It must not open the server.
+			// An unset variable of a compose file arrives empty. It must not open the server.
 			found.add("%s: is set but empty; give it a value or unset it", name)
 			continue
 		}
@@ -1805,16 +1805,16 @@ func (s *server) putBlob(w *response, r *http.Request) error {
 	if b.expires != 0 {
 		w.Header().Set("Blob-Expires", stamp(b.expires))
 	}
-	acknowledge(w, http.StatusCreated, isQueued)
-	return nil
+	return acknowledge(w, http.StatusCreated, isQueued)
 }
 
 // acknowledge answers a write: with status if it is committed, else with 202.
-func acknowledge(w *response, status int, isQueued bool) {
+func acknowledge(w *response, status int, isQueued bool) error {
 	if isQueued {
 		status = http.StatusAccepted
 	}
 	w.WriteHeader(status)
+	return nil
 }
 
 // deleteBlob serves DELETE. Only with a precondition does the answer tell whether the key existed.
@@ -1835,8 +1835,7 @@ func (s *server) deleteBlob(w *response, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	acknowledge(w, http.StatusNoContent, isQueued)
-	return nil
+	return acknowledge(w, http.StatusNoContent, isQueued)
 }
 
 // listBlobs serves /blob/: the page of the top folder for a browser, else a page of the listing.
@@ -2064,13 +2063,11 @@ type crumb struct{ Name, URL string }
 
 // crumbsOf returns the parts of a folder's path, from the top folder down.
 func crumbsOf(folder string) []crumb {
-	depth := strings.Count(folder, "/")
-	crumbs := []crumb{{"/", strings.Repeat("../", depth)}}
-	for name := range strings.SplitAfterSeq(folder, "/") {
-		depth--
-		if name != "" { // behind the last slash
-			crumbs = append(crumbs, crumb{name, strings.Repeat("../", depth)})
-		}
+	names := strings.SplitAfter("/"+folder, "/") // the last one is empty
+	depth := len(names) - 2
+	var crumbs []crumb
+	for i, name := range names[:depth+1] {
+		crumbs = append(crumbs, crumb{name, strings.Repeat("../", depth-i)})
 	}
 	return crumbs
 }
