@@ -699,6 +699,8 @@ func cmdSign(_ context.Context, cli *call) error {
 	return nil
 }
 
+const noLimit = 1 << 60 // bytes; version 1 of control groups has a larger number for "none"
+
 // limitMemory keeps Go's memory below half of what the container or service may have. The rest is
 // for SQLite, which Go does not count, and for what is allocated during a garbage collection.
 // Without the limit the heap may double before it is collected, and the kernel kills the process.
@@ -706,7 +708,7 @@ func cmdSign(_ context.Context, cli *call) error {
 // openStore, because cacheLimit reads the limit there.
 func limitMemory(logger *slog.Logger) {
 	limit := cgroupLimit("/")
-	if limit == math.MaxInt64 || os.Getenv("GOMEMLIMIT") != "" {
+	if limit == noLimit || os.Getenv("GOMEMLIMIT") != "" {
 		return
 	}
 	debug.SetMemoryLimit(limit / 2)
@@ -714,16 +716,35 @@ func limitMemory(logger *slog.Logger) {
 		"bytes", limit, "go_memory_limit", limit/2)
 }
 
-// cgroupLimit returns the smallest memory limit, in bytes, of the control group that the process is
-// in and of those above, and math.MaxInt64 without one. Of /proc/self/cgroup it needs the line of
-// version 2, such as 0::/system.slice/x.service. root is "/" except in tests.
+// cgroupLimit returns the smallest memory limit, in bytes, of the control groups that the process
+// is in and of those above, and noLimit without one. /proc/self/cgroup has lines such as
+// 0::/system.slice/x.service (version 2) or 4:memory:/docker/x (version 1). In a container that
+// path may be the host's; then the limit is at the top. root is "/" except in tests.
 func cgroupLimit(root string) int64 {
-	limit := int64(math.MaxInt64)
+	limit := int64(noLimit)
+	mount := filepath.Join(root, "sys/fs/cgroup")
 	groups, _ := os.ReadFile(filepath.Join(root, "proc/self/cgroup")) // only Linux has it
-	_, group, _ := strings.Cut(string(groups), "::")
-	group = path.Join("/", strings.TrimSpace(group))
+	for line := range strings.Lines(string(groups)) {
+		_, line, _ = strings.Cut(strings.TrimSpace(line), ":")
+		controllers, group, _ := strings.Cut(line, ":")
+		if controllers == "" {
+			limit = min(limit, smallestLimit(mount, group, "memory.max"))
+		}
+		if strings.Contains(controllers, "memory") {
+			mount1 := filepath.Join(mount, "memory")
+			limit = min(limit, smallestLimit(mount1, group, "memory.limit_in_bytes"))
+		}
+	}
+	return limit
+}
+
+// smallestLimit returns the smallest number in the files of this name, of a group and of those
+// above it.
+func smallestLimit(mount, group, name string) int64 {
+	limit := int64(noLimit)
+	group = path.Join("/", group)
 	for {
-		text, _ := os.ReadFile(filepath.Join(root, "sys/fs/cgroup", group, "memory.max"))
+		text, _ := os.ReadFile(filepath.Join(mount, group, name))
 		number, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
 		if err == nil { // else there is no file, or it has the word "max"
 			limit = min(limit, number)

@@ -1640,16 +1640,17 @@ func TestExampleConfig(t *testing.T) {
 // cgroup answers the limit of the memory by the files of the script.
 func (s *testServer) cgroup([]string) answer {
 	limit := cgroupLimit(s.dir)
-	if limit == 1<<63-1 {
+	if limit == noLimit {
 		return answer{status: "none"}
 	}
 	return answer{status: fmt.Sprint(limit)}
 }
 
-// Control groups limit the memory. The least limit of the group and its parents counts.
+// Control groups of both versions limit the memory. The least limit of the group and its parents
+// counts.
 func TestCgroupLimit(t *testing.T) {
 	scripts(t, "cgroup -> none", `
-		# a group and its parent
+		# version 2
 		write   proc/self/cgroup  0::/a.slice/b
 		write   sys/fs/cgroup/a.slice/b/memory.max  max
 		cgroup  -> none
@@ -1658,14 +1659,28 @@ func TestCgroupLimit(t *testing.T) {
 		write   sys/fs/cgroup/a.slice/b/memory.max  5
 		cgroup  -> 5
 
-		# in a container
+		# version 2 in a container
 		write   proc/self/cgroup          0::/
 		write   sys/fs/cgroup/memory.max  9
 		cgroup  -> 9
 
+		# version 1
+		write   proc/self/cgroup  3:cpu:/x  4:memory:/b
+		write   sys/fs/cgroup/memory/memory.limit_in_bytes    9223372036854771712
+		cgroup  -> none
+		write   sys/fs/cgroup/memory/x/memory.limit_in_bytes  2000
+		cgroup  -> none
+		write   sys/fs/cgroup/memory/b/memory.limit_in_bytes  3000
+		cgroup  -> 3000
+
+		# version 1 in a container, where the path is the host's
+		write   proc/self/cgroup  4:memory:/docker/x
+		write   sys/fs/cgroup/memory/memory.limit_in_bytes    8
+		cgroup  -> 8
+
 		# both versions
 		write   proc/self/cgroup  4:memory:/b  0::/
-		write   sys/fs/cgroup/memory.max  6
+		write   sys/fs/cgroup/memory/b/memory.limit_in_bytes  6
 		cgroup  -> 6
 	`)
 }
