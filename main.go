@@ -2242,18 +2242,27 @@ func humanSize(count int64) string {
 // What headers and queries ask for. Each parser refuses what it does not understand. Otherwise the
 // server could ignore a precondition and do a write that the client did not want.
 
+// plainName is a parameter's name that an answer may quote. Other names may be a secret: a signed
+// query that was encoded twice is one long name.
+var plainName = regexp.MustCompile(`^[A-Za-z_-]{1,20}$`)
+
 // queryOf parses the query of r. It may have each of the known parameters once, and no other. An
-// error quotes nothing of the query, which may have a signature.
+// error never quotes a value, which may be a signature.
 func queryOf(r *http.Request, known ...string) (url.Values, error) {
 	query, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
 		return nil, badRequest("the query is malformed")
 	}
 	for name, values := range query {
-		if !slices.Contains(known, name) || len(values) > 1 {
-			names := cmp.Or(strings.Join(known, ", "), "none")
-			return nil, badRequest("the query parameters known here, each once, are: %s", names)
+		if slices.Contains(known, name) && len(values) == 1 {
+			continue
 		}
+		if !plainName.MatchString(name) {
+			name = "another"
+		}
+		const text = "the query parameters known here, each once, are: %s; refused: %s"
+		names := cmp.Or(strings.Join(known, ", "), "none")
+		return nil, badRequest(text, names, name)
 	}
 	return query, nil
 }

@@ -3498,24 +3498,24 @@ func TestQueries(t *testing.T) {
 	script(t, `
 		serve
 		PUT     /blob/k  v  -> 201
-		PUT     /blob/k?tttl=5s          x  -> 400  ~known here, each once, are: ttl, expires, sig
-		POST    /blob/k?ttl=5s&tttl=5s   x  -> 400  ~known here, each once, are: ttl
-		PUT     /blob/k?ttl=5s&ttl=6s    x  -> 400  ~known here, each once, are: ttl
-		PUT     /blob/k?ttl=5s&x         x  -> 400  ~known here, each once, are: ttl
+		PUT     /blob/k?tttl=5s          x  -> 400  ~known here, each once, are: ttl, expires, sig; refused: tttl
+		POST    /blob/k?ttl=5s&tttl=5s   x  -> 400  ~refused: tttl
+		PUT     /blob/k?ttl=5s&ttl=6s    x  -> 400  ~refused: ttl
+		PUT     /blob/k?ttl=5s&x         x  -> 400  ~refused: x
 		PUT     /blob/k?%zz              x  -> 400  bad request: the query is malformed
 		PUT     /blob/k?ttl=5s&expires=1  x  -> 400  ~there is no sig
-		DELETE  /blob/k?prefix=a            -> 400  ~known here, each once, are: expires, sig
+		DELETE  /blob/k?prefix=a            -> 400  ~known here, each once, are: expires, sig; refused: prefix
 		DELETE  /blob/k?expires=1           -> 400  ~there is no sig
 		GET     /blob/k?v=2                 -> 200  v  Blob-Version: 0
 		GET     /blob/k?v=2&v=3&ttl=5s&%zz  -> 200  v
 		GET     /blob/k?expires=1           -> 200  v
 		GET     /blob/none?v=2              -> 404
 		GET     /blob/k?sig=00&expires=1    -> 200  v
-		GET     /blob/k?sig=00&v=2          -> 400  ~known here, each once, are: expires, sig
+		GET     /blob/k?sig=00&v=2          -> 400  ~refused: v
 		HEAD    /blob/k?sig=00&sig=00       -> 400
-		GET     /blob/?prefx=a              -> 400  ~known here, each once, are: prefix, after, limit, delimiter
-		GET     /blob/?prefix=a&prefix=a    -> 400  ~known here, each once, are: prefix
-		GET     /?x                         -> 400  ~known here, each once, are: none
+		GET     /blob/?prefx=a              -> 400  ~refused: prefx
+		GET     /blob/?prefix=a&prefix=a    -> 400  ~refused: prefix
+		GET     /?x                         -> 400  ~known here, each once, are: none; refused: x
 		GET     /healthz?x=1                -> 400
 		GET     /nothing?x                  -> 404
 		# The server had a token when these were signed.
@@ -3528,7 +3528,7 @@ func TestQueries(t *testing.T) {
 func TestSecretQueries(t *testing.T) {
 	script(t, `
 		serve
-		PUT     /blob/k?expires%3D1%26sig%3D00  x   -> 400  ~ttl, expires, sig
+		PUT     /blob/k?expires%3D1%26sig%3D00  x   -> 400  ~ttl, expires, sig; refused: another
 		DELETE  /blob/k?{repeat 5 secret-}          -> 400  !secret-
 		DELETE  /blob/k?{repeat 32 5e}              -> 400  !5e
 		DELETE  /blob/k?{repeat 32 ee}              -> 400  !ee
