@@ -2057,18 +2057,31 @@ func (s *server) writeFolder(w io.Writer, folder string) error {
 		return err
 	}
 	all := listing{prefix: folder, delimiter: "/", limit: defaultPage}
+	folders := 0
+	files := 0
+	size := int64(0) // of the files
 	for _, areFolders := range []bool{true, false} {
 		for row, err := range s.store.rows(all) {
-			if err == nil && row.isFolder() == areFolders {
-				row.Key = strings.TrimPrefix(row.Key, folder) // names and links are relative
-				err = pageTemplates.ExecuteTemplate(w, "row", row)
-			}
 			if err != nil {
+				return err
+			}
+			if row.isFolder() != areFolders {
+				continue
+			}
+			if areFolders {
+				folders++
+			} else {
+				files++
+				size += row.Size
+			}
+			row.Key = strings.TrimPrefix(row.Key, folder) // names and links are relative
+			if err := pageTemplates.ExecuteTemplate(w, "row", row); err != nil {
 				return err
 			}
 		}
 	}
-	_, err := io.WriteString(w, "</table>\n")
+	const foot = "</table>\n<p>Folders: %d. Files: %d, %s.\n"
+	_, err := fmt.Fprintf(w, foot, folders, files, humanSize(size))
 	return err
 }
 

@@ -2254,7 +2254,7 @@ func TestListing(t *testing.T) {
 		PUT     /blob/new  x                             -> 202
 		list    delimiter=/                              -> 8   a a0 ab b new [a/] [b/] [ä/]
 		PUT     /blob/b/3  x                             -> 202
-		GET     /blob/b/             Accept: text/html   -> 200  ~href="./3"
+		GET     /blob/b/             Accept: text/html   -> 200  ~Folders: 0. Files: 3, 7 B.
 		GET     /blob/?delimiter=           -> 200
 		# What a listing cannot mean is refused.
 		GET     /blob/?limit=10001          -> 400  ~limit must be a number from 1 to 10000
@@ -2315,7 +2315,7 @@ func TestListingOfMany(t *testing.T) {
 		list  limit=1000&after=key/00001000  -> 1000  !next
 		# The default limit is 1000.
 		GET   /blob/                         -> 200  ~"next":"key/00000999"  !"key":"key/00001000"
-		GET   /blob/key/  Accept: text/html  -> 200  ~href="./00000000"  ~href="./00002000"
+		GET   /blob/key/  Accept: text/html  -> 200  ~<p>Folders: 0. Files: 2001, 0 B.
 		# A folder costs one look, however many keys it has: the second one is not read.
 		fill    last
 		sql     data/shard_0.db  UPDATE blobs SET sha256 = x'' WHERE key = 'key/00000001'
@@ -2441,7 +2441,7 @@ func TestFolderPage(t *testing.T) {
 		fill   top  p/q/b.txt  p/q/a&b/1  p/q/z/1  p/q/z/2  p/q/./1  p/q/..
 		PUT    /blob/p/q/c  Content-Type: image/png  {noise 2000}
 		GET    /blob/  Accept: text/html  -> 200  ~<h1><a>/</a></h1>  !href="../"
-		GET    /blob/  Accept: text/html  -> 200  ~href="./p/"  ~href="./top"
+		GET    /blob/  Accept: text/html  -> 200  ~<p>Folders: 1. Files: 1, 3 B.
 	`)
 	_, page := s.want(200, "GET", "/blob/p/q/", nil, "Accept", "text/html")
 	_, crumbs, _ := strings.Cut(string(page), "</style>\n")
@@ -2460,6 +2460,7 @@ func TestFolderPage(t *testing.T) {
 <tr><td><a href="./c">c</a><td>1.95 KiB<td>image/png
 <td>2026-01-02 03:04
 </table>
+<p>Folders: 3. Files: 3, 1.97 KiB.
 `
 	expect(t, crumbs+rows == want, "%s\nwant %s", crumbs+rows, want)
 }
