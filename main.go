@@ -639,6 +639,7 @@ func cmdServe(ctx context.Context, cli *call) error {
 	logger.Info("serving",
 		"version", version(),
 		"listen", address.String(),
+		"url", urlOf(cfg, address),
 		"config", origin,
 		"data_dir", cfg.DataDir,
 		"num_shards", cfg.NumShards,
@@ -659,6 +660,19 @@ func cmdServe(ctx context.Context, cli *call) error {
 	}
 	logger.Info("stopped")
 	return nil
+}
+
+// urlOf returns what to open in a browser on this machine.
+func urlOf(cfg *config, address *net.TCPAddr) string {
+	scheme := "http"
+	if cfg.TLSCert != "" {
+		scheme = "https"
+	}
+	host := address.String()
+	if address.IP.IsUnspecified() {
+		host = fmt.Sprintf("localhost:%d", address.Port)
+	}
+	return scheme + "://" + host + "/"
 }
 
 func signFlags(cli *call, flags *flag.FlagSet) {

@@ -1376,6 +1376,19 @@ func TestPortInUse(t *testing.T) {
 	s.script("ls .  -> 1  data")
 }
 
+// The log has the URL that a browser on this machine can open.
+func TestURLOf(t *testing.T) {
+	for _, row := range []struct{ ip, cert, want string }{
+		{"::", "", "http://localhost:3000/"},
+		{"::1", "", "http://[::1]:3000/"},
+		{"10.0.0.1", "cert.pem", "https://10.0.0.1:3000/"},
+	} {
+		address := &net.TCPAddr{IP: net.ParseIP(row.ip), Port: 3000}
+		got := urlOf(&config{TLSCert: row.cert}, address)
+		expect(t, got == row.want, "%s: %s, want %s", row.ip, got, row.want)
+	}
+}
+
 // A server warns at its start if it has no token and others can reach it.
 func TestOpenServerWarning(t *testing.T) {
 	script(t, `
