@@ -2635,11 +2635,17 @@ func (s *server) checkSignature(r *http.Request, query url.Values) error {
 	isFor := func(method string) bool {
 		return isSame(query.Get("sig"), sign(s.cfg.AuthToken, method, key, expires))
 	}
-	isHead := r.Method == http.MethodHead
-	isValid := isFor(r.Method) || (isHead && isFor(http.MethodGet))
 	hasMore := strings.Count(r.URL.RawQuery, "&") != 1
 	end, err := strconv.ParseInt(expires, 10, 64)
-	if !isValid || hasMore || key == "" || err != nil {
+	if hasMore || key == "" || err != nil {
+		return errUnauthorized
+	}
+	isHead := r.Method == http.MethodHead
+	isValid := isFor(r.Method) || (isHead && isFor(http.MethodGet))
+	if !isValid && slices.ContainsFunc(strings.Split(blobMethods, ", "), isFor) {
+		return fmt.Errorf("%w: the signature is for another method", errUnauthorized)
+	}
+	if !isValid {
 		return errUnauthorized
 	}
 	if s.store.now().Unix() >= end {

@@ -3240,12 +3240,12 @@ func TestSignatures(t *testing.T) {
 		HEAD   /blob/k?expires=110&sig={sign sekret HEAD k 110}          -> 200
 		DELETE /blob/x?expires=110&sig={sign sekret DELETE x 110}        -> 204
 		# for another method
-		GET    /blob/k?expires=110&sig={sign sekret HEAD k 110}          -> 401  unauthorized
-		GET    /blob/k?expires=110&sig={sign sekret PUT k 110}           -> 401  unauthorized
-		PUT    /blob/k?expires=110&sig={sign sekret GET k 110}  v        -> 401  unauthorized
-		POST   /blob/k?expires=110&sig={sign sekret PUT k 110}  v        -> 401  unauthorized
-		DELETE /blob/k?expires=110&sig={sign sekret GET k 110}           -> 401  unauthorized
-		PATCH  /blob/k?expires=110&sig={sign sekret GET k 110}           -> 401  unauthorized
+		GET    /blob/k?expires=110&sig={sign sekret HEAD k 110}          -> 401  ~for another method
+		GET    /blob/k?expires=110&sig={sign sekret PUT k 110}           -> 401  ~for another method
+		PUT    /blob/k?expires=110&sig={sign sekret GET k 110}  v        -> 401  ~for another method
+		POST   /blob/k?expires=110&sig={sign sekret PUT k 110}  v        -> 401  ~for another method
+		DELETE /blob/k?expires=110&sig={sign sekret GET k 110}           -> 401  ~for another method
+		PATCH  /blob/k?expires=110&sig={sign sekret GET k 110}           -> 401  ~for another method
 		# expired
 		GET    /blob/k?expires=101&sig={sign sekret GET k 101}           -> 200
 		GET    /blob/k?expires=100&sig={sign sekret GET k 100}           -> 401  ~has expired
