@@ -707,6 +707,10 @@ func cmdSign(_ context.Context, cli *call) error {
 		fmt.Fprintln(cli.stderr, `note: browsers and many clients resolve the "." or ".." `+
 			"segment, even percent-encoded, and get 401; curl --path-as-is does not")
 	}
+	if rest, isPath := strings.CutPrefix(key, "/blob/"); isPath {
+		fmt.Fprintf(cli.stderr, "note: a key begins after /blob/, and this one begins with it; "+
+			"did you mean %q?\n", rest)
+	}
 	expires := strconv.FormatInt(time.Now().Add(cli.ttl).Unix(), 10)
 	signature := sign(cfg.AuthToken, cli.method, key, expires)
 	fmt.Fprintf(cli.stdout, "/blob/%s?expires=%s&sig=%s\n", urlPath, expires, signature)

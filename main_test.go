@@ -3309,6 +3309,7 @@ func TestSign(t *testing.T) {
 		{".", "get 401"},
 		{"../x", "get 401"},
 		{"a/./b", "get 401"},
+		{"/blob/k", `did you mean "k"?`},
 	} {
 		put := s.sign("PUT", row.key, row.note)
 		s.want(201, "PUT", put, []byte(row.key))
