@@ -782,7 +782,7 @@ func (cli *call) runLong(ctx context.Context, row command) error {
 	context.AfterFunc(ctx, stop) // from then on another signal kills the process
 	if isTerminal(cli.stderr) {
 		cli.showProgress()
-		defer cli.progress.clear()
+		defer cli.progress.hide()
 	}
 	err := row.run(ctx, cli)
 	left := cli.progress.leaves
@@ -802,48 +802,79 @@ func isTerminal(w io.Writer) bool {
 	return err == nil && info.Mode()&os.ModeCharDevice != 0
 }
 
-// progress is the status line of a long command. Only the goroutine of the command draws it.
+const (
+	drawInterval = 500 * time.Millisecond
+	clearLine    = "\r\x1b[K"
+)
+
+// progress is the status line of a long command. A timer draws it, because SQLite may work on one
+// shard for minutes without a word.
 type progress struct {
-	terminal io.Writer // nil: it is not shown
-	task     string    // such as "checking shard 1 of 4"
-	drawn    time.Time
-	leaves   string // what an interruption leaves; "" for nothing
+	leaves string // what an interruption leaves; "" for nothing
+
+	mu       sync.Mutex // guards the rest, and the output of the command
+	terminal io.Writer  // nil: the line is not shown
+	start    time.Time
+	task     string // such as "checking shard 1 of 4"
+	done     string // of the task, such as ", 10 blobs"
 }
 
-// showProgress shows the progress on stderr. Other output first clears the line.
+// showProgress shows the progress on stderr until it is hidden. Other output first clears the line.
 func (cli *call) showProgress() {
 	p := &cli.progress
 	p.terminal = cli.stderr
-	cli.stdout = io.MultiWriter(p, cli.stdout)
-	cli.stderr = io.MultiWriter(p, cli.stderr)
+	p.start = time.Now()
+	p.task = "starting"
+	cli.stdout = &clearingWriter{p, cli.stdout}
+	cli.stderr = &clearingWriter{p, cli.stderr}
+	time.AfterFunc(drawInterval, p.draw)
 }
 
 func (p *progress) startTask(task string, shard, shards int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	p.task = fmt.Sprintf("%s shard %d of %d", task, shard+1, shards)
-	p.draw("")
+	p.done = ""
 }
 
-// setDone shows how much of the task is done, twice a second at most.
 func (p *progress) setDone(done string) {
-	if time.Since(p.drawn) >= 500*time.Millisecond {
-		p.draw(", " + done)
-	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.done = ", " + done
 }
 
-func (p *progress) draw(done string) {
-	p.drawn = time.Now()
-	if p.terminal != nil {
-		p.clear()
-		io.WriteString(p.terminal, p.task+done)
+// draw draws the line, and again after each drawInterval until the line is hidden.
+func (p *progress) draw() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.terminal == nil {
+		return
 	}
+	seconds := time.Since(p.start).Seconds()
+	fmt.Fprintf(p.terminal, clearLine+"%s%s, %.0f s", p.task, p.done, seconds)
+	time.AfterFunc(drawInterval, p.draw)
 }
 
-func (p *progress) clear() { io.WriteString(p.terminal, "\r\x1b[K") }
+func (p *progress) hide() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	io.WriteString(p.terminal, clearLine)
+	p.terminal = nil
+}
 
-// Write clears the line and writes nothing. In a MultiWriter it makes way for the next writer.
-func (p *progress) Write(data []byte) (int, error) {
-	p.clear()
-	return len(data), nil
+// clearingWriter is output that first clears the line of the progress.
+type clearingWriter struct {
+	progress *progress
+	output   io.Writer
+}
+
+func (w *clearingWriter) Write(data []byte) (int, error) {
+	w.progress.mu.Lock()
+	defer w.progress.mu.Unlock()
+	if w.progress.terminal != nil {
+		io.WriteString(w.progress.terminal, clearLine)
+	}
+	return w.output.Write(data)
 }
 
 // ==== Configuration ==============================================================================

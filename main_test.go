@@ -6342,25 +6342,31 @@ func TestCheckInterrupted(t *testing.T) {
 	expect(t, stderr.String() == want, "it says %q, want %q", &stderr, want)
 }
 
-// A person at a terminal sees, at most twice a second, how far the work is. What the command prints
-// stands on lines of its own.
+// A person at a terminal sees every half second how far the work is. What the command prints stands
+// on lines of its own.
 func TestProgress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var screen bytes.Buffer
 		cli := &call{stdout: &screen, stderr: &screen}
 		cli.showProgress()
+		time.Sleep(600 * time.Millisecond)
 		cli.progress.startTask("checking", 0, 2)
-		cli.progress.setDone("4 blobs")
 		time.Sleep(500 * time.Millisecond)
+		cli.progress.setDone("4 blobs")
 		cli.progress.setDone("5 blobs")
-		cli.progress.setDone("6 blobs")
+		time.Sleep(1000 * time.Millisecond)
 		fmt.Fprintln(cli.stdout, "a result")
 		cli.progress.startTask("checking", 1, 2)
+		time.Sleep(500 * time.Millisecond)
+		cli.progress.hide()
+		time.Sleep(time.Hour)
 		fmt.Fprintln(cli.stderr, "the end")
-		want := strings.ReplaceAll("CLEARchecking shard 1 of 2"+
-			"CLEARchecking shard 1 of 2, 5 blobs"+
+		want := strings.ReplaceAll("CLEARstarting, 0 s"+
+			"CLEARchecking shard 1 of 2, 1 s"+
+			"CLEARchecking shard 1 of 2, 5 blobs, 2 s"+
+			"CLEARchecking shard 1 of 2, 5 blobs, 2 s"+
 			"CLEARa result\n"+
-			"CLEARchecking shard 2 of 2"+
+			"CLEARchecking shard 2 of 2, 2 s"+
 			"CLEARthe end\n", "CLEAR", "\r\x1b[K")
 		expect(t, screen.String() == want, "it shows %q, want %q", &screen, want)
 	})
