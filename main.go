@@ -1855,17 +1855,17 @@ func (s *server) putBlob(w *response, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	sent, err := digestsOf(r.Header)
+	check, err := bodyCheckOf(r)
 	if err != nil {
 		return err
 	}
 	body := &upload{request: r, w: w, limit: s.store.maxBlob}
-	b, isQueued, err := sh.put(key, sent.tee(body), &putOptions{
+	b, isQueued, err := sh.put(key, check.tee(body), &putOptions{
 		contentType: contentType,
 		length:      r.ContentLength,
 		ttl:         ttl,
 		conditions:  cond,
-		verify:      sent.verify,
+		verify:      check.verify,
 	})
 	if err != nil {
 		return err
@@ -2505,53 +2505,76 @@ func (cond conditions) refuse(b *blob) error {
 
 // digest is a checksum that a client sent for its body.
 type digest struct {
-	name string    // sha-256, sha-512 or md5
-	sum  string    // in base64, with or without its padding
-	hash hash.Hash // of the body; nil for sha-256, which every upload computes
+	name string // sha-256, sha-512 or md5
+	sum  string // in base64, with or without its padding
 }
-
-type digests []digest
 
 // digestForm is a digest in a list of them: its name and its sum. Other names are ignored.
 var digestForm = regexp.MustCompile(`(?i)(?:^|,)[ \t]*(sha-256|sha-512)=:([a-z0-9+/]+=*):`)
 
 // digestsOf returns the digests in Repr-Digest and Content-Digest (RFC 9530) and Content-MD5.
-func digestsOf(h http.Header) (found digests, err error) {
+func digestsOf(h http.Header) (found []digest, err error) {
 	for _, name := range []string{"Repr-Digest", "Content-Digest"} {
 		members := digestForm.FindAllStringSubmatch(strings.Join(h[name], ","), -1)
 		if len(h[name]) > 0 && members == nil {
 			return nil, badRequest("%s must be sha-256=:BASE64: or sha-512=:BASE64:", name)
 		}
 		for _, parts := range members {
-			d := digest{name: strings.ToLower(parts[1]), sum: parts[2]}
-			if d.name == "sha-512" {
-				d.hash = sha512.New()
-			}
-			found = append(found, d)
+			found = append(found, digest{strings.ToLower(parts[1]), parts[2]})
 		}
 	}
 	for _, sum := range h["Content-Md5"] {
-		found = append(found, digest{"md5", sum, md5.New()})
+		found = append(found, digest{"md5", sum})
 	}
 	return found, nil
 }
 
-// tee returns a reader of body that feeds the hashes.
-func (found digests) tee(body io.Reader) io.Reader {
-	for _, d := range found {
-		if d.hash != nil {
-			body = io.TeeReader(body, d.hash)
+// bodyCheck compares the body of a request with its digests.
+type bodyCheck struct {
+	request *http.Request        // its trailer is known once the body is read
+	sent    []digest             // in the header
+	hashes  map[string]hash.Hash // by name; not sha-256, which every upload computes
+}
+
+// bodyCheckOf prepares to compare the body of r. A trailer that is announced may have any digest.
+func bodyCheckOf(r *http.Request) (*bodyCheck, error) {
+	sent, err := digestsOf(r.Header)
+	if err != nil {
+		return nil, err
+	}
+	newHashes := map[string]func() hash.Hash{"sha-512": sha512.New, "md5": md5.New}
+	hashes := map[string]hash.Hash{}
+	for name, newHash := range newHashes {
+		isNamed := func(d digest) bool { return d.name == name }
+		if len(r.Trailer) > 0 || slices.ContainsFunc(sent, isNamed) {
+			hashes[name] = newHash()
 		}
+	}
+	return &bodyCheck{r, sent, hashes}, nil
+}
+
+// tee returns a reader of body that feeds the hashes.
+func (c *bodyCheck) tee(body io.Reader) io.Reader {
+	for _, each := range c.hashes {
+		body = io.TeeReader(body, each)
 	}
 	return body
 }
 
 // verify compares the digests with the body, which is read and has the SHA-256 sum.
-func (found digests) verify(sum []byte) error {
-	for _, d := range found {
+func (c *bodyCheck) verify(sum []byte) error {
+	fromTrailer, err := digestsOf(c.request.Trailer)
+	if err != nil {
+		return err
+	}
+	for _, d := range slices.Concat(c.sent, fromTrailer) {
 		actual := sum
-		if d.hash != nil {
-			actual = d.hash.Sum(nil)
+		if d.name != "sha-256" {
+			computed := c.hashes[d.name]
+			if computed == nil {
+				return badRequest("a digest behind the body needs a header Trailer with its name")
+			}
+			actual = computed.Sum(nil)
 		}
 		encoded := base64.StdEncoding.EncodeToString(actual)
 		if strings.TrimRight(d.sum, "=") != strings.TrimRight(encoded, "=") {

@@ -1001,6 +1001,7 @@ func init() {
 		"fill": (*testServer).putAll,
 		"list": (*testServer).listKeys,
 
+		"trailer": (*testServer).putTrailer,
 		"send":    (*testServer).send,
 		"take":    (*testServer).take,
 		"answer":  (*testServer).readAnswer,
@@ -2124,14 +2125,45 @@ func TestDigests(t *testing.T) {
 		PUT /blob/k  Repr-Digest: sha-256=:{sha-256 y}:  Content-Digest: sha-256=:{sha-256 x}:  x  -> 400
 		PUT /blob/k  Repr-Digest: sha-512=:{sha-512 x}:  Content-MD5: {md5 y}  x  -> 400
 		GET  /blob/k  -> 200  x  Blob-Version: 2
+		# A trailer has the digest of a body that was not known before.
+		trailer  /blob/k  x  Content-Digest: sha-256=:{sha-256 x}:  -> 201
+		trailer  /blob/k  x  Content-Digest: sha-512=:{sha-512 x}:  -> 201
+		trailer  /blob/k  x  Content-Md5: {md5 x}                   -> 201
+		trailer  /blob/k  x  Other: sha-256=:AAAA:                  -> 201
+		trailer  /blob/t  x  Content-Digest: sha-256=:{sha-256 y}:  -> 400
+		trailer  /blob/t  x  Repr-Digest: sha-512=:{sha-512 y}:     -> 400
+		trailer  /blob/t  x  Content-Digest: sha-512=1              -> 400
+		trailer  /blob/t  x  Content-Md5: {md5 y}                   -> 400
+		# It must be announced, except for sha-256.
+		send    a  PUT /blob/t  Transfer-Encoding: chunked  1\nx\n0\nRepr-Digest: sha-256=:{sha-256 y}:\n\n
+		answer  a  -> 400  ~its sha-256 in base64 is
+		send    b  PUT /blob/t  Transfer-Encoding: chunked  1\nx\n0\nContent-MD5: {md5 x}\n\n
+		answer  b  -> 400  ~needs a header Trailer
+		GET  /blob/t  -> 404
+		GET  /blob/k  -> 200  x  Blob-Version: 6
 		# Large uploads that are refused leave nothing.
 		PUT  /blob/large  Repr-Digest: sha-256=:{sha-256 x}:           {noise 3C}  -> 400
 		PUT  /blob/large  Repr-Digest: sha-512=:{sha-512 x}:           {noise 3C}  -> 400
+		trailer  /blob/large  {noise 3C}  Content-Digest: sha-512=:{sha-512 x}:    -> 400
 		GET  /blob/large  -> 404
 		wait sql data  `+unswept+`  -> 0
 		PUT  /blob/large  Repr-Digest: sha-256=:{sha-256 {noise 3C}}:  {noise 3C}  -> 201
 		PUT  /blob/large  Repr-Digest: sha-512=:{sha-512 {noise 3C}}:  {noise 3C}  -> 201
 	`)
+}
+
+// putTrailer uploads with a header behind a body of unknown length: "trailer PATH  BODY  HEADER".
+func (s *testServer) putTrailer(fields []string) answer {
+	s.t.Helper()
+	header := headerField.FindStringSubmatch(fields[2])
+	body := unknownLength([]byte(fields[1]))
+	request, err := http.NewRequest("PUT", s.base+fields[0], body)
+	fatal(s.t, err)
+	request.Trailer = http.Header{header[1]: {header[2]}}
+	resp, err := s.client.Do(request)
+	fatal(s.t, err)
+	resp.Body.Close()
+	return answer{status: strconv.Itoa(resp.StatusCode)}
 }
 
 // A digest that the server cannot check is refused. The refusal shows the form.
@@ -2935,7 +2967,7 @@ func tryDigests(t *testing.T, value string) {
 		text := each.name + "=:" + each.sum + ":"
 		again, err := digestsOf(http.Header{"Content-Digest": {text}})
 		fatal(t, err)
-		expect(t, reflect.DeepEqual(again, digests{each}), "%q: %s is %v", value, text, again)
+		expect(t, slices.Equal(again, []digest{each}), "%q: %s is %v", value, text, again)
 	}
 }
 
