@@ -4382,7 +4382,7 @@ func TestCorruptShard(t *testing.T) {
 	for _, spoil := range []string{
 		"overwrite {shard sick}  0  garbage garbage garbage",
 		"overwrite {shard sick}  40  {noise 60}",          // the application id
-		"overwrite {shard sick}  8192  {repeat 200000 x}", // the tables
+		"overwrite {shard sick}  4096  {repeat 200000 x}", // the tables
 		"write {shard sick}",
 	} {
 		script(t, strings.ReplaceAll(`
@@ -5306,7 +5306,7 @@ func TestSpaceReturnsUnderWrites(t *testing.T) {
 func TestPageSizes(t *testing.T) {
 	s := script(t, `
 		serve  num_shards=1
-		sql    data  PRAGMA page_size           -> 8192
+		sql    data  PRAGMA page_size           -> 4096
 		PUT    /blob/old/small  {noise 10}      -> 201
 		PUT    /blob/old/row    {noise C}       -> 201
 		PUT    /blob/old/large  {noise 3C+5}    -> 201
@@ -5854,7 +5854,7 @@ func TestCheckIndex(t *testing.T) {
 func TestCheckFiles(t *testing.T) {
 	scripts(t, copyOfSample(t), `
 		# A torn page
-		overwrite data/shard_2.db  8192  {noise 100}
+		overwrite data/shard_2.db  4096  {noise 100}
 		blobnom check data   -> 1  ~shard 2:
 
 		# Several defects
