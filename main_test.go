@@ -5311,7 +5311,7 @@ func TestPageSizes(t *testing.T) {
 		PUT    /blob/old/row    {noise C}       -> 201
 		PUT    /blob/old/large  {noise 3C+5}    -> 201
 	`)
-	for _, size := range []int64{1 << 10, 4 << 10, 64 << 10} {
+	for _, size := range []int64{1 << 10, 8 << 10, 64 << 10} {
 		s.script(strings.ReplaceAll(`
 			stop
 			sql    data/shard_0.db  PRAGMA journal_mode = DELETE
