@@ -438,7 +438,7 @@ func commands() []command {
 			args:    "DIR",
 			summary: "copy the data directory into DIR, also while the server runs",
 			details: "DIR is new, empty, or has what an interrupted run left.\n" +
-				"To restore, copy all files of DIR over the data directory.",
+				"To restore, remove shard_* from the data directory, and copy all files of DIR.",
 			minArgs: 1,
 			maxArgs: 1,
 			isLong:  true,
@@ -937,7 +937,7 @@ type setting struct {
 // settings is the table of all keys, for the fields of cfg. data_dir and num_shards are required.
 func (cfg *config) settings() []setting {
 	return []setting{
-		{"data_dir", &cfg.DataDir, matching("(?s).", "the name of a directory")},
+		{"data_dir", &cfg.DataDir, matching(`^[^\x00]+$`, "the name of a directory")},
 		{"num_shards", &cfg.NumShards, between(1, maxShards)},
 		{"storage_compression", &cfg.StorageCompression, nil},
 		{"output_compression", &cfg.OutputCompression, nil},

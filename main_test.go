@@ -6991,7 +6991,7 @@ func TestLogWithoutReader(t *testing.T) {
 func TestFewFileDescriptors(t *testing.T) {
 	for most := 20; most <= 36; most += 2 {
 		limited := fmt.Sprintf("ulimit -n %d; blobnom", most)
-		script(t, "start  "+limited+"  num_shards=20  -> 1  ~raise the limit with ulimit -n")
+		script(t, "start  "+limited+"  num_shards=20  -> 1  ~ulimit -n")
 	}
 }
 
