@@ -18,8 +18,9 @@ write is queued, and a later read of the key waits for it.
 The configuration is one TOML file, described in config.toml.example. Every key can also be given in
 the environment, as BLOBNOM_<KEY>.
 
-This file is meant to be read from top to bottom. The chapters from HTTP server to Writer follow one
-PUT from the socket to the disk; the others stand beside its way:
+This file is meant to be read from top to bottom. On its way from the socket to the disk a PUT passes
+through HTTP server, Access, Handlers, Fields, Store, Writes, Batcher and Writer. The other chapters
+stand beside that way:
 
 	Vocabulary      limits, the schema of a shard, a blob
 	Errors          what can go wrong, and what a client is told
@@ -49,7 +50,7 @@ PUT from the socket to the disk; the others stand beside its way:
 	Transport       deadlines, connections, certificate
 
 To work on it: .ci/run is the gate; "go test -run TestCrash -soak 100" kills the server a hundred
-times; "go test -run xxx -bench ." measures; "go test -fuzz FuzzKeys" fuzzes, as do the others.
+times; "go test -run xxx -bench ." measures; "go test -fuzz FuzzKeys", or another target, fuzzes.
 */
 package main
 
@@ -110,8 +111,8 @@ import (
 )
 
 // ==== Vocabulary =================================================================================
-// The words the other chapters share: limits with the reason for their value,
-// the errors that mean something to a client, and the schema of a shard.
+// What the other chapters share: limits with the reason for their value, the schema of a shard, and
+// a blob.
 
 const (
 	applicationID = 0x426c6f62 // "Blob", in the SQLite header of our files: file(1) shows it
@@ -134,7 +135,7 @@ const (
 	// reserve.
 	batchBytes   = 1 << 20
 	opOverhead   = 2 << 10 // bytes of a queued write besides key and content
-	reserveBytes = 6 << 20 // more than a shard's WAL: see Upkeep
+	reserveBytes = 6 << 20 // more than a WAL while nobody holds an old state: see Upkeep
 
 	// newPageBytes is the size of the pages of a new shard; each shard keeps its own. With 8 KiB a
 	// GET of 1 MiB takes a tenth less CPU time, and a POST a sixth, because each page of a chunk
@@ -148,7 +149,7 @@ const (
 	checkpointBytes = 2 << 20
 
 	// cacheBytes bounds the committed contents kept for readers, over all shards: 20,000 of 4 KiB.
-	// A small GET takes 60 µs from SQLite and 25 µs from the cache. cacheItem is the largest
+	// A small GET takes 60 µs from SQLite and 20 µs from the cache. cacheItem is the largest
 	// content that is cached.
 	cacheBytes = 96 << 20
 	cacheItem  = 64 << 10
@@ -162,9 +163,9 @@ const (
 	drainTimeout  = 15 * time.Second // finishing requests after a signal
 	sweepInterval = time.Second      // between two looks of upkeep
 
-	// No request waits in the store for longer than ten seconds. A writer waits for room in the
-	// queue at most queueTimeout. If another process has locked a shard, everybody waits at most
-	// two busyTimeouts: that of the attempt under way, and that of the next one.
+	// A writer waits for room in the queue at most queueTimeout. If another process has locked a
+	// shard, everybody waits at most two busyTimeouts: that of the attempt under way, and that of
+	// the next one.
 	queueTimeout = 9 * time.Second
 	busyTimeout  = 4 * time.Second
 )
@@ -225,7 +226,7 @@ type blob struct {
 // chunked reports whether the content is in the chunks table. The size alone decides that.
 func (b *blob) chunked() bool { return b.size > chunkSize }
 
-// lastSeq returns the sequence number of the last chunk.
+// lastSeq returns the sequence number of the last chunk; 0 for an empty blob, too.
 func (b *blob) lastSeq() int64 { return (b.size - 1) / chunkSize }
 
 // expired reports whether b has expired at now, in Unix milliseconds.
@@ -355,8 +356,8 @@ func isOutOfFiles(err error) bool {
 	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
 }
 
-// outOfFiles reports whether SQLite cannot open the files of a connection. It does not say why it
-// could not, and closes those that it had opened.
+// outOfFiles reports whether the files of a connection cannot be opened. SQLite does not say why it
+// failed, and has closed what it had opened. So the program tries it, too.
 func outOfFiles() bool {
 	const needed = 6 // the database, its WAL, its shared memory, the directory, and some to spare
 	for range needed {
@@ -649,7 +650,8 @@ func cmdServe(ctx context.Context, cli *call) error {
 	}
 	// The ballast takes no memory, because nothing touches it, but the heap may grow by as much
 	// before it is collected. Without it a small heap is collected every 200 POSTs, which is 3 % of
-	// the server's time. SetGCPercent would do as much, but multiply the heap of a full cache.
+	// the server's time. SetGCPercent would do as much, but would also multiply the heap of a full
+	// cache.
 	ballast := make([]byte, 16<<20)
 	defer runtime.KeepAlive(ballast)
 	serveErr := newServer(cfg, st, logger).serve(ctx, listener)
@@ -722,7 +724,7 @@ const noLimit = 1 << 60 // bytes; version 1 of control groups has a larger numbe
 // for SQLite, which Go does not count, and for what is allocated during a garbage collection.
 // Without the limit the heap may double before it is collected, and the kernel kills the process.
 // With GOMEMLIMIT in the environment Go has set its limit itself. limitMemory is called before
-// openStore, because cacheLimit reads the limit there.
+// openStore, which calls cacheLimit, which reads the limit.
 func limitMemory(logger *slog.Logger) {
 	limit := cgroupLimit("/")
 	if limit == noLimit || os.Getenv("GOMEMLIMIT") != "" {
@@ -1046,7 +1048,7 @@ func (s setting) parse(text string) any {
 	return text
 }
 
-// set checks a value and stores it in the field. It returns "" if the value is right, else what it
+// set stores a value in the field and checks it. It returns "" if the value is right, else what it
 // must be.
 func (s setting) set(value any) string {
 	isRightType := false
@@ -1281,7 +1283,7 @@ func refuseMethod(w *response, r *http.Request) error {
 	return newError(http.StatusMethodNotAllowed, "method not allowed: allowed are "+methodsOf(r))
 }
 
-// answerOptions answers a load balancer, whose health check OPTIONS may be, or a browser that asks
+// answerOptions answers OPTIONS. A load balancer may use it as its health check. A browser asks
 // what a page of another origin may do. Without cors_origin the answer does not name the origin,
 // and so allows the page nothing.
 func (s *server) answerOptions(w *response, r *http.Request) error {
@@ -1302,7 +1304,8 @@ const exposedHeaders = "Accept-Ranges, Allow, Blob-Created, Blob-Expires, Blob-U
 	"Content-Security-Policy, Content-Type, Date, Etag, Last-Modified, Repr-Digest, " +
 	"Retry-After, Vary, WWW-Authenticate, X-Content-Type-Options"
 
-// ServeHTTP prepares the path of a request for the mux, which routes it.
+// ServeHTTP sets the headers of cors_origin, answers OPTIONS, and gives the rest to the mux with a
+// cleaned path.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if s.cfg.CORSOrigin != "" {
 		w.Header().Set("Access-Control-Allow-Origin", s.cfg.CORSOrigin)
@@ -1319,9 +1322,10 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// cleanPath resolves dot segments. Then it percent-encodes what the mux would redirect to another
-// key: empty segments, and dot segments that the client had percent-encoded. So /blob/x/../a//b
-// becomes /blob/a%2F%2Fb. The mux does not redirect a path that path.Clean leaves alone.
+// cleanPath resolves dot segments. Then it encodes all that follows /blob/ as one segment, so that
+// the mux finds nothing to redirect to another key: no empty segment, and no dot segment that the
+// client had percent-encoded. So /blob/x/../a//b becomes /blob/a%2F%2Fb. The mux does not redirect
+// a path that path.Clean leaves alone.
 func cleanPath(u *url.URL) error {
 	if u.Path == "" { // GET http://host HTTP/1.1
 		u.Path = "/"
@@ -1384,8 +1388,8 @@ func (w *response) Write(p []byte) (n int, err error) {
 	return n, nil
 }
 
-// upload is the body of a request. It ends with an error at the limit, or if the client is gone. A
-// body that is announced as too large is not read.
+// upload is the body of a request. It ends with an error if it is longer than the limit, or if the
+// client is gone. A body that is announced as too large is not read.
 type upload struct {
 	request *http.Request
 	w       *response
@@ -1419,7 +1423,10 @@ func (s *server) answer(rw http.ResponseWriter, r *http.Request, h handler) {
 	if err == nil {
 		err = h(w, r)
 	}
-	isWhole := err == nil || answerError(w, r, err)
+	isWhole := true
+	if err != nil {
+		isWhole = answerError(w, r, err)
+	}
 	if !isWhole {
 		w.status = 0
 	}
@@ -1525,8 +1532,9 @@ func write(w *response, status int, contentType string, body []byte) error {
 	return err
 }
 
-// serve answers requests on ln until ctx ends or ln fails. Then it stops accepting, gives running
-// requests drainTimeout, and cuts off the rest: what their handlers still ask of the store fails.
+// serve answers requests on listener until ctx ends or it fails. Then it stops accepting, gives
+// running requests drainTimeout, and cuts off the rest: what their handlers still ask of the store
+// fails.
 func (s *server) serve(ctx context.Context, listener net.Listener) error {
 	httpServer := &http.Server{
 		Handler:           s,
@@ -1994,8 +2002,7 @@ func (s *server) readyz(w *response, _ *http.Request) error {
 // wget -r can download everything through the folder pages. The pages work without JavaScript,
 // except for uploads.
 
-// wantsPage reports whether r comes from a browser, or from another tool that reads HTML, and asks
-// for no listing or signed URL by a query.
+// wantsPage reports whether r accepts HTML and has no query. A query asks for a listing, or signs.
 func wantsPage(r *http.Request) bool {
 	accept := strings.Join(r.Header["Accept"], ",")
 	return r.URL.RawQuery == "" && strings.Contains(accept, "text/html")
@@ -2037,7 +2044,7 @@ func (s *server) blobRoot(w *response, r *http.Request) error {
 
 // answerMissing answers a GET of a key without a blob. A browser is redirected to the folder with
 // that name, if there are blobs in it. Other clients are told how to list the folder, even if it is
-// empty: to look into each shard makes a miss up to twenty times slower.
+// empty: to look for it in each shard would make a 404 up to twenty times slower.
 func (s *server) answerMissing(w *response, r *http.Request, key string) error {
 	w.Header().Set("Vary", "Accept")
 	folder := strings.TrimSuffix(key, "/") + "/"
@@ -2065,8 +2072,8 @@ func seeOther(w *response, location string) error {
 	return nil
 }
 
-// folderRoute is the pattern of listings and folders for the metrics. The mux gave them that of a
-// key.
+// folderRoute is the pattern of listings and folders for the metrics. The mux gives them the
+// pattern of a key.
 const folderRoute = "GET /blob/"
 
 // showFolder answers a page of what is below folder, which is empty or ends with a slash.
@@ -2300,8 +2307,9 @@ func humanSize(count int64) string {
 }
 
 // ==== Fields =====================================================================================
-// What headers and queries ask for. Each parser refuses what it does not understand. Otherwise the
-// server could ignore a precondition and do a write that the client did not want.
+// What headers and queries ask for. The parsers for writes refuse what they do not understand,
+// except unknown digests. Otherwise the server could ignore a precondition and do a write that the
+// client did not want.
 
 // plainName is a parameter's name that an answer may quote. Other names may be a secret: a signed
 // query that was encoded twice is one long name.
@@ -2610,12 +2618,13 @@ func (b *blob) isCompressible() bool {
 }
 
 // ==== Access =====================================================================================
-// Who may do what. Without auth_token everybody may do everything. auth_token opens all routes, and
-// read_token opens GET and HEAD. A signed URL opens one method of one key until it expires. The
-// answer 401 gives no reason that helps to guess a token.
+// Who may do what. Without auth_token everybody may do everything, except that pages of other
+// origins may not write. auth_token opens all routes, and read_token opens GET and HEAD. With
+// public_read, GET and HEAD of a blob need no token. A signed URL opens one method of one key until
+// it expires. The answer 401 gives no reason that helps to guess a token.
 
-// authorize returns an error unless r may do what it asks for. Credentials that are sent must be
-// right, even where none are needed. Only the health routes never look at them.
+// authorize returns an error unless r may do what it asks for. With auth_token set, a token that is
+// sent must be right, even where none is needed. Only the health routes do not look at it.
 func (s *server) authorize(r *http.Request) error {
 	if s.foreign != nil && s.foreign.Check(r) != nil {
 		return errForeign
@@ -2625,7 +2634,7 @@ func (s *server) authorize(r *http.Request) error {
 	}
 	token := sentToken(r)
 	mayWrite := isSame(token, s.cfg.AuthToken)
-	mayRead := mayWrite || token != "" && isSame(token, s.cfg.ReadToken)
+	mayRead := mayWrite || (token != "" && isSame(token, s.cfg.ReadToken))
 	if isTokenSent(r) && !mayRead {
 		return errUnauthorized
 	}
@@ -2773,14 +2782,18 @@ func checkKey(key string) error {
 
 // shardOf returns the shard that has key, or why the key or the shard cannot be used.
 func (st *store) shardOf(key string) (*shard, error) {
+	if err := checkKey(key); err != nil {
+		return nil, err
+	}
 	sh := st.shards[st.hash(key)%uint64(len(st.shards))]
-	return sh, cmp.Or(checkKey(key), sh.broken)
+	return sh, sh.broken
 }
 
 // openStore opens the data directory of cfg, and creates it if nothing is there. It refuses one
-// that is in use, an incomplete copy, another program's, or of another record. A corrupt shard
-// fails alone, with errCorrupt. lock is nil, or the caller's lock of the directory, if it copies
-// into it. Nothing writes to the shards before the whole directory is accepted.
+// that is in use, is an incomplete copy, is another program's, or has another record than cfg. A
+// corrupt shard fails alone, with errCorrupt. lock is nil, or the caller's lock of the directory,
+// if it copies into it; after an error it is closed. No blob is written before the whole directory
+// is accepted. To open a shard may only set its WAL mode and remove an empty WAL.
 func openStore(
 	ctx context.Context, cfg *config, lock *sql.DB, log *slog.Logger, now func() time.Time,
 ) (*store, error) {
@@ -2844,7 +2857,7 @@ func (st *store) open(cfg *config) error {
 // fails.
 func (st *store) close() error {
 	err := st.closeShards()
-	if st.reserve.isFull() {
+	if st.reserve.isDiskFull() {
 		st.reserve.write() // closing may have made room, which the next start needs
 	}
 	return errors.Join(err, st.lock.Close())
@@ -2904,7 +2917,7 @@ const (
 )
 
 // list returns a page in key order over all shards, and whether more rows follow. It waits for the
-// writes that were queued before it, and is no snapshot of the store.
+// writes that were answered 202 before it, and is no snapshot of the store.
 func (st *store) list(l listing) (page []listed, more bool, err error) {
 	from := max(l.prefix, l.after+afterKey)
 	if l.after != "" && l.folderOf(l.after) == l.after {
@@ -2999,8 +3012,8 @@ func lockDir(dir string) (*sql.DB, error) {
 	// starting may hold the lock for a moment: wait 300 ms.
 	lock := openDB(path, "_pragma=journal_mode(memory)&_pragma=busy_timeout(300)")
 	lock.SetMaxOpenConns(1) // kept open: the transaction is the lock
-	// The transaction changes something and is never committed: for a file that it may not write,
-	// SQLite would give everybody an exclusive transaction.
+	// The transaction changes something and is never committed. On a read-only file BEGIN EXCLUSIVE
+	// alone succeeds for everybody.
 	_, err := lock.Exec("BEGIN EXCLUSIVE; PRAGMA user_version = 1")
 	if err == nil {
 		return lock, nil
@@ -3016,8 +3029,11 @@ func lockDir(dir string) (*sql.DB, error) {
 // refuseDir returns an error if dir is not one of ours, or an incomplete copy. If the lock file is
 // there, the directory is ours, and perhaps open in this very process.
 func refuseDir(dir string) error {
-	if err := refusePartial(dir); err != nil || fileExists(filepath.Join(dir, lockFile)) {
+	if err := refusePartial(dir); err != nil {
 		return err
+	}
+	if fileExists(filepath.Join(dir, lockFile)) {
+		return nil
 	}
 	return refuseForeign(dir, 0)
 }
@@ -3088,8 +3104,7 @@ func (r *record) String() string {
 
 var errMisplaced = errors.New("it does not belong here")
 
-// fits returns an errMisplaced unless r is the record of shard i beside a shard with the record
-// first.
+// fits returns an errMisplaced unless r says that it is shard i of the same directory as first.
 func (r *record) fits(first *record, i int) error {
 	want := *first
 	want.Shard = int64(i)
@@ -3131,7 +3146,7 @@ func recordOf(db *sql.DB) (*record, error) {
 // a power loss can bring a removed file back.
 func (st *store) createShards(cfg *config) error {
 	marker := filepath.Join(st.dir, creatingFile)
-	indexes, _ := shardFiles(st.dir) // if dir cannot be read, createShard fails
+	indexes, _ := shardFiles(st.dir) // if dir cannot be read, creation fails
 	if len(indexes) > 0 && !fileExists(marker) {
 		return nil
 	}
@@ -3244,7 +3259,7 @@ func (st *store) openShards(cfg *config) error {
 	return nil
 }
 
-// missingShards returns the indexes of shards, of count there must be, that are not in indexes.
+// missingShards returns which of 0 to count-1 are not in indexes.
 func missingShards(indexes []int, count int64) (missing []int) {
 	for i := range int(count) {
 		if !slices.Contains(indexes, i) {
@@ -3313,15 +3328,15 @@ type shard struct {
 	writer     *sql.DB              // one connection
 	findStmt   *sql.Stmt            // a row by key
 	prepared   map[string]*sql.Stmt // by text
-	damageSeen int                  // outcomes in a row that called the file damaged
+	wasCorrupt bool                 // the last outcome called the file damaged: a second one counts
 	syncFailed bool                 // nothing may be written or checkpointed any more
 	durability string               // of the configuration
 	syncLevel  string               // PRAGMA synchronous, as it is set
 
 	pageBytes int64 // of the database
 
-	// Bytes that went into the WAL: since the start, up to the last checkpoint, up to upkeep's last
-	// sample, and in the second before that.
+	// Bytes that went into the WAL: since the start, up to the last try of a checkpoint, up to
+	// upkeep's last sample, and in the second before that.
 	written, checkpointed, sampledBytes, recentBytes int64
 	sampledAt                                        time.Time
 
@@ -3361,16 +3376,16 @@ func openShard(st *store, i int, cfg *config) (*shard, *record, error) {
 			blocked: map[string]bool{},
 		},
 	}
-	// A backup comes out of VACUUM INTO without WAL mode: here it gets it. The two fullfsync matter
-	// on macOS, where fsync alone does not reach the disk.
-	isFull := cfg.Durability == "full"
+	// A backup comes out of VACUUM INTO without WAL mode, so opening sets it. The two fullfsync
+	// matter on macOS, where fsync alone does not reach the disk.
+	syncsFully := cfg.Durability == "full"
 	sh.writer = openDB(sh.path, strings.Join([]string{
 		"mode=rw",
 		busyPragma(),
 		"_pragma=journal_mode(wal)",
 		fmt.Sprintf("_pragma=synchronous(%s)", cfg.Durability),
-		fmt.Sprintf("_pragma=fullfsync(%t)", isFull),
-		fmt.Sprintf("_pragma=checkpoint_fullfsync(%t)", isFull),
+		fmt.Sprintf("_pragma=fullfsync(%t)", syncsFully),
+		fmt.Sprintf("_pragma=checkpoint_fullfsync(%t)", syncsFully),
 		fmt.Sprintf("_pragma=journal_size_limit(%d)", reserveBytes),
 		"_pragma=temp_store(memory)",
 		"_pragma=wal_autocheckpoint(0)", // see checkpointIfDue
@@ -3446,8 +3461,8 @@ func (sh *shard) open() (*record, error) {
 }
 
 // tryOpen returns what the system says to opening a file of a shard, which SQLite keeps to itself.
-// An empty file that this user may not open it removes: a backup brings an empty WAL along, which
-// is not needed, and whoever restored it may have been another user.
+// If the file is empty and this user may not open it, tryOpen removes it: a backup brings an empty
+// WAL along, which is not needed, and whoever restored it may have been another user.
 func tryOpen(path string) error {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if errors.Is(err, os.ErrNotExist) {
@@ -3563,15 +3578,15 @@ func (sh *shard) setState(err error) {
 	}
 }
 
-// currentState returns what setState was last told.
+// currentState returns why the shard is not ready, nil if it is.
 func (sh *shard) currentState() error {
 	sh.stateMu.Lock()
 	defer sh.stateMu.Unlock()
 	return sh.state
 }
 
-// note translates an error of a read. Damage that SQLite finds in the file is the shard's state,
-// too. Writes use recordOutcome.
+// note translates an error of a read. Damage that SQLite finds in the file becomes the shard's
+// state. Writes use recordOutcome.
 func (sh *shard) note(err error) error {
 	err = translate(err)
 	if errors.Is(err, errCorrupt) {
@@ -3588,7 +3603,7 @@ func (sh *shard) health() error {
 	if err := sh.currentState(); err != nil {
 		return err
 	}
-	if sh.store.reserve.isFull() {
+	if sh.store.reserve.isDiskFull() {
 		return errFull
 	}
 	var n int
@@ -3696,10 +3711,11 @@ func scanBlob(row interface{ Scan(...any) error }) (*blob, string, error) {
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, "", errNoBlob
 	}
-	if err != nil && b.id == 0 {
+	if err != nil && b.id == 0 { // the id is scanned first: nothing was scanned
 		return nil, "", err
 	}
-	if err == nil && (copy(b.sum[:], sum) != len(b.sum) || b.size < 0) {
+	copy(b.sum[:], sum)
+	if err == nil && (len(sum) != len(b.sum) || b.size < 0) {
 		err = fmt.Errorf("a SHA-256 of %d bytes, a size of %d bytes", len(sum), b.size)
 	}
 	if err != nil { // a value is not of its column's type
@@ -3784,8 +3800,8 @@ type putOptions struct {
 	verify      func(sum []byte) error // decides on the SHA-256 of the body once that is read
 }
 
-// put stores body under key and returns what it stored, and whether that is only queued. After an
-// error readers see what was there before.
+// put stores body under key. It returns the content's size, sum and expiry, and whether the write
+// is only queued. After an error readers see what was there before.
 func (sh *shard) put(key string, body io.Reader, p *putOptions) (_ *blob, queued bool, err error) {
 	if err := sh.precheck(key, p.conditions); err != nil {
 		return nil, false, err
@@ -3826,7 +3842,7 @@ func (sh *shard) receive(body io.Reader, b *blob, p *putOptions) error {
 
 // upload streams a body of more than one chunk into the chunks table, all but its last chunk, which
 // it returns packed. current is what was read already: a chunk and a byte of the next. upload gives
-// b an id and holds it; put or the operation that publishes b releases it.
+// b an id and holds it. put releases it if receiving fails, write if queueing fails, else finish.
 //
 // While the batcher stores the chunk in current, the next one is read into ahead and packed. A
 // chunk that is not deflated lies in its buffer, so the buffers change places only after the
@@ -3834,7 +3850,7 @@ func (sh *shard) receive(body io.Reader, b *blob, p *putOptions) error {
 func (sh *shard) upload(body io.Reader, current []byte, b *blob) (last []byte, err error) {
 	b.id = sh.nextID.Add(1)
 	sh.hold(b.id)
-	ahead := make([]byte, 0, chunkSize+1+bytes.MinRead)
+	ahead := make([]byte, 0, chunkSize+1+bytes.MinRead) // so that a bytes.Buffer need not grow it
 	packed := b.pack(current[:chunkSize])
 	for sequence := int64(0); ; sequence++ {
 		o := sh.chunkOp(b.id, sequence, packed)
@@ -3842,8 +3858,10 @@ func (sh *shard) upload(body io.Reader, current []byte, b *blob) (last []byte, e
 			return nil, err
 		}
 		var readErr error
-		ahead, readErr = readChunk(body, append(ahead[:0], current[chunkSize:]...), -1)
-		packed = b.pack(ahead[:min(len(ahead), chunkSize)])
+		ahead = append(ahead[:0], current[chunkSize:]...) // the byte that was read too far
+		ahead, readErr = readChunk(body, ahead, -1)
+		next := ahead[:min(len(ahead), chunkSize)]
+		packed = b.pack(next)
 		<-o.done
 		if o.err != nil { // first: a full disk is what the client has to hear of
 			return nil, o.err
@@ -3880,12 +3898,12 @@ func (sh *shard) write(o *op, cond conditions) (queued bool, err error) {
 	return false, o.err
 }
 
-// mayAnswerEarly reports whether a write may be answered 202. If the disk is full or the shard does not
-// recover by itself, async mode is off: its writers must be told.
+// mayAnswerEarly reports whether a write may be answered 202. If the disk is full or the shard does
+// not recover by itself, async mode is off: its writers must be told.
 func (sh *shard) mayAnswerEarly() bool {
 	err := sh.currentState()
 	isLost := errors.Is(err, errNotSynced) || errors.Is(err, errCorrupt)
-	return !isLost && !sh.store.reserve.isFull()
+	return !isLost && !sh.store.reserve.isDiskFull()
 }
 
 // submit queues o once there is room for it. One operation always fits.
@@ -3897,9 +3915,9 @@ func (sh *shard) submit(o *op) error {
 	return sh.batcher.add(o) // on an error the store is closing, and pending is never read again
 }
 
-// readChunk appends to buf from r up to one byte more than a chunk, which tells whether another
-// follows, or to the end. length is a hint, -1 for none. Memory follows what has arrived, not what
-// was announced: a client that sends nothing holds next to nothing.
+// readChunk appends to buf until it has one byte more than a chunk or r ends. The byte more shows
+// that another chunk follows. length is a hint, -1 for none. Memory follows what has arrived, not
+// what was announced: a client that sends nothing holds next to nothing.
 func readChunk(r io.Reader, buf []byte, length int64) ([]byte, error) {
 	b := bytes.NewBuffer(buf)
 	b.Grow(int(min(max(length, 0), 16<<10)) + bytes.MinRead)
@@ -3943,7 +3961,7 @@ func (st *store) acquire(n int64) error {
 //	BEGIN    the batch runs, each operation with its own result. A crash leaves the old content
 //	COMMIT   with durability "full" SQLite syncs the WAL, and only then readers see the new content.
 //	         A crash leaves the new content; with "normal", power loss may take it
-//	drop     the cache may have the key again
+//	unblock  the cache may have the key again
 //	release  a chunked content is not in use any more by its upload
 //	done     the client gets its 201
 //
@@ -4095,15 +4113,18 @@ func (q *batcher) run() {
 		case <-q.wake:
 		case <-timeout:
 		case <-stopping:
-			q.window, stopping = 0, nil
+			q.window = 0
+			stopping = nil // a nil channel is never ready
 		case <-idle.C:
-			idle.Reset(q.upkeep())
+			pause := q.upkeep()
+			idle.Reset(pause)
 		}
 	}
 }
 
-// take removes the next batch from the queue: what is there, up to size operations. As long as that
-// is less, the window of the first is open and none is urgent, it returns how long to wait instead.
+// take removes the next batch from the queue: what is there, up to size operations. If the batch is
+// not full, nothing is urgent and the window of its first operation is still open, take removes
+// nothing and returns how long to wait.
 func (q *batcher) take() (batch []*op, wait time.Duration, ended bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -4219,10 +4240,10 @@ func (sh *shard) recordOutcome(err error) error {
 	case errors.Is(err, errDamaged): // says nothing of the shard
 	case errors.Is(err, errFull):
 		sh.store.reserve.giveUp(err)
-	case errors.Is(err, errCorrupt) && sh.damageSeen == 0:
-		sh.damageSeen++ // perhaps a read that failed: see isCorrupt
+	case errors.Is(err, errCorrupt) && !sh.wasCorrupt:
+		sh.wasCorrupt = true // perhaps a read that failed: see isCorrupt
 	default:
-		sh.damageSeen = 0
+		sh.wasCorrupt = false
 		sh.syncFailed = sh.syncFailed || errors.Is(err, errNotSynced)
 		sh.setState(err)
 	}
@@ -4266,18 +4287,19 @@ func (sh *shard) probeSpace() error {
 // and after a piece of upkeep. SQLite would do it inside a COMMIT and would not tell of an error.
 // While another process reads an old state, only a part is copied, and the WAL grows.
 func (sh *shard) checkpointIfDue() {
-	most := int64(checkpointBytes)
-	if sh.store.reserve.isFull() {
-		most = spareBytes // the shards share the reserve's room
+	isDiskFull := sh.store.reserve.isDiskFull()
+	due := int64(checkpointBytes)
+	if isDiskFull {
+		due = spareBytes // the shards share the reserve's room
 	}
-	if sh.written-sh.checkpointed < most {
+	if sh.written-sh.checkpointed < due {
 		return
 	}
 	sh.checkpointed = sh.written
 	if sh.syncFailed {
 		return
 	}
-	if sh.store.reserve.isFull() {
+	if isDiskFull {
 		sh.truncateWAL()
 		return
 	}
@@ -4380,7 +4402,7 @@ func (sh *shard) tryBatch(batch []*op) error {
 	}
 	err := sh.inTransaction(func(t *tx) error {
 		for _, o := range batch {
-			if !o.frees && sh.store.reserve.isFull() { // only deletes may use what room there is
+			if !o.frees && sh.store.reserve.isDiskFull() { // only deletes may use what room there is
 				return errFull
 			}
 			o.err = o.do(t)
@@ -4396,10 +4418,10 @@ func (sh *shard) tryBatch(batch []*op) error {
 	return err
 }
 
-// setSyncLevel lets a batch that has only chunks be committed without a sync. Nothing refers to them
-// before their content is published. The commit that publishes it syncs the WAL, with all that is
-// before it in the WAL, and a checkpoint syncs the WAL before it copies. So power loss takes a chunk
-// only together with its publication, and a large content is synced once.
+// setSyncLevel lets a batch that has only chunks be committed without a sync. Nothing refers to
+// them before their content is published. The commit that publishes it syncs the WAL, with all that
+// is before it in the WAL, and a checkpoint syncs the WAL before it copies. So power loss takes a
+// chunk only together with its publication, and a large content is synced once.
 func (sh *shard) setSyncLevel(batch []*op) error {
 	level := sh.durability
 	isVisible := func(o *op) bool { return o.key != "" }
@@ -4409,7 +4431,8 @@ func (sh *shard) setSyncLevel(batch []*op) error {
 	if level == sh.syncLevel {
 		return nil
 	}
-	_, err := sh.writer.Exec("PRAGMA synchronous = " + level) // at once, so it cannot be prepared
+	// The PRAGMA acts when it is prepared: a statement that is kept would do nothing.
+	_, err := sh.writer.Exec("PRAGMA synchronous = " + level)
 	if err == nil {
 		sh.syncLevel = level
 	}
@@ -4422,7 +4445,7 @@ func (sh *shard) finish(o *op, err error) {
 		o.err = err
 	}
 	if o.key != "" {
-		sh.cache.drop(o.key)
+		sh.cache.unblock(o.key)
 	}
 	if o.contentID != 0 {
 		sh.release(o.contentID)
@@ -4520,7 +4543,7 @@ func (t *tx) putBlob(key string, b *blob, p *putOptions) error {
 }
 
 // upsert makes the row of key, or replaces a row without chunks where nothing expires. Over any
-// other row it does nothing and returns false. So it leaves the index of expiry alone.
+// other row it does nothing and returns false. So a replacement leaves the index of expiry alone.
 func (t *tx) upsert(key string, b *blob) bool {
 	changed := t.exec(upsertQuery, b.id, key, b.size, b.sum[:], b.deflated, b.stored, b.crc,
 		b.contentType, b.created, b.updated, b.expires, b.version, b.data, chunkSize)
@@ -4579,7 +4602,7 @@ func deflate(chunk []byte) []byte {
 func inflate(data []byte, size int64) ([]byte, error) {
 	reader := flate.NewReader(bytes.NewReader(data))
 	out := make([]byte, size+1)      // one byte more than there must be
-	n, _ := io.ReadFull(reader, out) // always an error: data has no final block
+	n, _ := io.ReadFull(reader, out) // n tells enough: data has no final block, which is an error
 	if int64(n) != size {
 		return nil, fmt.Errorf("%w: inflated to %d bytes instead of %d", errDamaged, n, size)
 	}
@@ -4644,7 +4667,7 @@ type cache struct {
 	bytes      int
 	entries    map[string]*blob
 	blocked    map[string]bool
-	generation int64 // counts drops
+	generation int64 // counts calls of unblock
 }
 
 // get returns the committed blob under key, nil if it is not at hand, and the generation.
@@ -4654,7 +4677,7 @@ func (c *cache) get(key string) (*blob, int64) {
 	return c.entries[key], c.generation
 }
 
-// put adds b, which was read since generation, if it is small.
+// put adds b, which was read after get returned generation, if it is small.
 func (c *cache) put(key string, b *blob, generation int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -4682,7 +4705,7 @@ func cacheLimit() int {
 	return int(min(cacheBytes, debug.SetMemoryLimit(current)/8))
 }
 
-// block forgets key and keeps readers from putting it until drop.
+// block forgets key and keeps readers from putting it until unblock.
 func (c *cache) block(key string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -4690,7 +4713,8 @@ func (c *cache) block(key string) {
 	c.blocked[key] = true
 }
 
-func (c *cache) drop(key string) {
+// unblock lets readers put key again.
+func (c *cache) unblock(key string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	delete(c.blocked, key)
@@ -4750,8 +4774,8 @@ func (br *blobReader) close() {
 }
 
 // Seek supports what http.ServeContent needs: any offset from the start, and the end, from which it
-// learns the size. The size of a gzip member is not known. ServeContent copies that many bytes or
-// to the end, and for an encoded answer it sets no Content-Length: anything large will do.
+// learns the size. The size of a gzip member is not known. The largest number will do: ServeContent
+// copies to the end, and sets no Content-Length for an encoded answer.
 func (br *blobReader) Seek(offset int64, whence int) (int64, error) {
 	if whence == io.SeekEnd && br.zipped {
 		return math.MaxInt64, nil
@@ -4816,8 +4840,8 @@ func (br *blobReader) chunkLen() int64 {
 	return min(chunkSize, br.blob.size-br.next*chunkSize)
 }
 
-// fetch returns the next chunk as it is stored. It fails if there is none or its length is wrong: a
-// download is whole or visibly cut.
+// fetch returns the next chunk as it is stored. It fails if there is none or its length is wrong
+// (inflate compares that of a deflated one): a download is whole or visibly cut.
 func (br *blobReader) fetch() ([]byte, error) {
 	b := br.blob
 	data := chunkData(b.data)
@@ -4873,8 +4897,9 @@ func (br *blobReader) decode(stored []byte) ([]byte, error) {
 	return data, nil
 }
 
-// verify compares the checksum of a content that is read as a whole, before its last chunk is sent:
-// a damaged content is never taken for a whole one. A checksum costs 30 µs a MiB, a SHA-256 600.
+// verify compares the checksum, if it is known, of a content that is read as a whole, before its
+// last chunk is sent: a damaged content is not taken for a whole one. A checksum costs 30 µs a MiB,
+// a SHA-256 600.
 func (br *blobReader) verify(data []byte) error {
 	br.crc = crc32.Update(br.crc, crc32.IEEETable, data)
 	isLast := br.next == br.blob.lastSeq()
@@ -5049,7 +5074,7 @@ func (st *store) writeMetrics(text io.Writer) {
 	})
 }
 
-// writeShardMetrics writes a sample per shard. One that could not be opened is only not ready.
+// writeShardMetrics writes a sample per shard. A shard that could not be opened has only the first.
 func (st *store) writeShardMetrics(text io.Writer) {
 	const ready = "blobnom_shard_ready"
 	isReady := func(sh *shard) int64 {
@@ -5170,7 +5195,7 @@ func (sh *shard) upkeep() time.Duration {
 		return sweepInterval // writes are waiting for a foreign lock: they try it themselves
 	}
 	start := time.Now()
-	full := sh.store.reserve.isFull()
+	full := sh.store.reserve.isDiskFull()
 	more, err := sh.reclaim(full)
 	sh.checkpointIfDue()
 	if err != nil {
@@ -5191,8 +5216,8 @@ func (sh *shard) upkeep() time.Duration {
 // uses them again.
 func (sh *shard) reclaim(full bool) (more bool, err error) {
 	if full {
-		// It makes room. Where a maximum size keeps the database from growing it fails, until the
-		// vacuum below has made the database smaller.
+		// This makes room. It fails where the database may not grow, until the vacuum below has
+		// made the database smaller.
 		sh.truncateWAL()
 	}
 	now := sh.store.now().UnixMilli()
@@ -5217,7 +5242,8 @@ func (sh *shard) reclaim(full bool) (more bool, err error) {
 		sh.sampledAt = time.Now()
 	}
 	isMuch := free > max(vacuumPages, pages/8) && free*sh.pageBytes > sh.recentBytes
-	if !isMuch && (!full || free == 0) {
+	mustReturn := isMuch || (full && free > 0)
+	if !mustReturn {
 		return false, nil
 	}
 	_, err = sh.writer.Exec(fmt.Sprintf("PRAGMA incremental_vacuum(%d)", vacuumPages))
@@ -5255,7 +5281,7 @@ func (sh *shard) deleteExpired(now int64) (bool, error) {
 	}
 	for key := range expired {
 		sh.cache.block(key)
-		defer sh.cache.drop(key)
+		defer sh.cache.unblock(key)
 	}
 	err = sh.inTransaction(func(t *tx) error {
 		if orphan != 0 && t.exec(sweepQuery, orphan, chunksAtOnce) < chunksAtOnce {
@@ -5292,8 +5318,10 @@ func (sh *shard) expired(now int64) (map[string]*blob, error) {
 }
 
 // unusedOrphan returns the id of an orphan that is not in use, 0 if there is none. No upload is
-// published meanwhile, because this is the batcher's goroutine. While it has lookups, every reader
-// that found a content before that became an orphan holds it, and no other can find it.
+// published meanwhile, because this is the batcher's goroutine. A reader takes lookups for reading,
+// finds the row, and holds its content before it lets go of lookups. So while unusedOrphan has
+// lookups for writing, each reader that found a content holds it, and no new reader can find an
+// orphan.
 func (sh *shard) unusedOrphan() (int64, error) {
 	sh.lookups.Lock()
 	defer sh.lookups.Unlock()
@@ -5325,8 +5353,8 @@ type reserve struct {
 	tried time.Time  // when it was given up, or take last tried; guarded by mu
 }
 
-// isFull reports whether the disk is full. Then only deletes may use it.
-func (r *reserve) isFull() bool { return r.full.Load() }
+// isDiskFull reports whether the disk is full. Then only deletes may use it.
+func (r *reserve) isDiskFull() bool { return r.full.Load() }
 
 // begin takes over the file that the last run left, or makes one.
 func (r *reserve) begin() {
@@ -5344,12 +5372,12 @@ func (r *reserve) begin() {
 
 // giveUp gives deletes and checkpoints the reserve's room, and has other writes refused.
 func (r *reserve) giveUp(cause error) {
-	if r.isFull() {
+	if r.isDiskFull() {
 		return
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if !r.isFull() {
+	if !r.isDiskFull() {
 		r.log.Error("disk full: only reads and deletes work; make room on the disk", "error", cause)
 	}
 	r.full.Store(true)
@@ -5362,7 +5390,7 @@ func (r *reserve) giveUp(cause error) {
 func (r *reserve) take() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if !r.isFull() {
+	if !r.isDiskFull() {
 		return nil
 	}
 	if time.Since(r.tried) < sweepInterval {
@@ -5527,9 +5555,9 @@ const (
 	integrityQuery = `SELECT 'SQLite: ' || integrity_check FROM pragma_integrity_check
 		WHERE integrity_check <> 'ok'`
 
-	// What SQLite does not know: each chunk belongs to a blob or to an orphan, and an index of some
-	// rows has no others. A chunk has 262144 bytes, and the low 20 bits of its id count the chunks
-	// of a content. A hundred lines are enough to know.
+	// What SQLite does not know: each chunk belongs to a blob or to an orphan, and a partial index
+	// has exactly the rows of its condition. A chunk has 262144 bytes, and the low 20 bits of its
+	// id count the chunks of a content. At most a hundred defects are listed.
 	structureQuery = integrityQuery + `
 		UNION ALL
 		SELECT 'chunk ' || (id & 1048575) || ' of content ' || (id >> 20) || ' belongs to no blob'
@@ -5729,7 +5757,8 @@ func (d *dataDir) checkStructure(ctx context.Context, s *source) error {
 func (d *dataDir) checkBlob(row storedRow) error {
 	err := row.verify()
 	if errors.Is(err, errDamaged) {
-		// If a server has replaced or deleted the blob meanwhile, its row is gone.
+		// A server may have replaced or deleted the blob meanwhile. If it is in chunks, which were
+		// read one by one, its row is gone then. A small one was read at once.
 		again := row.source.row(row.id)
 		if errors.Is(again.err, errNoBlob) {
 			return nil
@@ -5850,8 +5879,9 @@ func (from *dataDir) beginCopy(ctx context.Context, to string) (*sql.DB, error) 
 	return lock, nil
 }
 
-// survey returns an error unless all shards are there, belong together and are whole. SQLite reads
-// a damaged table without an error and leaves rows out, so nothing is copied from one.
+// survey returns an error unless all shards are there, belong together and have a sound structure.
+// Contents are not read yet. SQLite reads a damaged table without an error and leaves rows out, so
+// nothing is copied from one.
 func (from *dataDir) survey(ctx context.Context) error {
 	err := from.each("checking", func(s *source) error {
 		return from.checkStructure(ctx, s)
@@ -5870,8 +5900,8 @@ func (from *dataDir) survey(ctx context.Context) error {
 	return nil
 }
 
-// targetFiles returns what is in dir, or an error unless a copy may go there: dir is missing, or
-// empty except for a lock file, or has the marker of an incomplete copy.
+// targetFiles returns what is in dir, or an error if a copy may not go there. It may if dir is
+// missing, or empty except for a lock file, or has the marker of an incomplete copy.
 func targetFiles(dir string) ([]fs.DirEntry, error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -6016,7 +6046,7 @@ func (m *migration) fill(ctx context.Context, cfg *config, lock *sql.DB) error {
 	target.AsyncWrite = true
 	target.Durability = "normal"
 	target.BatchSize = 64
-	target.BatchTimeoutMS = 0 // a misplaced row waits for its commit, alone
+	target.BatchTimeoutMS = 0 // a misplaced row has a precondition, so it waits for its commit
 	// The clock stands at 1970, so that expired blobs are copied as well. The server deletes them.
 	in1970 := func() time.Time { return time.Unix(0, 0) }
 	st, err := openStore(ctx, &target, lock, newLogger(cfg, m.from.stderr), in1970)

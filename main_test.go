@@ -5011,7 +5011,7 @@ func TestReserve(t *testing.T) {
 		}
 		want := func(when string, isFull bool, size int64) {
 			t.Helper()
-			expect(t, r.isFull() == isFull, "%s: full %v", when, r.isFull())
+			expect(t, r.isDiskFull() == isFull, "%s: full %v", when, r.isDiskFull())
 			expect(t, sizeOf(r.path) == size, "%s: a reserve of %d bytes", when, sizeOf(r.path))
 		}
 		r.begin()
@@ -5570,7 +5570,7 @@ func TestCache(t *testing.T) {
 			case "block":
 				c.block("k")
 			case "drop":
-				c.drop("k")
+				c.unblock("k")
 			case "evict":
 				c.evict("k")
 			case "put-old":
