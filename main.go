@@ -135,12 +135,12 @@ const (
 	// reserve.
 	batchBytes   = 1 << 20
 	opOverhead   = 2 << 10 // bytes of a queued write besides key and content
-	reserveBytes = 6 << 20 // more than a WAL while nobody holds an old state: see Upkeep
+	reserveBytes = 6 << 20 // larger than any WAL that no reader keeps from shrinking: see Upkeep
 
-	// newPageBytes is the size of the pages of a new shard; each shard keeps its own. With 8 KiB a
-	// GET of 1 MiB takes a tenth less CPU time, and a POST a sixth, because each page of a chunk
-	// costs system calls. But a blob of 4 KiB then takes 8.3 KiB on the disk instead of 4.7, a
-	// sixth fewer new ones fit into a second, and a quarter fewer rewrites of few keys.
+	// newPageBytes is the size of the pages of a new shard; each shard keeps its own. Each page of
+	// a chunk costs system calls: 8 KiB would save 10 % of the CPU time of a GET of 1 MiB, and 17 %
+	// of a POST. But a blob of 4 KiB would take 8.3 KiB on the disk instead of 4.7, and there would
+	// be 16 % fewer POSTs of new blobs a second, and 25 % fewer of a few keys again and again.
 	newPageBytes = 4 << 10
 
 	// A shard's WAL is copied into the database once checkpointBytes are in it. With half as much,
@@ -489,7 +489,8 @@ func commandNamed(name string) (command, error) {
 	return command{}, usageError(fmt.Sprintf("there is no command %q", name))
 }
 
-// dispatch parses the command line and runs the command. Flags stand before or behind its name.
+// dispatch parses the command line and runs the command. Its own flags stand
+// behind its name, -config and -version before or behind it.
 func (cli *call) dispatch(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("blobnom", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
@@ -1413,7 +1414,7 @@ func (u *upload) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
-// answer runs h if r is authorized, answers an error, and counts and logs the request.
+// answer runs h if r is authorized, turns an error into an answer, and counts and logs the request.
 func (s *server) answer(rw http.ResponseWriter, r *http.Request, h handler) {
 	start := time.Now()
 	w := &response{ResponseWriter: rw, renewed: start}
@@ -2233,9 +2234,10 @@ th + th, td + td { padding-left: 1rem; white-space: nowrap; opacity: .7 }
 <td>{{slice .Updated 0 10}} {{slice .Updated 11 16}}{{end}}
 {{end}}`))
 
-// uploadScript uploads chosen and dropped files into the folder, three at a time. Files that were
-// chosen or dropped together are a batch. At its end the script asks, once, whether to replace the
-// blobs that exist. Then it reloads the page, unless an upload failed. Without JavaScript the
+// uploadScript uploads chosen and dropped files into the folder. Files that were
+// chosen or dropped together are a batch: three of them are sent at a time. At its end the script
+// asks, once, whether to replace the blobs that exist. Then it reloads the page, unless a file was
+// not uploaded. Without JavaScript the
 // controls stay hidden.
 const uploadScript = `
 const box = document.getElementById('upload')
@@ -2308,8 +2310,8 @@ func humanSize(count int64) string {
 
 // ==== Fields =====================================================================================
 // What headers and queries ask for. The parsers for writes refuse what they do not understand,
-// except unknown digests. Otherwise the server could ignore a precondition and do a write that the
-// client did not want.
+// except an unknown digest beside a known one. Otherwise the server could ignore a precondition and
+// do a write that the client did not want.
 
 // plainName is a parameter's name that an answer may quote. Other names may be a secret: a signed
 // query that was encoded twice is one long name.
@@ -2498,8 +2500,8 @@ func (b *blob) matchesWeakly(list string) bool {
 	return hasTag(list, plain, zipped, "W/"+plain, "W/"+zipped)
 }
 
-// refuse returns an errCondition unless the conditions hold for b, or for nothing if b is nil.
-// Which comparison is strong and which is weak: RFC 9110 13.1.
+// refuse returns an errCondition if a condition does not hold. b is what is under the key now; nil:
+// nothing. Which comparison is strong and which is weak: RFC 9110 13.1.
 func (cond conditions) refuse(b *blob) error {
 	if cond.match != "" && (b == nil || !b.matchesStrongly(cond.match)) {
 		return fmt.Errorf("%w: If-Match does not name what is there", errCondition)
@@ -2516,7 +2518,8 @@ type digest struct {
 	sum  string // in base64, with or without its padding
 }
 
-// digestForm is a digest in a list of them: its name and its sum. Other names are ignored.
+// digestForm is a digest in a list of them: its name and its sum. Other names are ignored beside
+// it.
 var digestForm = regexp.MustCompile(`(?i)(?:^|,)[ \t]*(sha-256|sha-512)=:([a-z0-9+/]+=*):`)
 
 // digestsOf returns the digests in Repr-Digest and Content-Digest (RFC 9530) and Content-MD5.
@@ -2593,7 +2596,7 @@ func (c *bodyCheck) verify(sum []byte) error {
 }
 
 // acceptsGzip reports whether an Accept-Encoding accepts gzip and does not prefer the content as it
-// is. Without the header the answer is no. A malformed weight is 0.
+// is. Without the header the answer is no. A weight that is no number is 0; without one it is 1.
 func acceptsGzip(h http.Header) bool {
 	weights := map[string]float64{} // by coding
 	for element := range strings.SplitSeq(strings.Join(h["Accept-Encoding"], ","), ",") {
@@ -2762,7 +2765,7 @@ type store struct {
 	queueTimeout time.Duration   // how long a writer waits for room in pending
 	stopping     context.Context // ended by stop: nobody waits any more
 	stop         func()
-	drainTimeout time.Duration // how long after stop a write is tried that was answered 202
+	drainTimeout time.Duration // how long after stop a write that was answered 202 is still tried
 	isOverdue    atomic.Bool   // drainTimeout is over: such a write is given up
 	reserve      *reserve
 
@@ -2820,9 +2823,8 @@ func openStore(
 		reserve:      &reserve{path: filepath.Join(cfg.DataDir, reserveFile), log: log},
 	}
 	st.stopping, st.stop = context.WithCancel(ctx)
-	context.AfterFunc(st.stopping, func() {
-		time.AfterFunc(st.drainTimeout, func() { st.isOverdue.Store(true) })
-	})
+	markOverdue := func() { st.isOverdue.Store(true) }
+	context.AfterFunc(st.stopping, func() { time.AfterFunc(st.drainTimeout, markOverdue) })
 	if err := st.open(cfg); err != nil {
 		return nil, errors.Join(err, st.close())
 	}
@@ -3323,8 +3325,8 @@ type shard struct {
 	readers                     *sql.DB
 	rowStmt, pageStmt, dataStmt *sql.Stmt // a row by key, rows by keys, a chunk's data by its id
 
-	// While the batcher runs, only its goroutine uses these and the next two groups. open uses them
-	// before it, and close after it.
+	// While the batcher runs, only its goroutine uses the fields from here to sampledAt. open uses
+	// them before it, and close after it.
 	writer     *sql.DB              // one connection
 	findStmt   *sql.Stmt            // a row by key
 	prepared   map[string]*sql.Stmt // by text
@@ -3392,7 +3394,7 @@ func openShard(st *store, i int, cfg *config) (*shard, *record, error) {
 	}, "&"))
 	sh.writer.SetMaxOpenConns(1)
 	sh.readers = openReadOnly(sh.path)
-	sh.readers.SetMaxOpenConns(8) // enough: a read takes microseconds, and each has a page cache
+	sh.readers.SetMaxOpenConns(8) // enough: a read takes microseconds, and each costs a page cache
 	sh.readers.SetMaxIdleConns(8)
 	r, err := sh.open()
 	if isCorrupt(err) {
@@ -3460,9 +3462,9 @@ func (sh *shard) open() (*record, error) {
 	return r, schemaError(sh.prepare())
 }
 
-// tryOpen returns what the system says to opening a file of a shard, which SQLite keeps to itself.
-// If the file is empty and this user may not open it, tryOpen removes it: a backup brings an empty
-// WAL along, which is not needed, and whoever restored it may have been another user.
+// tryOpen tries to open a file of a shard. It returns the system's error, which SQLite does not
+// tell. If the file is empty and this user may not open it, tryOpen removes it: a backup brings an
+// empty WAL along, which is not needed, and whoever restored it may have been another user.
 func tryOpen(path string) error {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if errors.Is(err, os.ErrNotExist) {
@@ -3544,7 +3546,7 @@ func (sh *shard) close() error {
 	if sh.batcher != nil {
 		walErr := sh.truncateWAL()
 		if errors.Is(walErr, errFull) {
-			walErr = sh.truncateWAL() // the reserve was given up
+			walErr = sh.truncateWAL() // recordOutcome has given up the reserve: now there is room
 		}
 		if walErr != nil {
 			sh.store.log.Warn("the WAL stays, the next start reads it",
@@ -3906,16 +3908,16 @@ func (sh *shard) mayAnswerEarly() bool {
 	return !isLost && !sh.store.reserve.isDiskFull()
 }
 
-// submit queues o once there is room for it. One operation always fits.
+// submit queues o once there is room for it. Even the largest operation fits into an empty queue.
 func (sh *shard) submit(o *op) error {
 	o.cost = min(int64(cap(o.data)+len(o.key)+opOverhead), sh.store.maxPending)
 	if err := sh.store.acquire(o.cost); err != nil {
 		return err
 	}
-	return sh.batcher.add(o) // on an error the store is closing, and pending is never read again
+	return sh.batcher.add(o) // on an error the store is closing: that the bytes stay counted is no matter
 }
 
-// readChunk appends to buf until it has one byte more than a chunk or r ends. The byte more shows
+// readChunk appends to buf until it has one byte more than a chunk or r ends. The extra byte shows
 // that another chunk follows. length is a hint, -1 for none. Memory follows what has arrived, not
 // what was announced: a client that sends nothing holds next to nothing.
 func readChunk(r io.Reader, buf []byte, length int64) ([]byte, error) {
@@ -3926,8 +3928,8 @@ func readChunk(r io.Reader, buf []byte, length int64) ([]byte, error) {
 }
 
 // acquire adds n bytes to pending; finish subtracts them. It returns errBusy if there is no room
-// within queueTimeout, and errStopping if the store is closing. A writer that needs less may
-// overtake.
+// within queueTimeout, and errStopping if it has to wait while the store is closing. A writer that
+// needs less may overtake.
 func (st *store) acquire(n int64) error {
 	deadline := time.Now().Add(st.queueTimeout)
 	for {
@@ -4025,7 +4027,9 @@ func (q *batcher) signal() {
 	}
 }
 
-const allKeys = "" // stands for all keys, none of which is empty
+// allKeys stands for all keys, none of which is empty. The key of a chunk is empty, too, but a
+// chunk is never a background operation.
+const allKeys = ""
 
 // settle returns once every background operation on key that was queued before has ended, or with
 // errBusy when an attempt to commit failed for another process's lock.
@@ -4049,7 +4053,8 @@ func (q *batcher) settle(key string) error {
 	}
 }
 
-// putBack puts operations that could not be committed at the queue's front, and tells who waits.
+// putBack puts operations that could not be committed at the queue's front, and wakes who waits in
+// settle.
 func (q *batcher) putBack(again []*op) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -4107,7 +4112,7 @@ func (q *batcher) run() {
 				q.putBack(again)
 			}
 			clear(batch) // the queue's array must not keep contents alive
-			q.signal()   // look for the next, but give upkeep its turn
+			q.signal()   // look for the next: select chooses between that and upkeep by chance
 		}
 		select {
 		case <-q.wake:
@@ -4122,21 +4127,21 @@ func (q *batcher) run() {
 	}
 }
 
-// take removes the next batch from the queue: what is there, up to size operations. If the batch is
-// not full, nothing is urgent and the window of its first operation is still open, take removes
-// nothing and returns how long to wait.
+// take removes the next batch from the queue: what is there, up to size operations or batchBytes.
+// If the batch is not full, nothing is urgent and the window of its first operation is still open,
+// take removes nothing and returns how long to wait.
 func (q *batcher) take() (batch []*op, wait time.Duration, ended bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	n := 0
-	size := 0
+	length := 0 // bytes
 	urgent := q.closed
-	for n < len(q.queue) && n < q.size && size < batchBytes {
-		size += len(q.queue[n].data) + opOverhead
+	for n < len(q.queue) && n < q.size && length < batchBytes {
+		length += len(q.queue[n].data) + opOverhead
 		urgent = urgent || q.queue[n].urgent
 		n++
 	}
-	isFull := n == q.size || size >= batchBytes
+	isFull := n == q.size || length >= batchBytes
 	if n > 0 && !isFull && !urgent {
 		wait = time.Until(q.queue[0].queued.Add(q.window))
 		if wait > 0 {
@@ -4579,8 +4584,9 @@ func (t *tx) vacate(key string, now int64, cond conditions) (*blob, error) {
 // A content is stored as it is or deflated, chunk by chunk. Each deflated chunk has a dictionary of
 // its own and ends with a sync flush, so that it can be inflated alone. A gzip header, all the
 // chunks, an empty block, checksum and size are one gzip member: it is sent to clients that accept
-// gzip, with nothing compressed anew. Request goroutines run this. They hold a deflater, nearly 1
-// MiB of memory, for one chunk, and never while they wait for a client.
+// gzip, with nothing compressed anew. Other contents are deflated on their way out. Request
+// goroutines run this. They hold a deflater, nearly 1 MiB of memory, for one chunk, and never while
+// they wait for a client.
 
 var deflaters = sync.Pool{New: func() any {
 	w, _ := flate.NewWriter(nil, flate.BestSpeed) // level 5 takes three times as long for a sixth less
@@ -4602,7 +4608,7 @@ func deflate(chunk []byte) []byte {
 func inflate(data []byte, size int64) ([]byte, error) {
 	reader := flate.NewReader(bytes.NewReader(data))
 	out := make([]byte, size+1)      // one byte more than there must be
-	n, _ := io.ReadFull(reader, out) // n tells enough: data has no final block, which is an error
+	n, _ := io.ReadFull(reader, out) // always an error: data has no final block; n tells enough
 	if int64(n) != size {
 		return nil, fmt.Errorf("%w: inflated to %d bytes instead of %d", errDamaged, n, size)
 	}
@@ -4612,7 +4618,8 @@ func inflate(data []byte, size int64) ([]byte, error) {
 // isWorthwhile reports whether deflating chunk to data saved enough: an eighth.
 func isWorthwhile(chunk, data []byte) bool { return len(data) <= len(chunk)-len(chunk)/8 }
 
-// isPromising reports whether to try and deflate a chunk. 4 KiB from its middle tell that in 50 µs.
+// isPromising reports whether deflating a chunk is worth a try. 4 KiB from its middle tell that in
+// 50 µs.
 func isPromising(chunk []byte) bool {
 	if len(chunk) < minDeflate {
 		return false
@@ -4656,10 +4663,10 @@ const (
 // Small committed contents in memory.
 
 // cache maps keys to committed small blobs, at most limit bytes of them. The shard's one writer
-// blocks the keys of a batch before its transaction, and drops them after the COMMIT and before
-// anybody is told. A reader notes the generation before it reads a row, and puts the row only if
-// the generation is the same, and the key not blocked. So nothing gets in that a commit may have
-// replaced, and while a transaction may change a key, its readers see the database. Arbitrary
+// removes and blocks the keys of a batch before its transaction, and unblocks them after the COMMIT
+// and before anybody is told. A reader notes the generation before it reads a row, and puts the row
+// only if the generation is the same, and the key not blocked. So nothing gets in that a commit may
+// have replaced, and while a transaction may change a key, its readers see the database. Arbitrary
 // entries are evicted: there is nothing to maintain on a hit, and a long scan does not empty it.
 type cache struct {
 	limit      int
@@ -4917,14 +4924,14 @@ func (b *blob) compare(crc uint32) error {
 	return nil
 }
 
-// gzipPiece returns what the next chunk, stored as data, contributes to the gzip member.
+// gzipPiece returns what the next chunk, deflated to data, contributes to the gzip member.
 func (br *blobReader) gzipPiece(data []byte) (piece []byte) {
 	b := br.blob
 	if br.next == 0 {
 		piece = []byte(gzipHeader)
 	}
 	if b.deflated {
-		br.crc = b.crc
+		br.crc = b.crc // the chunks were not inflated, so they were not summed
 	}
 	piece = append(piece, data...)
 	if br.next == b.lastSeq() {
@@ -5159,7 +5166,7 @@ func writeProcessMetrics(text io.Writer) {
 }
 
 // ==== Upkeep =====================================================================================
-// Between two batches, once a second, each batcher's goroutine looks after its shard. It tries
+// Between two batches, once a second, each batcher's goroutine looks after its shard. It tests
 // whether the shard can be written to, so that a shard is ready again without a client's write. It
 // deletes blobs that have expired and contents that nobody refers to or reads, and returns free
 // pages to the file system. It does a small piece at a time, and pauses as long as the piece took.
@@ -5212,8 +5219,8 @@ func (sh *shard) upkeep() time.Duration {
 
 // reclaim deletes some of what has expired or is orphaned, or returns free pages to the file
 // system, and reports whether there is more to do. Free pages are returned if the disk is full, or
-// if they are an eighth of the file and more than the shard has written in a second: a busy shard
-// uses them again.
+// if they are an eighth of the file, more than vacuumPages, and more than the shard has written in
+// a second: a busy shard uses them again.
 func (sh *shard) reclaim(full bool) (more bool, err error) {
 	if full {
 		// This makes room. It fails where the database may not grow, until the vacuum below has
@@ -5228,7 +5235,7 @@ func (sh *shard) reclaim(full bool) (more bool, err error) {
 		return false, sh.recordOutcome(err)
 	}
 	if hasWork {
-		more, err := sh.deleteExpired(now)
+		more, err := sh.sweep(now)
 		if more || err != nil {
 			return more, err
 		}
@@ -5264,14 +5271,14 @@ func (sh *shard) tryWrite() error {
 	})
 }
 
-// deleteExpired deletes some rows that have expired, and some chunks of an orphan that nobody uses,
+// sweep deletes some rows that have expired, and some chunks of an orphan that nobody uses,
 // and the orphan with its last chunk. It returns false if there was nothing to delete.
-func (sh *shard) deleteExpired(now int64) (bool, error) {
+func (sh *shard) sweep(now int64) (bool, error) {
 	expired, err := sh.expired(now)
 	if err != nil {
 		return false, sh.recordOutcome(err)
 	}
-	// Before the transaction: what it makes an orphan may still be found by a reader.
+	// Before the transaction: a reader may still find a blob that the transaction makes an orphan.
 	orphan, err := sh.unusedOrphan()
 	if err != nil {
 		return false, sh.recordOutcome(err)
@@ -5284,8 +5291,11 @@ func (sh *shard) deleteExpired(now int64) (bool, error) {
 		defer sh.cache.unblock(key)
 	}
 	err = sh.inTransaction(func(t *tx) error {
-		if orphan != 0 && t.exec(sweepQuery, orphan, chunksAtOnce) < chunksAtOnce {
-			t.exec(unorphanQuery, orphan)
+		if orphan != 0 {
+			swept := t.exec(sweepQuery, orphan, chunksAtOnce)
+			if swept < chunksAtOnce {
+				t.exec(unorphanQuery, orphan)
+			}
 		}
 		for _, b := range expired {
 			t.exec(deleteQuery, b.id)
@@ -5435,7 +5445,7 @@ type dataDir struct {
 	first   *record // of the first shard that could be opened; of the Rust server's, made up
 
 	defects int         // all of them
-	damaged []storedRow // blobs that are defects because of their content
+	damaged []storedRow // blobs whose content or row is damaged
 	blobs   int64
 	bytes   int64 // of the blobs, as the client sees them
 }
@@ -6028,7 +6038,7 @@ func cmdMigrate(ctx context.Context, cli *call) error {
 		return err
 	}
 	if copied.defects > 0 || copied.blobs != m.copied {
-		return fmt.Errorf("%d blobs were copied, %d are there, with %d defects: see the log",
+		return fmt.Errorf("%d blobs were copied, %d are there, with %d defects: see the lines above",
 			m.copied, copied.blobs, copied.defects)
 	}
 	if err := copied.completeCopy(); err != nil {
@@ -6048,6 +6058,7 @@ func (m *migration) fill(ctx context.Context, cfg *config, lock *sql.DB) error {
 	target.BatchSize = 64
 	target.BatchTimeoutMS = 0 // a misplaced row has a precondition, so it waits for its commit
 	// The clock stands at 1970, so that expired blobs are copied as well. The server deletes them.
+	// The times in the copy come from copyOf.
 	in1970 := func() time.Time { return time.Unix(0, 0) }
 	st, err := openStore(ctx, &target, lock, newLogger(cfg, m.from.stderr), in1970)
 	if err != nil {
