@@ -2056,7 +2056,7 @@ func (s *server) answerMissing(w *response, r *http.Request, key string) error {
 		// A reader of public blobs does not learn whether anything is below the key.
 		mayList := s.authorizeFolder(r) == nil
 		folderPath := pathOf(folder)
-		if mayList && folderPath != "" && s.findFolder(folder) == nil {
+		if mayList && folderPath != "" && s.store.hasPrefix(folder) {
 			return seeOther(w, "/blob/"+folderPath)
 		}
 	}
@@ -2391,11 +2391,12 @@ func contentTypeOf(r *http.Request) (string, error) {
 	sent := r.Header.Get("Content-Type")
 	media, _, _ := strings.Cut(sent, ";")
 	media = strings.ToLower(strings.TrimSpace(media))
+	isEncoded := strings.Join(r.Header["Content-Encoding"], "") != ""
 	switch {
 	case media == "multipart/form-data":
 		const text = "multipart/form-data is a form; send the file alone, as curl -T FILE does"
 		return "", badRequest(text)
-	case r.Header.Get("Content-Encoding") != "", r.Header.Get("Content-Range") != "":
+	case isEncoded, r.Header.Get("Content-Range") != "":
 		const text = "no Content-Encoding or Content-Range; send the whole content as it is"
 		return "", badRequest(text)
 	case len(sent) > 255, !utf8.ValidString(sent):
@@ -2971,6 +2972,17 @@ func (st *store) rows(l listing) iter.Seq2[listed, error] {
 	}
 }
 
+// hasPrefix reports whether a committed blob's key begins with prefix. It leaves out shards that
+// cannot be read, and waits for no queued write: whoever misses a key need not wait for other keys.
+func (st *store) hasPrefix(prefix string) bool {
+	for _, sh := range st.shards {
+		if sh.broken == nil && sh.hasPrefix(prefix) {
+			return true
+		}
+	}
+	return false
+}
+
 // ==== Directory ==================================================================================
 // The data directory: who may use it, what it says of itself, how it is created and opened. A
 // directory whose record differs from the configuration is refused: keys would be looked for in the
@@ -3185,7 +3197,9 @@ func creation(marker string, cfg *config) (*record, error) {
 		return r, nil
 	}
 	// It is on the disk before the first shard is made, else a second start could choose another.
-	r = &record{NumShards: cfg.NumShards, Hash: cfg.Hash, Directory: rand.Text()}
+	// An older version wrote the id of the directory alone.
+	id := cmp.Or(string(text), rand.Text())
+	r = &record{NumShards: cfg.NumShards, Hash: cfg.Hash, Directory: id}
 	text, _ = json.Marshal(r) // cannot fail
 	if err := os.WriteFile(marker, text, 0o600); err != nil {
 		return nil, err
@@ -3787,6 +3801,13 @@ func (b *blob) listed(key string) listed {
 		Version:     b.version,
 		Expires:     stamp(b.expires),
 	}
+}
+
+// hasPrefix reports whether a committed blob's key begins with prefix.
+func (sh *shard) hasPrefix(prefix string) bool {
+	now := sh.store.now().UnixMilli()
+	_, _, err := scanBlob(sh.pageStmt.QueryRow(prefix, prefix+afterPrefix, now, 1))
+	return err == nil
 }
 
 // ==== Writes =====================================================================================
@@ -6020,8 +6041,12 @@ func cmdMigrate(ctx context.Context, cli *call) error {
 		}
 		defer lock.Close()
 	}
-	if refuseForeign(dir, from.indexes[0]) != nil {
-		from.isRust = true
+	first, err := openSource(dir, from.indexes[0])
+	if err == nil { // else survey says what is wrong
+		from.isRust = first.record == nil
+		first.close()
+	}
+	if from.isRust {
 		from.first = &record{NumShards: int64(len(from.indexes)), Hash: "fnv1a"}
 	}
 	lock, err := from.beginCopy(ctx, cfg.DataDir)

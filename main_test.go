@@ -1923,6 +1923,7 @@ func TestHeaders(t *testing.T) {
 			read    /blob/k  -> 200  Blob-Created: 2026-01-02T03:04:05.679Z  Blob-Version: 0
 			# A write that a read could not give back is refused.
 			PUT     /blob/k  Content-Encoding: gzip        x  -> 400
+			PUT     /blob/k  Content-Encoding:  Content-Encoding: gzip  x  -> 400
 			PUT     /blob/k  Content-Range: bytes 0-1/2    x  -> 400
 			PUT     /blob/k  Content-Type: {repeat 256 x}  x  -> 400  ~longer than 255 bytes
 			PUT     /blob/k  Content-Type: a/BYTE           x  -> 400  ~or not UTF-8
@@ -2590,6 +2591,20 @@ func TestPagesAndTexts(t *testing.T) {
 		GET   /blob/f/        Accept: text/html  -> 200  Vary: Accept
 		read  /blob/f/                           -> 404  Vary: Accept
 		GET   /blob/f         Accept: text/html  -> 303  Vary: Accept
+	`)
+}
+
+// A browser finds a folder also beside a shard that is corrupt or locked, and without waiting.
+func TestFolderBesideSickShard(t *testing.T) {
+	script(t, `
+		serve   num_shards=2  async_write=true
+		PUT     /blob/f/1  v  -> 202
+		PUT     /blob/f/2  v  -> 202
+		list    prefix=f  -> 2
+		lock    data/shard_0.db
+		`+each(1, 9, "PUT  /blob/%d  v  -> 202")+`
+		GET     /blob/f     Accept: text/html  -> 303  Location: /blob/f/
+		unlock
 	`)
 }
 
@@ -4348,6 +4363,12 @@ func TestCompletedCreation(t *testing.T) {
 		GET    /blob/k  -> 200  v
 		stop
 		ls     data  -> 6  !blobnom.new
+	`)
+	script(t, `
+		# An older version wrote the id of the directory alone.
+		write  data/blobnom.new  an-id
+		serve
+		sql    data/shard_3.db  SELECT value FROM meta WHERE key = 'directory'  -> an-id
 	`)
 }
 
@@ -6166,6 +6187,19 @@ func TestCopiesMeet(t *testing.T) {
 		remove  to/blobnom.partial
 		same    to
 		alike   data  to
+	`)
+}
+
+// A Rust server that was killed in the middle of a checkpoint leaves a database that is whole only
+// together with its WAL.
+func TestMigrateHalfACheckpoint(t *testing.T) {
+	script(t, `
+		hold    live/shard_0.db  PRAGMA journal_mode = WAL; CREATE TABLE blobs (key TEXT PRIMARY KEY, data BLOB)
+		sql     live/shard_0.db  INSERT INTO blobs VALUES ('k', zeroblob(9000))
+		copy    live  rust
+		# The checkpoint has written the number of pages into the file, and not yet the pages.
+		overwrite rust/shard_0.db  28  `+"\x00\x00\x00\x40"+`
+		blobnom migrate rust  data_dir=to  num_shards=1  -> 0  ~1 blobs
 	`)
 }
 
