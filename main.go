@@ -3196,9 +3196,11 @@ func creation(marker string, cfg *config) (*record, error) {
 	if json.Unmarshal(text, r) == nil {
 		return r, nil
 	}
+	id := rand.Text()
+	if len(text) == len(id) { // an older version wrote the id alone
+		id = string(text)
+	}
 	// It is on the disk before the first shard is made, else a second start could choose another.
-	// An older version wrote the id of the directory alone.
-	id := cmp.Or(string(text), rand.Text())
 	r = &record{NumShards: cfg.NumShards, Hash: cfg.Hash, Directory: id}
 	text, _ = json.Marshal(r) // cannot fail
 	if err := os.WriteFile(marker, text, 0o600); err != nil {

@@ -4366,9 +4366,9 @@ func TestCompletedCreation(t *testing.T) {
 	`)
 	script(t, `
 		# An older version wrote the id of the directory alone.
-		write  data/blobnom.new  an-id
+		write  data/blobnom.new  ABCDEFGHIJKLMNOPQRSTUVWXYZ
 		serve
-		sql    data/shard_3.db  SELECT value FROM meta WHERE key = 'directory'  -> an-id
+		sql    data/shard_3.db  SELECT value FROM meta WHERE key = 'directory'  -> ABCDEFGHIJKLMNOPQRSTUVWXYZ
 	`)
 }
 
