@@ -3416,23 +3416,27 @@ func openShard(st *store, i int, cfg *config) (*shard, *record, error) {
 	if isCorrupt(err) {
 		r, err = sh.open() // SQLite may have said so of one read that failed
 	}
-	if err != nil {
-		sh.readers.Close()
-		sh.writer.Close()
-		err = sh.explain(err)
+	if err == nil {
+		return sh, r, nil
 	}
-	if isCorrupt(err) {
-		// A disk that cannot be read must not be taken for a shard to restore.
-		for _, path := range []string{sh.path, sh.path + "-wal"} {
-			if readErr := readAll(path); readErr != nil {
-				err = readErr
-			}
+	sh.readers.Close()
+	sh.writer.Close()
+	return sh, nil, fmt.Errorf("cannot open %s: %w", sh.path, sh.reasonOf(err))
+}
+
+// reasonOf returns why the shard, which is closed again, could not be opened. A disk that cannot be
+// read must not be taken for a shard to restore.
+func (sh *shard) reasonOf(err error) error {
+	err = sh.explain(err)
+	if !isCorrupt(err) {
+		return err
+	}
+	for _, path := range []string{sh.path, sh.path + "-wal"} {
+		if readErr := readAll(path); readErr != nil {
+			return readErr
 		}
 	}
-	if err != nil {
-		return sh, nil, fmt.Errorf("cannot open %s: %w", sh.path, err)
-	}
-	return sh, r, nil
+	return err
 }
 
 // readAll returns the system's error if a file cannot be read. The process must not have it open in
@@ -3648,33 +3652,41 @@ func (sh *shard) read(key string, headOnly bool) (*blobReader, error) {
 		return nil, err
 	}
 	b, generation := sh.cache.get(key)
-	found := b != nil
-	if !found {
-		sh.lookups.RLock() // until a chunked content is held
-		defer sh.lookups.RUnlock()
-		var err error
-		b, _, err = scanBlob(sh.rowStmt.QueryRow(key, !headOnly))
-		if isCorrupt(err) {
-			b, _, err = scanBlob(sh.rowStmt.QueryRow(key, !headOnly))
-		}
-		if err != nil {
-			return nil, sh.note(err)
-		}
-		b.renderHeader()
-	}
-	if !found && b.data != nil && !b.deflated { // blobReader verifies the others
-		if err := b.compare(crc32.ChecksumIEEE(b.data)); err != nil {
-			return nil, err
-		}
+	if b == nil {
+		return sh.lookUp(key, headOnly, generation)
 	}
 	if b.expired(sh.store.now().UnixMilli()) {
 		sh.cache.evict(key) // else a clock that goes back would bring it back
 		return nil, errNoBlob
 	}
-	if !found && !headOnly {
+	return &blobReader{shard: sh, blob: b}, nil
+}
+
+// lookUp is read for a key that was not in the cache when that had the generation. It has lookups
+// until it holds a chunked content.
+func (sh *shard) lookUp(key string, headOnly bool, generation int64) (*blobReader, error) {
+	sh.lookups.RLock()
+	defer sh.lookups.RUnlock()
+	b, _, err := scanBlob(sh.rowStmt.QueryRow(key, !headOnly))
+	if isCorrupt(err) {
+		b, _, err = scanBlob(sh.rowStmt.QueryRow(key, !headOnly))
+	}
+	if err != nil {
+		return nil, sh.note(err)
+	}
+	b.renderHeader()
+	if b.data != nil && !b.deflated { // blobReader verifies deflated and chunked contents
+		if err := b.compare(crc32.ChecksumIEEE(b.data)); err != nil {
+			return nil, err
+		}
+	}
+	if b.expired(sh.store.now().UnixMilli()) {
+		return nil, errNoBlob
+	}
+	if !headOnly {
 		sh.cache.put(key, b, generation)
 	}
-	if b.chunked() { // never cached, so it was just looked up
+	if b.chunked() {
 		sh.hold(b.id)
 	}
 	return &blobReader{shard: sh, blob: b}, nil
@@ -3866,27 +3878,24 @@ func (sh *shard) receive(body io.Reader, b *blob, p *putOptions) error {
 }
 
 // upload streams a body of more than one chunk into the chunks table, all but its last chunk, which
-// it returns packed. current is what was read already: a chunk and a byte of the next. upload gives
+// it returns packed. sending is what was read already: a chunk and a byte of the next. upload gives
 // b an id and holds it. put releases it if receiving fails, write if queueing fails, else finish.
 //
-// While the batcher stores the chunk in current, the next one is read into ahead and packed. A
-// chunk that is not deflated lies in its buffer, so the buffers change places only after the
-// commit.
-func (sh *shard) upload(body io.Reader, current []byte, b *blob) (last []byte, err error) {
+// While the batcher stores the chunk in sending, the next one is read into receiving and packed.
+func (sh *shard) upload(body io.Reader, sending []byte, b *blob) (last []byte, err error) {
 	b.id = sh.nextID.Add(1)
 	sh.hold(b.id)
-	ahead := make([]byte, 0, chunkSize+1+bytes.MinRead) // so that a bytes.Buffer need not grow it
-	packed := b.pack(current[:chunkSize])
+	receiving := make([]byte, 0, chunkSize+1+bytes.MinRead) // a bytes.Buffer need not grow it
+	packed := b.pack(sending[:chunkSize])
 	for sequence := int64(0); ; sequence++ {
 		o := sh.chunkOp(b.id, sequence, packed)
 		if err := sh.submit(o); err != nil {
 			return nil, err
 		}
 		var readErr error
-		ahead = append(ahead[:0], current[chunkSize:]...) // the byte that was read too far
-		ahead, readErr = readChunk(body, ahead, -1)
-		next := ahead[:min(len(ahead), chunkSize)]
-		packed = b.pack(next)
+		receiving = append(receiving[:0], sending[chunkSize:]...) // the byte that was read too far
+		receiving, readErr = readChunk(body, receiving, -1)
+		packed = b.pack(receiving[:min(len(receiving), chunkSize)])
 		<-o.done
 		if o.err != nil { // first: a full disk is what the client has to hear of
 			return nil, o.err
@@ -3894,10 +3903,11 @@ func (sh *shard) upload(body io.Reader, current []byte, b *blob) (last []byte, e
 		if readErr != nil {
 			return nil, readErr
 		}
-		if len(ahead) <= chunkSize {
+		if len(receiving) <= chunkSize {
 			return packed, nil
 		}
-		current, ahead = ahead, current
+		// Only now: a chunk that is not deflated lies in its buffer until it is committed.
+		sending, receiving = receiving, sending
 	}
 }
 
@@ -4798,7 +4808,7 @@ func (c *chunkData) Scan(value any) error {
 }
 
 func (br *blobReader) close() {
-	if br.blob.chunked() { // see shard.read
+	if br.blob.chunked() { // see lookUp
 		br.shard.release(br.blob.id)
 	}
 }
@@ -4916,7 +4926,7 @@ func (br *blobReader) decode(stored []byte) ([]byte, error) {
 			return nil, err
 		}
 	}
-	if b.chunked() || b.deflated || br.zipped { // shard.read has verified the others
+	if b.chunked() || b.deflated || br.zipped { // lookUp has verified the others
 		if err := br.verify(data); err != nil {
 			return nil, err
 		}
@@ -5258,29 +5268,40 @@ func (sh *shard) reclaim(full bool) (more bool, err error) {
 		return false, sh.recordOutcome(err)
 	}
 	if hasWork {
-		more, err := sh.sweep(now)
-		if more || err != nil {
-			return more, err
+		hasSwept, err := sh.sweep(now)
+		if hasSwept || err != nil {
+			return hasSwept, err
 		}
 	}
 	if err := sh.tryWrite(); err != nil {
 		return false, err
 	}
-	if time.Since(sh.sampledAt) >= sweepInterval {
-		sh.recentBytes = sh.written - sh.sampledBytes
-		sh.sampledBytes = sh.written
-		sh.sampledAt = time.Now()
-	}
+	sh.sampleWrites()
 	isMuch := free > max(vacuumPages, pages/8) && free*sh.pageBytes > sh.recentBytes
 	mustReturn := isMuch || (full && free > 0)
 	if !mustReturn {
 		return false, nil
 	}
-	_, err = sh.writer.Exec(fmt.Sprintf("PRAGMA incremental_vacuum(%d)", vacuumPages))
-	if err := sh.recordOutcome(err); err != nil {
-		return false, err
+	return true, sh.returnPages()
+}
+
+// sampleWrites notes, once a second, how much was written in the second before.
+func (sh *shard) sampleWrites() {
+	if time.Since(sh.sampledAt) < sweepInterval {
+		return
 	}
-	return true, sh.truncateWAL() // the file shrinks with the checkpoint
+	sh.recentBytes = sh.written - sh.sampledBytes
+	sh.sampledBytes = sh.written
+	sh.sampledAt = time.Now()
+}
+
+// returnPages returns some free pages to the file system.
+func (sh *shard) returnPages() error {
+	_, err := sh.writer.Exec(fmt.Sprintf("PRAGMA incremental_vacuum(%d)", vacuumPages))
+	if err := sh.recordOutcome(err); err != nil {
+		return err
+	}
+	return sh.truncateWAL() // the file shrinks with the checkpoint
 }
 
 // tryWrite begins a transaction, which fails if another process has the lock. If the shard is not
