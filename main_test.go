@@ -2401,7 +2401,7 @@ func TestListingOfCorruptShard(t *testing.T) {
 		GET    /blob/f/  Accept: text/html   -> 500  shard is corrupt
 		GET    /blob/corrupt                 -> 500  shard is corrupt
 		GET    /blob/f/k                     -> 200  text
-		GET    /blob/f   Accept: text/html   -> 404
+		GET    /blob/f   Accept: text/html   -> 303
 		GET    /blob/missing                 -> 404
 		stop
 		remove data
