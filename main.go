@@ -489,8 +489,8 @@ func commandNamed(name string) (command, error) {
 	return command{}, usageError(fmt.Sprintf("there is no command %q", name))
 }
 
-// dispatch parses the command line and runs the command. Its own flags stand
-// behind its name, -config and -version before or behind it.
+// dispatch parses the command line and runs the command. Its own flags stand behind its name,
+// -config and -version before or behind it.
 func (cli *call) dispatch(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("blobnom", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
@@ -2234,11 +2234,10 @@ th + th, td + td { padding-left: 1rem; white-space: nowrap; opacity: .7 }
 <td>{{slice .Updated 0 10}} {{slice .Updated 11 16}}{{end}}
 {{end}}`))
 
-// uploadScript uploads chosen and dropped files into the folder. Files that were
-// chosen or dropped together are a batch: three of them are sent at a time. At its end the script
-// asks, once, whether to replace the blobs that exist. Then it reloads the page, unless a file was
-// not uploaded. Without JavaScript the
-// controls stay hidden.
+// uploadScript uploads chosen and dropped files into the folder. Files that were chosen or dropped
+// together are a batch: three of them are sent at a time. At its end the script asks, once, whether
+// to replace the blobs that exist. Then it reloads the page, unless a file was not uploaded.
+// Without JavaScript the controls stay hidden.
 const uploadScript = `
 const box = document.getElementById('upload')
 const [list, note, sub] = ['ul', 'output', '[name=sub]'].map(name => box.querySelector(name))

@@ -591,19 +591,6 @@ func (s *testServer) listAll(prefix string, limit int) (keys []string) {
 // A body of unknown length hides its type, so that the client chunks it.
 func unknownLength(b []byte) io.Reader { return io.MultiReader(bytes.NewReader(b)) }
 
-// lockShard keeps the first shard from being written, as another process would. A write gives up
-// after 200 ms.
-func (s *testServer) lockShard() (unlock func()) {
-	s.t.Helper()
-	gate(s.store.shards[0])() // the first upkeep is over: it may set another timeout
-	noErr(s.store.shards[0].writer.Exec("PRAGMA busy_timeout = 200"))
-	db := hold(s.t, openDB(filepath.Join(s.store.dir, shardName(0)), busyPragma()), "BEGIN IMMEDIATE")
-	return func() {
-		_, err := db.Exec("ROLLBACK")
-		fatal(s.t, err)
-	}
-}
-
 // snapshot maps every file in dir to its content's hash.
 func snapshot(t testing.TB, dir string) map[string]string {
 	t.Helper()
@@ -3119,21 +3106,25 @@ func TestHealth(t *testing.T) {
 	`)
 }
 
+// stuckWrites are answered 202 while another process has the lock. A try to commit them takes 200 ms.
+const stuckWrites = `
+	serve   num_shards=1  async_write=true
+	writer  PRAGMA busy_timeout = 200
+	lock    data/shard_0.db
+	PUT     /blob/k  v  -> 202
+	PUT     /blob/l  v  -> 202
+`
+
 // A stop waits for another process that has locked a shard. Nothing that was answered 202 is lost.
 func TestStopWaitsForLock(t *testing.T) {
 	t.Parallel() // it mostly waits
-	s := script(t, "serve  num_shards=1  async_write=true")
-	unlock := s.lockShard()
-	s.script(`
-		PUT /blob/k  v  -> 202
-		PUT /blob/l  v  -> 202
-	`)
+	s := script(t, stuckWrites)
 	stopped := make(chan error)
 	go func() { stopped <- s.stop() }()
 	<-s.store.stopping.Done()
 	enough := s.store.batches.Load() + 2
 	eventually(t, "tried again", func() bool { return s.store.batches.Load() >= enough })
-	unlock()
+	s.script("unlock")
 	fatal(t, <-stopped)
 	s.script(`
 		log answered 202 failed  -> 0
@@ -3146,14 +3137,8 @@ func TestStopWaitsForLock(t *testing.T) {
 // A lock that stays does not keep the server from ending. What is lost is in the log.
 func TestStopDespiteLock(t *testing.T) {
 	t.Parallel() // it mostly waits
-	s := script(t, "serve  num_shards=1  async_write=true")
+	s := script(t, stuckWrites)
 	s.store.drainTimeout = time.Second
-	unlock := s.lockShard()
-	defer unlock()
-	s.script(`
-		PUT /blob/k  v  -> 202
-		PUT /blob/l  v  -> 202
-	`)
 	stopped := make(chan error, 1)
 	go func() { stopped <- s.stop() }()
 	select {
