@@ -497,7 +497,7 @@ func (cli *call) dispatch(ctx context.Context, args []string) error {
 	flags.StringVar(&cli.configFile, "config", "", "")
 	showVersion := flags.Bool("version", false, "")
 	err := flags.Parse(args)
-	cli.args = flags.Args()
+	cli.args = flags.Args() // what stands behind -h is explained, too
 	if errors.Is(err, flag.ErrHelp) {
 		return cmdHelp(ctx, cli)
 	}
@@ -1325,14 +1325,13 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // cleanPath resolves dot segments. Then it encodes all that follows /blob/ as one segment, so that
 // the mux finds nothing to redirect to another key: no empty segment, and no dot segment that the
-// client had percent-encoded. So /blob/x/../a//b becomes /blob/a%2F%2Fb. The mux does not redirect
-// a path that path.Clean leaves alone.
+// client had percent-encoded. So /blob/x/../a//b becomes /blob/a%2F%2Fb.
 func cleanPath(u *url.URL) error {
 	if u.Path == "" { // GET http://host HTTP/1.1
 		u.Path = "/"
 	}
 	sent := u.EscapedPath()
-	if path.Clean(sent) == sent {
+	if path.Clean(sent) == sent { // nearly always: the mux does not redirect it either
 		return nil
 	}
 	// ResolveReference does what RFC 3986 5.2.4 says, even against an empty URL.
@@ -1697,21 +1696,26 @@ func isPlainGet(r *http.Request) bool {
 	return r.Method == http.MethodGet
 }
 
-// normalizeRange edits the Range of r, which http.ServeContent reads. It removes several ranges,
-// other units, a range of an empty blob, which ServeContent answers wrongly, and a range with a
-// date as its condition: two writes may have the same date.
+// normalizeRange edits the Range of r before http.ServeContent reads it. It removes the header, so
+// that the whole blob is sent, if
+//   - it has several ranges, or another unit than bytes
+//   - its condition, If-Range, is a date: two writes may have the same date
+//   - the blob is empty: ServeContent answers its ranges wrongly
+//
+// The range bytes=-0, the last 0 bytes, is to be answered 416. ServeContent does that for a range
+// that begins behind the end.
 func normalizeRange(r *http.Request, size int64) {
 	ranges := r.Header.Get("Range")
 	isOne := strings.HasPrefix(ranges, "bytes=") && !strings.Contains(ranges, ",")
 	condition := r.Header.Get("If-Range")
-	isDated := condition != "" && condition[0] != '"' // or a weak tag, which never matches
-	if !isOne || isDated || size == 0 {
+	isDate := condition != "" && condition[0] != '"' // or a weak tag, which never matches
+	if !isOne || isDate || size == 0 {
 		delete(r.Header, "Range")
 		return
 	}
-	isEmpty := strings.TrimRight(ranges, "0") == "bytes=-" // the last 0 bytes
-	if isEmpty {
-		r.Header.Set("Range", fmt.Sprintf("bytes=%d-", size)) // which ServeContent answers with 416
+	isLastZero := strings.TrimRight(ranges, "0") == "bytes=-"
+	if isLastZero {
+		r.Header.Set("Range", fmt.Sprintf("bytes=%d-", size))
 	}
 }
 
@@ -2112,33 +2116,39 @@ func (s *server) writeFolder(w io.Writer, folder string) error {
 	if err := pageTemplates.ExecuteTemplate(w, "folder", top); err != nil {
 		return err
 	}
-	all := listing{prefix: folder, delimiter: "/", limit: defaultPage}
-	folders := 0
-	files := 0
-	size := int64(0) // of the files
-	for _, areFolders := range []bool{true, false} {
-		for row, err := range s.store.rows(all) {
-			if err != nil {
-				return err
-			}
-			if row.isFolder() != areFolders {
-				continue
-			}
-			if areFolders {
-				folders++
-			} else {
-				files++
-				size += row.Size
-			}
-			row.Key = strings.TrimPrefix(row.Key, folder) // names and links are relative
-			if err := pageTemplates.ExecuteTemplate(w, "row", row); err != nil {
-				return err
-			}
-		}
+	folders, _, err := s.writeRows(w, folder, listed.isFolder)
+	if err != nil {
+		return err
+	}
+	files, size, err := s.writeRows(w, folder, listed.isFile)
+	if err != nil {
+		return err
 	}
 	const foot = "</table>\n<p>Folders: %d. Files: %d, %s.\n"
-	_, err := fmt.Fprintf(w, foot, folders, files, humanSize(size))
+	_, err = fmt.Fprintf(w, foot, folders, files, humanSize(size))
 	return err
+}
+
+// writeRows writes the rows of a folder that are wanted. It returns how many there are, and the sum
+// of their sizes.
+func (s *server) writeRows(w io.Writer, folder string, isWanted func(listed) bool) (
+	count int, size int64, err error) {
+	all := listing{prefix: folder, delimiter: "/", limit: defaultPage}
+	for row, err := range s.store.rows(all) {
+		if err != nil {
+			return 0, 0, err
+		}
+		if !isWanted(row) {
+			continue
+		}
+		count++
+		size += row.Size
+		row.Key = strings.TrimPrefix(row.Key, folder) // names and links are relative
+		if err := pageTemplates.ExecuteTemplate(w, "row", row); err != nil {
+			return 0, 0, err
+		}
+	}
+	return count, size, nil
 }
 
 // folderTop is what stands above the rows of a folder page.
@@ -2153,11 +2163,12 @@ type crumb struct{ Name, URL string }
 
 // crumbsOf returns the parts of a folder's path, from the top folder down.
 func crumbsOf(folder string) []crumb {
-	names := strings.SplitAfter("/"+folder, "/") // the last one is empty
-	depth := len(names) - 2
+	parts := strings.SplitAfter("/"+folder, "/") // of "a/": "/", "a/" and ""
+	parts = parts[:len(parts)-1]
 	var crumbs []crumb
-	for i, name := range names[:depth+1] {
-		crumbs = append(crumbs, crumb{name, strings.Repeat("../", depth-i)})
+	for i, name := range parts {
+		levels := len(parts) - 1 - i // up to it from the folder
+		crumbs = append(crumbs, crumb{name, strings.Repeat("../", levels)})
 	}
 	return crumbs
 }
@@ -2235,22 +2246,23 @@ th + th, td + td { padding-left: 1rem; white-space: nowrap; opacity: .7 }
 {{end}}`))
 
 // uploadScript uploads chosen and dropped files into the folder. Files that were chosen or dropped
-// together are a batch: three of them are sent at a time. At its end the script asks, once, whether
-// to replace the blobs that exist. Then it reloads the page, unless a file was not uploaded.
-// Without JavaScript the controls stay hidden.
+// together are a group: three of them are sent at a time. At its end the script asks, once, whether
+// to replace the blobs that exist. When no group is left, it reloads the page, unless a file was not
+// uploaded. Without JavaScript the controls stay hidden.
 const uploadScript = `
 const box = document.getElementById('upload')
 const [list, note, sub] = ['ul', 'output', '[name=sub]'].map(name => box.querySelector(name))
-let batches = 0
+let groups = 0
 async function upload(files, dirs = sub.value.split('/').filter(dir => !/^\.{0,2}$/.test(dir))) {
-  batches++
+  groups++
   const waiting = [...await files], existing = []
   const work = async () => { while (waiting.length) await send(waiting, dirs, existing) }
   await Promise.all([work(), work(), work()])
   const names = existing.map(file => file.path).join('\n').slice(0, 500)
   const question = existing.length + ' exist already. Replace all of them?\n' + names
   if (names && confirm(question)) await upload(existing, dirs)
-  if (--batches) return
+  groups--
+  if (groups > 0) return
   if (list.firstChild) note.value = 'Reload this page for the new list. Not uploaded:'
   else location.reload()
 }
@@ -2275,11 +2287,11 @@ async function walk(entry) {
   const read = (from, method) => new Promise((done, failed) => from[method](done, failed))
   if (entry.isFile) return Object.assign(await read(entry, 'file'), {path: entry.fullPath.slice(1)})
   const reader = entry.createReader(), found = []
-  for (let some = [entry]; some.length;) {
-    some = await read(reader, 'readEntries')
+  while (true) {
+    const some = await read(reader, 'readEntries')
+    if (!some.length) return found.flat()
     found.push(...await Promise.all(some.map(walk)))
   }
-  return found.flat()
 }
 for (const input of box.querySelectorAll('[type=file]')) {
   input.onchange = () => upload(input.files)
@@ -2290,9 +2302,10 @@ document.ondrop = event => {
   event.preventDefault()
   const entries = [...event.dataTransfer.items].map(item => item.webkitGetAsEntry())
   const walked = Promise.all(entries.filter(entry => entry).map(walk))
-  upload(walked.then(found => found.flat(), error => alert(error) ?? []))
+  const none = error => { alert(error); return [] }
+  upload(walked.then(found => found.flat(), none))
 }
-window.onbeforeunload = event => { if (batches) event.preventDefault() }
+window.onbeforeunload = event => { if (groups > 0) event.preventDefault() }
 box.hidden = false
 `
 
@@ -2636,9 +2649,9 @@ func (s *server) authorize(r *http.Request) error {
 		return nil
 	}
 	token := sentToken(r)
-	mayWrite := isSame(token, s.cfg.AuthToken)
-	mayRead := mayWrite || (token != "" && isSame(token, s.cfg.ReadToken))
-	if isTokenSent(r) && !mayRead {
+	isWriter := isSame(token, s.cfg.AuthToken)
+	isReader := s.cfg.ReadToken != "" && isSame(token, s.cfg.ReadToken)
+	if isTokenSent(r) && !isWriter && !isReader {
 		return errUnauthorized
 	}
 	if r.Method == http.MethodOptions { // the answer says only which methods there are
@@ -2648,23 +2661,22 @@ func (s *server) authorize(r *http.Request) error {
 	if query.Has("sig") {
 		return s.checkSignature(r, query)
 	}
-	if mayWrite {
-		return nil
-	}
 	isRead := r.Method == http.MethodGet || r.Method == http.MethodHead
 	isPublic := s.cfg.PublicRead && r.PathValue("key") != ""
 	switch {
-	case isRead && (mayRead || isPublic):
+	case isWriter:
 		return nil
-	case mayRead:
+	case isRead && (isReader || isPublic):
+		return nil
+	case isReader:
 		return errReadOnly
 	}
 	return errUnauthorized
 }
 
-// authorizeFolder returns an error if r was let through only because blobs are public: public_read
-// does not open folder pages. The handler calls it, not authorize: only after a look for the blob
-// is it known whether "a/" is a blob or a folder.
+// authorizeFolder returns an error if r has no token but needs one: public_read does not open
+// folder pages. authorize has refused a wrong token. It cannot decide this, too, because only after
+// a look for the blob is it known whether "a/" is a blob or a folder.
 func (s *server) authorizeFolder(r *http.Request) error {
 	if s.cfg.AuthToken != "" && !isTokenSent(r) {
 		return errUnauthorized
@@ -2907,6 +2919,7 @@ type listed struct {
 }
 
 func (row listed) isFolder() bool { return row.ETag == "" }
+func (row listed) isFile() bool   { return !row.isFolder() }
 
 func compareKeys(a, b listed) int  { return strings.Compare(a.Key, b.Key) }
 func haveSameKey(a, b listed) bool { return a.Key == b.Key }
@@ -3522,7 +3535,7 @@ func (sh *shard) prepare() error {
 	}{
 		{&sh.rowStmt, sh.readers, rowQuery},
 		{&sh.pageStmt, sh.readers, pageQuery},
-		{&sh.dataStmt, sh.readers, "SELECT data FROM chunks WHERE id = ?"},
+		{&sh.dataStmt, sh.readers, dataQuery},
 		{&sh.findStmt, sh.writer, rowQuery},
 	} {
 		var err error
@@ -3578,9 +3591,6 @@ func (sh *shard) close() error {
 // setState makes err the shard's state; nil: it is well. Damage and a failed sync stay until a
 // restart. Any other state ends with the next write that succeeds; upkeep tries one every second.
 func (sh *shard) setState(err error) {
-	if sh.store == nil {
-		return // a source of check, backup or migrate
-	}
 	sh.stateMu.Lock()
 	defer sh.stateMu.Unlock()
 	old := sh.state
@@ -3643,6 +3653,7 @@ const blobColumns = `id, key, size, stored, codec, coalesce(crc32, 0), sha256, c
 const rowQuery = `SELECT ` + blobColumns + `, CASE WHEN ?2 THEN data END FROM blobs WHERE key = ?1`
 const pageQuery = `SELECT ` + blobColumns + `, NULL FROM blobs
 	WHERE key >= ?1 AND key < ?2 AND (expires_at IS NULL OR expires_at > ?3) ORDER BY key LIMIT ?4`
+const dataQuery = `SELECT data FROM chunks WHERE id = ?`
 
 // read returns the content under key, or errNoBlob; headOnly leaves it on the disk. The caller
 // closes it.
@@ -3658,7 +3669,7 @@ func (sh *shard) read(key string, headOnly bool) (*blobReader, error) {
 		sh.cache.evict(key) // else a clock that goes back would bring it back
 		return nil, errNoBlob
 	}
-	return &blobReader{shard: sh, blob: b}, nil
+	return sh.reader(b), nil
 }
 
 // lookUp is read for a key that was not in the cache when that had the generation. It has lookups
@@ -3688,7 +3699,11 @@ func (sh *shard) lookUp(key string, headOnly bool, generation int64) (*blobReade
 	if b.chunked() {
 		sh.hold(b.id)
 	}
-	return &blobReader{shard: sh, blob: b}, nil
+	return sh.reader(b), nil
+}
+
+func (sh *shard) reader(b *blob) *blobReader {
+	return &blobReader{shard: sh, dataStmt: sh.dataStmt, blob: b}
 }
 
 // hold adds a use of a content: a content in use is not swept. release takes it back.
@@ -3761,7 +3776,7 @@ func (sh *shard) list(l listing, from, to string) ([]listed, error) {
 	}
 	var page []listed
 	isAgain := false
-	for from != "" && len(page) <= l.limit {
+	for len(page) <= l.limit {
 		now := sh.store.now().UnixMilli()
 		left := l.limit + 1 - len(page)
 		rows, err := sh.pageStmt.Query(from, to, now, left)
@@ -3777,6 +3792,9 @@ func (sh *shard) list(l listing, from, to string) ([]listed, error) {
 			return nil, sh.note(err)
 		}
 		page = append(page, some...)
+		if next == "" {
+			break
+		}
 		from = next
 	}
 	return page, nil
@@ -3842,7 +3860,7 @@ func (sh *shard) put(key string, body io.Reader, p *putOptions) (_ *blob, queued
 	if err := sh.precheck(key, p.conditions); err != nil {
 		return nil, false, err
 	}
-	b := &blob{contentType: p.contentType, deflated: sh.store.deflate} // if that pays: see pack
+	b := &blob{contentType: p.contentType}
 	if err := sh.receive(body, b, p); err != nil {
 		if b.id != 0 {
 			sh.release(b.id)
@@ -3864,9 +3882,8 @@ func (sh *shard) receive(body io.Reader, b *blob, p *putOptions) error {
 	if err != nil {
 		return err
 	}
-	if len(first) <= chunkSize {
-		b.data = b.pack(first)
-	} else {
+	b.data = b.packFirst(first[:min(len(first), chunkSize)], sh.store.deflate)
+	if len(first) > chunkSize {
 		b.data, err = sh.upload(body, first, b)
 	}
 	if err != nil {
@@ -3877,15 +3894,16 @@ func (sh *shard) receive(body io.Reader, b *blob, p *putOptions) error {
 }
 
 // upload streams a body of more than one chunk into the chunks table, all but its last chunk, which
-// it returns packed. sending is what was read already: a chunk and a byte of the next. upload gives
-// b an id and holds it. put releases it if receiving fails, write if queueing fails, else finish.
+// it returns packed. sending is what was read already: a chunk, which b.data has packed, and a byte
+// of the next. upload gives b an id and holds it. put releases it if receiving fails, write if
+// queueing fails, else finish.
 //
 // While the batcher stores the chunk in sending, the next one is read into receiving and packed.
 func (sh *shard) upload(body io.Reader, sending []byte, b *blob) (last []byte, err error) {
 	b.id = sh.nextID.Add(1)
 	sh.hold(b.id)
 	receiving := make([]byte, 0, chunkSize+1+bytes.MinRead) // a bytes.Buffer need not grow it
-	packed := b.pack(sending[:chunkSize])
+	packed := b.data
 	for sequence := int64(0); ; sequence++ {
 		o := sh.chunkOp(b.id, sequence, packed)
 		if err := sh.submit(o); err != nil {
@@ -3894,7 +3912,7 @@ func (sh *shard) upload(body io.Reader, sending []byte, b *blob) (last []byte, e
 		var readErr error
 		receiving = append(receiving[:0], sending[chunkSize:]...) // the byte that was read too far
 		receiving, readErr = readChunk(body, receiving, -1)
-		packed = b.pack(receiving[:min(len(receiving), chunkSize)])
+		packed = b.packNext(receiving[:min(len(receiving), chunkSize)])
 		<-o.done
 		if o.err != nil { // first: a full disk is what the client has to hear of
 			return nil, o.err
@@ -4144,7 +4162,7 @@ func (q *batcher) run() {
 				q.putBack(again)
 			}
 			clear(batch) // the queue's array must not keep contents alive
-			q.signal()   // look for the next: select chooses between that and upkeep by chance
+			q.signal()   // more may be queued: the select below must not wait for others
 		}
 		select {
 		case <-q.wake:
@@ -4195,7 +4213,8 @@ func (q *batcher) take() (batch []*op, wait time.Duration, ended bool) {
 // left, because a failed COMMIT is rolled back.
 
 // tx is one transaction on a shard's write connection, and lives as long as it. After the first
-// statement that fails, err is its error and exec does nothing any more.
+// statement that fails, err is its error and exec does nothing any more. A function that runs in a
+// transaction returns err, or an error of its own: either one rolls back.
 type tx struct {
 	shard *shard
 	err   error
@@ -4404,25 +4423,27 @@ func (sh *shard) endBatch(batch []*op, err error) (again []*op) {
 	return again
 }
 
-// tryAlone is an attempt at a batch of one. A delete that finds the disk full frees more than it
-// takes: it may have the room of the reserve, which is given up by now, and then that of the WAL.
+// tryAlone is an attempt at a batch of one operation. It repeats an attempt that found the file
+// damaged, because perhaps only a read failed, and a delete that found the disk full: a delete frees
+// more than it takes.
 func (sh *shard) tryAlone(batch []*op) error {
 	err := sh.tryBatch(batch)
 	if isCorrupt(err) {
 		return sh.tryBatch(batch)
 	}
-	if !batch[0].frees || !errors.Is(err, errFull) {
+	if !batch[0].frees {
 		return err
 	}
-	err = sh.tryBatch(batch)
-	if !errors.Is(err, errFull) {
-		return err
+	if errors.Is(err, errFull) { // the failure has given up the reserve: there is room now
+		err = sh.tryBatch(batch)
 	}
-	err = sh.truncateWAL()
-	if err != nil {
-		return err
+	if errors.Is(err, errFull) { // that was not enough: empty the WAL
+		err = sh.truncateWAL()
+		if err == nil {
+			err = sh.tryBatch(batch)
+		}
 	}
-	return sh.tryBatch(batch)
+	return err
 }
 
 // tryBatch runs batch as one transaction. An operation whose precondition fails changes nothing:
@@ -4663,25 +4684,35 @@ func isPromising(chunk []byte) bool {
 	return isWorthwhile(sample, deflate(sample))
 }
 
-// pack returns the next chunk of b as it will be stored, and counts it. The first chunk decides for
-// all whether the blob is deflated.
-func (b *blob) pack(chunk []byte) []byte {
-	isFirst := b.size == 0
-	if isFirst && b.deflated {
-		b.deflated = isPromising(chunk)
+// packFirst returns the first chunk of b as it will be stored. It decides whether b is deflated.
+func (b *blob) packFirst(chunk []byte, mayDeflate bool) []byte {
+	if mayDeflate && isPromising(chunk) {
+		data := deflate(chunk)
+		if isWorthwhile(chunk, data) {
+			b.deflated = true
+			b.count(chunk, data)
+			return data
+		}
 	}
+	b.count(chunk, chunk)
+	return chunk
+}
+
+// packNext returns another chunk of b as it will be stored.
+func (b *blob) packNext(chunk []byte) []byte {
 	data := chunk
 	if b.deflated {
 		data = deflate(chunk)
 	}
-	if b.deflated && isFirst && !isWorthwhile(chunk, data) {
-		b.deflated = false
-		data = chunk
-	}
+	b.count(chunk, data)
+	return data
+}
+
+// count adds a chunk, stored as data, to the sizes and the checksum of b.
+func (b *blob) count(chunk, data []byte) {
 	b.crc = crc32.Update(b.crc, crc32.IEEETable, chunk)
 	b.size += int64(len(chunk))
 	b.stored += int64(len(data))
-	return data
 }
 
 // What a gzip member has around deflated chunks, besides eight bytes of checksum and size.
@@ -4785,16 +4816,17 @@ func entryBytes(key string, b *blob) int { return len(key) + len(b.data) + len(b
 // the next by a query of its own, so that a slow client holds neither a connection nor a
 // transaction. It is an io.ReadSeeker for http.ServeContent.
 type blobReader struct {
-	shard  *shard
-	blob   *blob
-	zipped bool   // read it as one gzip member
-	next   int64  // sequence number of the next chunk
-	skip   int64  // bytes of the next chunk before the position
-	unread []byte // what was loaded and not yet read; it may be the cache's: not to be changed
-	stored int64  // bytes of the chunks so far, as they are stored
-	crc    uint32 // of the chunks so far, as the client sees them
+	shard    *shard // nil: the blob is in a source
+	dataStmt *sql.Stmt
+	blob     *blob
 
-	isPartial bool // it does not begin with the first chunk
+	zipped    bool   // read it as one gzip member
+	next      int64  // sequence number of the next chunk
+	skip      int64  // bytes of the next chunk before the position
+	unread    []byte // loaded and not yet read; it may be the cache's: not to be changed
+	stored    int64  // bytes of the chunks so far, as they are stored
+	crc       uint32 // of the chunks so far, as the client sees them
+	isPartial bool   // it does not begin with the first chunk
 }
 
 // chunkData takes the data of a chunk from a row, without a copy. The driver allocates it for each
@@ -4865,6 +4897,9 @@ func (br *blobReader) load() error {
 	if err == nil {
 		data, err = br.decode(data)
 	}
+	if err != nil && br.shard == nil {
+		return translate(err)
+	}
 	if err != nil {
 		return br.shard.note(err)
 	}
@@ -4879,16 +4914,16 @@ func (br *blobReader) chunkLen() int64 {
 	return min(chunkSize, br.blob.size-br.next*chunkSize)
 }
 
-// fetch returns the next chunk as it is stored. It fails if there is none or its length is wrong
-// (inflate compares that of a deflated one): a download is whole or visibly cut.
+// fetch returns the next chunk as it is stored. It fails if there is none or its length is wrong: a
+// download is whole or visibly cut.
 func (br *blobReader) fetch() ([]byte, error) {
 	b := br.blob
 	data := chunkData(b.data)
 	if b.chunked() {
 		id := b.id<<seqBits | br.next
-		err := br.shard.dataStmt.QueryRow(id).Scan(&data)
+		err := br.dataStmt.QueryRow(id).Scan(&data)
 		if isCorrupt(err) {
-			err = br.shard.dataStmt.QueryRow(id).Scan(&data)
+			err = br.dataStmt.QueryRow(id).Scan(&data)
 		}
 		if errors.Is(err, sql.ErrNoRows) {
 			const text = "%w: chunk %d of content %d is missing"
@@ -4899,11 +4934,13 @@ func (br *blobReader) fetch() ([]byte, error) {
 		}
 	}
 	size := int64(len(data))
-	isWhole := b.chunked() || size == b.stored
-	if !b.deflated && size != br.chunkLen() {
-		isWhole = false
+	expected := size // of a deflated chunk: inflate compares
+	if !b.deflated {
+		expected = br.chunkLen()
+	} else if !b.chunked() {
+		expected = b.stored
 	}
-	if !isWhole {
+	if size != expected {
 		const text = "%w: chunk %d of content %d has %d bytes"
 		return nil, fmt.Errorf(text, errDamaged, br.next, b.id, size)
 	}
@@ -5577,7 +5614,7 @@ type source struct {
 	record    *record   // nil: the Rust server wrote the shard
 	structure *sql.Stmt // what is wrong with the shard as a whole: a text a row
 	nextRow   *sql.Stmt // the first row of a range of ids, as scanBlob wants it
-	chunks    shard     // what a blobReader needs of one: only dataStmt is set
+	dataStmt  *sql.Stmt // a chunk's data by its id; nil for the Rust server's
 }
 
 // storedRow is a blob in a source, as its row says.
@@ -5651,7 +5688,7 @@ func (s *source) prepare() error {
 		if err != nil {
 			return err
 		}
-		s.chunks.dataStmt, err = s.db.Prepare("SELECT data FROM chunks WHERE id = ?")
+		s.dataStmt, err = s.db.Prepare(dataQuery)
 		if err != nil {
 			return err
 		}
@@ -5707,7 +5744,12 @@ func (row storedRow) content() io.Reader {
 	if row.source.record == nil {
 		return bytes.NewReader(row.data)
 	}
-	return &blobReader{shard: &row.source.chunks, blob: row.blob}
+	return row.reader()
+}
+
+// reader returns a reader of a content of ours.
+func (row storedRow) reader() *blobReader {
+	return &blobReader{dataStmt: row.source.dataStmt, blob: row.blob}
 }
 
 // verify reads a content of ours and compares it with its row.
@@ -5715,7 +5757,7 @@ func (row storedRow) verify() error {
 	if row.err != nil {
 		return row.err
 	}
-	content := &blobReader{shard: &row.source.chunks, blob: row.blob}
+	content := row.reader()
 	sha := sha256.New()
 	checksum := crc32.NewIEEE()
 	_, err := io.Copy(io.MultiWriter(sha, checksum), content)
@@ -5808,8 +5850,8 @@ func (d *dataDir) checkStructure(ctx context.Context, s *source) error {
 
 // checkBlob checks one blob. An error means that the check cannot go on.
 func (d *dataDir) checkBlob(row storedRow) error {
-	err := row.verify()
-	if errors.Is(err, errDamaged) {
+	defect := row.verify()
+	if errors.Is(defect, errDamaged) {
 		// A server may have replaced or deleted the blob meanwhile. If it is in chunks, which were
 		// read one by one, its row is gone then. A small one was read at once.
 		again := row.source.row(row.id)
@@ -5819,20 +5861,20 @@ func (d *dataDir) checkBlob(row storedRow) error {
 		row.data = nil // only its place is needed
 		d.damaged = append(d.damaged, row)
 	}
-	if err != nil && !isDefect(err) {
-		return err
+	if defect != nil && !isDefect(defect) {
+		return defect
 	}
 	d.blobs++
 	d.bytes += row.size
 	d.progress.setDone(d.blobsAndBytes())
-	if err == nil {
-		err = checkKey(row.key)
+	if defect == nil {
+		defect = checkKey(row.key)
 	}
-	if err == nil && d.home(row.key) != row.source.index {
-		err = fmt.Errorf("it belongs to shard %d", d.home(row.key))
+	if defect == nil && d.home(row.key) != row.source.index {
+		defect = fmt.Errorf("it belongs to shard %d", d.home(row.key))
 	}
-	if err != nil {
-		d.defect(row.source.index, "key %q: %v", row.key, err)
+	if defect != nil {
+		d.defect(row.source.index, "key %q: %v", row.key, defect)
 	}
 	return nil
 }

@@ -2641,10 +2641,8 @@ func (s *testServer) failRead(fields []string) answer {
 
 // packed answers whether a content is stored deflated: "packed CONTENT -> true".
 func (s *testServer) packed(fields []string) answer {
-	b := &blob{deflated: true}
-	for chunk := range slices.Chunk([]byte(fields[0]), chunkSize) {
-		b.pack(chunk)
-	}
+	b := &blob{}
+	b.packFirst([]byte(fields[0][:min(len(fields[0]), chunkSize)]), true)
 	return answer{status: fmt.Sprint(b.deflated)}
 }
 
