@@ -2858,7 +2858,8 @@ func (st *store) open(cfg *config) error {
 	}
 	err := st.openShards(cfg)
 	if errors.Is(err, errFull) { // opening a shard writes: the reserve makes room for that
-		st.reserve.giveUp(err)
+		st.reserve.setFull(err)
+		st.reserve.giveUp()
 		if err := st.closeShards(); err != nil {
 			return err
 		}
@@ -3578,7 +3579,8 @@ func (sh *shard) close() error {
 	if sh.batcher != nil {
 		walErr := sh.truncateWAL()
 		if errors.Is(walErr, errFull) {
-			walErr = sh.truncateWAL() // recordOutcome has given up the reserve: now there is room
+			sh.store.reserve.giveUp()
+			walErr = sh.truncateWAL()
 		}
 		if walErr != nil {
 			sh.store.log.Warn("the WAL stays, the next start reads it",
@@ -4289,13 +4291,13 @@ func (sh *shard) newPages() (pages int64) {
 }
 
 // recordOutcome takes the outcome of a transaction or a checkpoint, and returns it translated. It
-// keeps the shard's state, and gives up the reserve if the disk is full.
+// keeps the shard's state, and tells the reserve that the disk is full.
 func (sh *shard) recordOutcome(err error) error {
 	err = sh.explain(err)
 	switch {
 	case errors.Is(err, errDamaged): // says nothing of the shard
 	case errors.Is(err, errFull):
-		sh.store.reserve.giveUp(err)
+		sh.store.reserve.setFull(err)
 	case errors.Is(err, errCorrupt) && !sh.wasCorrupt:
 		sh.wasCorrupt = true // perhaps a read that failed: see isCorrupt
 	default:
@@ -4431,19 +4433,19 @@ func (sh *shard) tryAlone(batch []*op) error {
 	if isCorrupt(err) {
 		return sh.tryBatch(batch)
 	}
-	if !batch[0].frees {
+	if !batch[0].frees || !errors.Is(err, errFull) {
 		return err
 	}
-	if errors.Is(err, errFull) { // the failure has given up the reserve: there is room now
-		err = sh.tryBatch(batch)
+	sh.store.reserve.giveUp()
+	err = sh.tryBatch(batch)
+	if !errors.Is(err, errFull) {
+		return err
 	}
-	if errors.Is(err, errFull) { // that was not enough: empty the WAL
-		err = sh.truncateWAL()
-		if err == nil {
-			err = sh.tryBatch(batch)
-		}
+	err = sh.truncateWAL() // the room of the reserve was not enough, or others have taken it
+	if err != nil {
+		return err
 	}
-	return err
+	return sh.tryBatch(batch)
 }
 
 // tryBatch runs batch as one transaction. An operation whose precondition fails changes nothing:
@@ -5242,9 +5244,10 @@ func writeProcessMetrics(text io.Writer) {
 //
 // It also keeps the reserve, a file that makes a full disk survivable. A delete has to write to the
 // WAL, and the WAL gives its space back only once all of it is copied into the database, which may
-// have to grow for that. The first write that finds the disk full removes the reserve, which is
-// larger than a shard's WAL: that is room for deletes and checkpoints. Other writes are refused
-// until the reserve is back, and some room with it.
+// have to grow for that. Once a write has found the disk full, others are refused. The first delete
+// that finds it full, or piece of upkeep, removes the reserve, which is larger than a shard's WAL:
+// that is room for deletes and checkpoints. Writes work again when the reserve is back, and there is
+// some room besides it.
 
 const (
 	vacuumPages  = 256     // freed in one step; fewer are not worth a step
@@ -5274,6 +5277,9 @@ func (sh *shard) upkeep() time.Duration {
 	full := sh.store.reserve.isDiskFull()
 	more, err := sh.reclaim(full)
 	sh.checkpointIfDue()
+	if errors.Is(err, errFull) {
+		sh.store.reserve.giveUp() // what reclaim frees needs room first
+	}
 	if err != nil {
 		return sweepInterval // recordOutcome has logged it
 	}
@@ -5437,10 +5443,10 @@ func (sh *shard) unusedOrphan() (int64, error) {
 type reserve struct {
 	path string
 	log  *slog.Logger
-	full atomic.Bool // set while the disk is full; then there is no file
+	full atomic.Bool // set while the disk is full
 
 	mu    sync.Mutex // guards the file and changes of full; truncateWAL holds it while it needs the room
-	tried time.Time  // when it was given up, or take last tried; guarded by mu
+	tried time.Time  // when the disk was found full, or take last tried; guarded by mu
 }
 
 // isDiskFull reports whether the disk is full. Then only deletes may use it.
@@ -5460,9 +5466,9 @@ func (r *reserve) begin() {
 	}
 }
 
-// giveUp gives deletes and checkpoints the reserve's room, and has other writes refused.
-func (r *reserve) giveUp(cause error) {
-	if r.isDiskFull() {
+// setFull has all writes but deletes refused. cause is what one of them met.
+func (r *reserve) setFull(cause error) {
+	if r.isDiskFull() { // nearly always, and without the lock, which a checkpoint may hold
 		return
 	}
 	r.mu.Lock()
@@ -5471,12 +5477,19 @@ func (r *reserve) giveUp(cause error) {
 		r.log.Error("disk full: only reads and deletes work; make room on the disk", "error", cause)
 	}
 	r.full.Store(true)
-	r.tried = time.Now() // the room is for deletes first
-	os.Remove(r.path)    // it may be missing already
+	r.tried = time.Now()
 }
 
-// take writes the file again, if there is room for it and some more; then the disk is not full any
-// more. It tries once a second at most, because while it tries, other programs find the disk full.
+// giveUp removes the file, so that a delete or a checkpoint has its room.
+func (r *reserve) giveUp() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	os.Remove(r.path)    // it may be missing already
+	r.tried = time.Now() // take waits
+}
+
+// take writes the file again if it was given up. If there is some more room, the disk is not full
+// any more. take tries once a second at most: while it tries, other programs find the disk full.
 func (r *reserve) take() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -5495,19 +5508,32 @@ func (r *reserve) take() error {
 	return nil
 }
 
-// write makes the file, or returns an errFull. r.mu is held, except when the store closes.
+// write makes the file if it is not there, or returns an errFull. It also does so if there is no
+// room besides it. r.mu is held, except when the store closes.
 func (r *reserve) write() error {
-	noise := make([]byte, reserveBytes+spareBytes)
-	rand.Read(noise) // random, so that no file system stores it as a hole
-	err := os.WriteFile(r.path, noise, 0o600)
-	if err == nil {
-		err = os.Truncate(r.path, reserveBytes)
-	}
+	err := r.growTo(reserveBytes)
 	if err != nil {
 		os.Remove(r.path)
+	} else {
+		err = r.growTo(reserveBytes + spareBytes)
+		os.Truncate(r.path, reserveBytes) // else the next start does it
+	}
+	if err != nil {
 		return fmt.Errorf("%w: no room for the reserve: %w", errFull, err)
 	}
 	return nil
+}
+
+// growTo appends to the file until it has size bytes.
+func (r *reserve) growTo(size int64) error {
+	f, err := os.OpenFile(r.path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	noise := make([]byte, max(0, size-sizeOf(r.path)))
+	rand.Read(noise) // random, so that no file system stores it as a hole
+	_, err = f.Write(noise)
+	return errors.Join(err, f.Close())
 }
 
 // ==== Sources ====================================================================================

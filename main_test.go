@@ -4929,6 +4929,25 @@ func TestDeleteOnFullDisk(t *testing.T) {
 	`)
 }
 
+// The reserve is kept for deletes. A write that finds the disk full leaves it, and so others cannot
+// take it.
+func TestReserveIsForDeletes(t *testing.T) {
+	t.Parallel() // it waits for upkeep
+	script(t, `
+		mount     32m
+		serve     num_shards=1
+		`+each(1, 8, "PUT /blob/k%d  {noise 100000}")+`
+		fill-disk 0
+		PUT       /blob/new  {noise 100000} -> 507  disk full
+		fill-disk 0
+		DELETE    /blob/k1                  -> 204
+		GET       /blob/k2                  -> 200  {noise 100000}
+		remove    filler
+		wait GET  /readyz                   -> 200
+		PUT       /blob/new  {noise 100000} -> 201
+	`)
+}
+
 // As long as the reserve finds no room the disk counts as full: only reads and deletes work, and
 // in async mode, too, a write is told.
 func TestNoRoomForReserve(t *testing.T) {
@@ -5023,9 +5042,12 @@ func TestReserve(t *testing.T) {
 		content := noErr(os.ReadFile(r.path))
 		hasHole := bytes.Contains(content, make([]byte, 4096))
 		expect(t, !hasHole, "a file system may store the reserve with holes")
-		r.giveUp(errFull)
-		r.giveUp(errFull)
-		want("on a full disk", true, -1)
+		r.setFull(errFull)
+		r.setFull(errFull)
+		want("on a full disk", true, reserveBytes)
+		time.Sleep(sweepInterval)
+		r.giveUp()
+		want("given up", true, -1)
 		err := r.take()
 		expect(t, err == errFull, "tried again within a second: %v", err)
 		want("within a second", true, -1)
