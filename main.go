@@ -181,7 +181,7 @@ CREATE TABLE IF NOT EXISTS blobs (
 	sha256       BLOB NOT NULL,       -- of those bytes
 	codec        INTEGER NOT NULL,    -- of the stored content: 0 identity, 1 deflate
 	stored       INTEGER NOT NULL,    -- bytes of the stored content
-	crc32        INTEGER,             -- of the bytes as the client sees them; NULL: 0, or not known
+	crc32        INTEGER,             -- of the bytes as the client sees them; NULL: not compared
 	content_type TEXT NOT NULL,
 	created_at   INTEGER NOT NULL,    -- Unix milliseconds, as are the next two
 	updated_at   INTEGER NOT NULL,
@@ -212,7 +212,7 @@ type blob struct {
 	size        int64  // bytes, as the client sees them
 	stored      int64  // bytes, as they are in the shard
 	deflated    bool   // stored deflated: see Codec
-	crc         uint32 // of the content as the client sees it; 0: perhaps not known
+	crc         uint32 // of the content as the client sees it; 0: not compared
 	sum         [sha256.Size]byte
 	contentType string
 	created     int64
@@ -628,7 +628,7 @@ func cmdServe(ctx context.Context, cli *call) error {
 	}
 	defer listener.Close()
 	limitMemory(logger)
-	st, err := openStore(ctx, cfg, nil, logger, time.Now)
+	st, err := openStore(ctx, cfg, logger, time.Now)
 	if errors.Is(err, context.Canceled) {
 		logger.Info("stopped while starting")
 		return nil
@@ -1325,7 +1325,10 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // cleanPath resolves dot segments. Then it encodes all that follows /blob/ as one segment, so that
 // the mux finds nothing to redirect to another key: no empty segment, and no dot segment that the
-// client had percent-encoded. So /blob/x/../a//b becomes /blob/a%2F%2Fb.
+// client had percent-encoded.
+//   - /blob/x/../a//b becomes /blob/a%2F%2Fb, the key "a//b"
+//   - /blob/../x is an error
+//   - /x/../healthz becomes /healthz, and /x//y becomes /x%2F%2Fy, which no route has
 func cleanPath(u *url.URL) error {
 	if u.Path == "" { // GET http://host HTTP/1.1
 		u.Path = "/"
@@ -1338,10 +1341,9 @@ func cleanPath(u *url.URL) error {
 	reference := &url.URL{Path: u.Path, RawPath: u.RawPath}
 	resolved := new(url.URL).ResolveReference(reference)
 	prefix := "/"
-	switch {
-	case strings.HasPrefix(resolved.Path, "/blob/"):
+	if strings.HasPrefix(resolved.Path, "/blob/") {
 		prefix = "/blob/"
-	case strings.HasPrefix(sent, "/blob/"):
+	} else if strings.HasPrefix(sent, "/blob/") {
 		return badRequest(`the path leads out of /blob/; percent-encode a ".." of the key`)
 	}
 	u.Path = resolved.Path
@@ -1654,10 +1656,10 @@ func (s *server) getBlob(w *response, r *http.Request) error {
 // serveBlob answers with a blob. http.ServeContent decides about conditions and ranges; a GET
 // without them does not need it.
 func (s *server) serveBlob(w *response, r *http.Request, reader *blobReader) error {
-	// TLS connections are not corked.
-	conn, isCorkable := r.Context().Value(connKey{}).(*corkedConn)
-	if isCorkable && reader.blob.size <= cacheItem {
-		conn.cork()
+	conn, isCorkable := r.Context().Value(connKey{}).(*corkedConn) // those of TLS are not
+	isCorked := isCorkable && reader.blob.size <= cacheItem        // larger ones would take memory
+	if isCorked {
+		conn.cork() // header and content leave with one system call: see corkedConn
 		defer conn.uncork()
 	}
 	normalizeRange(r, reader.blob.size)
@@ -1667,12 +1669,12 @@ func (s *server) serveBlob(w *response, r *http.Request, reader *blobReader) err
 	if isPlainGet(r) {
 		send = sendWhole
 	}
-	if err := send(w, r, reader); err != nil {
-		return err
+	err := send(w, r, reader)
+	if err == nil && isCorked {
+		// net/http's buffer goes into the cork. This fails only if the client is gone.
+		http.NewResponseController(w.ResponseWriter).Flush()
 	}
-	// Moves net/http's buffer into the cork. It fails only if the client is gone.
-	http.NewResponseController(w.ResponseWriter).Flush()
-	return nil
+	return err
 }
 
 // sendWhole answers with a whole blob, chunk by chunk.
@@ -2804,22 +2806,30 @@ func (st *store) shardOf(key string) (*shard, error) {
 	return sh, sh.broken
 }
 
-// openStore opens the data directory of cfg, and creates it if nothing is there. It refuses one
-// that is in use, is an incomplete copy, is another program's, or has another record than cfg. A
-// corrupt shard fails alone, with errCorrupt. lock is nil, or the caller's lock of the directory,
-// if it copies into it; after an error it is closed. No blob is written before the whole directory
-// is accepted. To open a shard may only set its WAL mode and remove an empty WAL.
+// openStore opens the data directory of cfg for a server, and creates it if nothing is there. It
+// refuses one that is in use, is an incomplete copy, or is another program's.
 func openStore(
+	ctx context.Context, cfg *config, log *slog.Logger, now func() time.Time,
+) (*store, error) {
+	lock, err := claimDir(cfg.DataDir)
+	if err != nil {
+		return nil, err
+	}
+	st, err := openLocked(ctx, cfg, lock, log, now)
+	if err != nil {
+		return nil, err
+	}
+	st.reserve.begin() // not in a copy: nothing is deleted there
+	return st, nil
+}
+
+// openLocked opens the data directory of cfg, of which the caller has the lock. It refuses one with
+// another record than cfg. A corrupt shard fails alone, with errCorrupt. No blob is written before
+// the whole directory is accepted. To open a shard may only set its WAL mode and remove an empty
+// WAL. After an error the lock is closed.
+func openLocked(
 	ctx context.Context, cfg *config, lock *sql.DB, log *slog.Logger, now func() time.Time,
 ) (*store, error) {
-	isCopy := lock != nil
-	if !isCopy {
-		var err error
-		lock, err = claimDir(cfg.DataDir)
-		if err != nil {
-			return nil, err
-		}
-	}
 	st := &store{
 		dir:          cfg.DataDir,
 		hash:         hashes[cfg.Hash],
@@ -2839,9 +2849,6 @@ func openStore(
 	context.AfterFunc(st.stopping, func() { time.AfterFunc(st.drainTimeout, markOverdue) })
 	if err := st.open(cfg); err != nil {
 		return nil, errors.Join(err, st.close())
-	}
-	if !isCopy { // the reserve is for deletes, and nothing is deleted in a copy
-		st.reserve.begin()
 	}
 	for _, sh := range st.shards {
 		if sh.broken == nil {
@@ -2935,6 +2942,7 @@ const (
 // list returns a page in key order over all shards, and whether more rows follow. It waits for the
 // writes that were answered 202 before it, and is no snapshot of the store.
 func (st *store) list(l listing) (page []listed, more bool, err error) {
+	// The page has keys from from, and below to. Keys are compared as texts.
 	from := max(l.prefix, l.after+afterKey)
 	if l.after != "" && l.folderOf(l.after) == l.after {
 		from = l.after + afterPrefix // the last page ended with this folder: skip its keys
@@ -2953,7 +2961,7 @@ func (st *store) list(l listing) (page []listed, more bool, err error) {
 		page = slices.CompactFunc(page, haveSameKey) // several shards may have keys of one folder
 		if len(page) > l.limit {
 			page = page[:l.limit+1]
-			to = page[l.limit].Key // what the other shards have above this key is not needed
+			to = page[l.limit].Key // this row only tells that more follow: none above it is needed
 		}
 	}
 	if len(page) > l.limit {
@@ -3053,8 +3061,8 @@ func lockDir(dir string) (*sql.DB, error) {
 	return nil, fmt.Errorf("cannot lock %s: %w", path, err)
 }
 
-// refuseDir returns an error if dir is not one of ours, or an incomplete copy. If the lock file is
-// there, the directory is ours, and perhaps open in this very process.
+// refuseDir returns an error if dir is another program's, or an incomplete copy. If the lock file is
+// there, the directory is ours. Then no shard is opened to look: see refuseForeign.
 func refuseDir(dir string) error {
 	if err := refusePartial(dir); err != nil {
 		return err
@@ -3083,13 +3091,13 @@ func refuseForeign(dir string, i int) error {
 	}
 	db := openDB(path, "mode=ro&immutable=1") // immutable: no file is made
 	defer db.Close()
-	// The count makes SQLite read the schema: a file that is damaged there is no other program's.
+	// The count makes SQLite read the schema, which fails if the file is damaged.
 	const query = `SELECT application_id
 		FROM pragma_application_id, (SELECT count(*) FROM sqlite_schema)`
 	var id int
 	err := db.QueryRow(query).Scan(&id)
 	if err != nil || id == applicationID {
-		return nil // opening it will say what is wrong
+		return nil // it may be ours: opening it will tell what is wrong
 	}
 	return fmt.Errorf("%s was written by the Rust Blobnom or by another program, "+
 		"and stays as it is; set data_dir to a new directory, "+
@@ -3371,10 +3379,9 @@ type shard struct {
 	written, checkpointed, sampledBytes, recentBytes int64
 	sampledAt                                        time.Time
 
-	// Contents that a reader or an upload needs, and the sweep leaves alone. lookups is held for
-	// reading from before a row is read until its content is in held. So whoever holds it for
-	// writing knows that held has every content that any reader has found.
-	lookups sync.RWMutex
+	// Contents that a reader or an upload needs, and the sweep leaves alone: see unusedOrphan, which
+	// holds lookups for writing.
+	lookups sync.RWMutex // held for reading from before a row is read until its content is in held
 	heldMu  sync.Mutex
 	held    map[int64]int // use counts by content id; guarded by heldMu
 
@@ -3463,7 +3470,7 @@ func readAll(path string) error {
 		return err
 	}
 	defer f.Close()
-	_, err = io.Copy(io.Discard, io.NewSectionReader(f, 0, math.MaxInt64))
+	_, err = io.Copy(io.Discard, f)
 	return err
 }
 
@@ -3668,14 +3675,13 @@ func (sh *shard) read(key string, headOnly bool) (*blobReader, error) {
 		return sh.lookUp(key, headOnly, generation)
 	}
 	if b.expired(sh.store.now().UnixMilli()) {
-		sh.cache.evict(key) // else a clock that goes back would bring it back
 		return nil, errNoBlob
 	}
 	return sh.reader(b), nil
 }
 
-// lookUp is read for a key that was not in the cache when that had the generation. It has lookups
-// until it holds a chunked content.
+// lookUp reads the row of a key that was not in the cache at generation. It does not let go of
+// lookups before it holds a chunked content.
 func (sh *shard) lookUp(key string, headOnly bool, generation int64) (*blobReader, error) {
 	sh.lookups.RLock()
 	defer sh.lookups.RUnlock()
@@ -3856,18 +3862,21 @@ type putOptions struct {
 	verify      func(sum []byte) error // decides on the SHA-256 of the body once that is read
 }
 
-// put stores body under key. It returns the content's size, sum and expiry, and whether the write
-// is only queued. After an error readers see what was there before.
-func (sh *shard) put(key string, body io.Reader, p *putOptions) (_ *blob, queued bool, err error) {
+// put stores body under key. It returns a blob of which sum, size and expires are set, and whether
+// the write is only queued. After an error readers see what was there before.
+func (sh *shard) put(key string, body io.Reader, p *putOptions) (b *blob, queued bool, err error) {
 	if err := sh.precheck(key, p.conditions); err != nil {
 		return nil, false, err
 	}
-	b := &blob{contentType: p.contentType}
-	if err := sh.receive(body, b, p); err != nil {
-		if b.id != 0 {
+	b = &blob{contentType: p.contentType}
+	defer func() {
+		isHeld := b.id != 0    // by upload
+		if isHeld && !queued { // else finish releases it
 			sh.release(b.id)
 		}
-		return nil, false, err
+	}()
+	if err := sh.receive(body, b, p); err != nil {
+		return b, false, err
 	}
 	if p.ttl != 0 {
 		b.expires = sh.store.now().Add(p.ttl).UnixMilli()
@@ -3879,14 +3888,14 @@ func (sh *shard) put(key string, body io.Reader, p *putOptions) (_ *blob, queued
 // receive reads body into b: all of it, or the last chunk once the others are stored.
 func (sh *shard) receive(body io.Reader, b *blob, p *putOptions) error {
 	hash := sha256.New()
-	body = io.TeeReader(body, hash)
-	first, err := readChunk(body, nil, p.length)
+	chunks := &chunkReader{body: io.TeeReader(body, hash)}
+	first, more, err := chunks.next(p.length)
 	if err != nil {
 		return err
 	}
-	b.data = b.packFirst(first[:min(len(first), chunkSize)], sh.store.deflate)
-	if len(first) > chunkSize {
-		b.data, err = sh.upload(body, first, b)
+	b.data = b.packFirst(first, sh.store.deflate)
+	if more {
+		b.data, err = sh.upload(chunks, b)
 	}
 	if err != nil {
 		return err
@@ -3895,26 +3904,20 @@ func (sh *shard) receive(body io.Reader, b *blob, p *putOptions) error {
 	return p.verify(b.sum[:])
 }
 
-// upload streams a body of more than one chunk into the chunks table, all but its last chunk, which
-// it returns packed. sending is what was read already: a chunk, which b.data has packed, and a byte
-// of the next. upload gives b an id and holds it. put releases it if receiving fails, write if
-// queueing fails, else finish.
-//
-// While the batcher stores the chunk in sending, the next one is read into receiving and packed.
-func (sh *shard) upload(body io.Reader, sending []byte, b *blob) (last []byte, err error) {
+// upload stores the chunks of a content of more than one, except the last chunk, which it returns
+// packed. The first one is in b.data. While the batcher stores a chunk, upload reads the next one
+// and packs it. It gives b an id, and holds the content: put releases it.
+func (sh *shard) upload(chunks *chunkReader, b *blob) (last []byte, err error) {
 	b.id = sh.nextID.Add(1)
 	sh.hold(b.id)
-	receiving := make([]byte, 0, chunkSize+1+bytes.MinRead) // a bytes.Buffer need not grow it
 	packed := b.data
 	for sequence := int64(0); ; sequence++ {
 		o := sh.chunkOp(b.id, sequence, packed)
 		if err := sh.submit(o); err != nil {
 			return nil, err
 		}
-		var readErr error
-		receiving = append(receiving[:0], sending[chunkSize:]...) // the byte that was read too far
-		receiving, readErr = readChunk(body, receiving, -1)
-		packed = b.packNext(receiving[:min(len(receiving), chunkSize)])
+		chunk, more, readErr := chunks.next(-1)
+		packed = b.packNext(chunk)
 		<-o.done
 		if o.err != nil { // first: a full disk is what the client has to hear of
 			return nil, o.err
@@ -3922,12 +3925,36 @@ func (sh *shard) upload(body io.Reader, sending []byte, b *blob) (last []byte, e
 		if readErr != nil {
 			return nil, readErr
 		}
-		if len(receiving) <= chunkSize {
+		if !more {
 			return packed, nil
 		}
-		// Only now: a chunk that is not deflated lies in its buffer until it is committed.
-		sending, receiving = receiving, sending
 	}
+}
+
+// chunkReader cuts a body into chunks. It has two buffers, so that a chunk can be stored while the
+// next one is read. It reads one byte more than a chunk, to know whether another one follows.
+type chunkReader struct {
+	body  io.Reader
+	last  []byte // the last chunk, and the byte behind it if there is one
+	spare []byte // the buffer for the next
+}
+
+// next returns the next chunk, which is valid until next is called twice more, and whether another
+// one follows. length is a hint, the bytes that the body may have, or -1.
+func (c *chunkReader) next(length int64) (chunk []byte, more bool, err error) {
+	ahead := c.last[min(len(c.last), chunkSize):]
+	buf := bytes.NewBuffer(append(c.spare[:0], ahead...))
+	if c.last == nil {
+		// Memory follows what has arrived, not what was announced: a client that sends nothing
+		// holds 16 KiB at most.
+		buf.Grow(int(min(max(length, 0), 16<<10)) + bytes.MinRead)
+	} else {
+		buf.Grow(chunkSize + bytes.MinRead)
+	}
+	_, err = buf.ReadFrom(io.LimitReader(c.body, int64(chunkSize+1-buf.Len())))
+	c.spare = c.last
+	c.last = buf.Bytes()
+	return c.last[:min(len(c.last), chunkSize)], len(c.last) > chunkSize, err
 }
 
 // remove deletes the blob under key, if there is one and cond holds.
@@ -3940,9 +3967,6 @@ func (sh *shard) remove(key string, cond conditions) (queued bool, err error) {
 func (sh *shard) write(o *op, cond conditions) (queued bool, err error) {
 	o.background = sh.store.async && cond == conditions{} && sh.mayAnswerEarly()
 	if err := sh.submit(o); err != nil {
-		if o.contentID != 0 {
-			sh.release(o.contentID)
-		}
 		return false, err
 	}
 	if o.background {
@@ -3966,17 +3990,7 @@ func (sh *shard) submit(o *op) error {
 	if err := sh.store.acquire(o.cost); err != nil {
 		return err
 	}
-	return sh.batcher.add(o) // on an error the store is closing: that the bytes stay counted is no matter
-}
-
-// readChunk appends to buf until it has one byte more than a chunk or r ends. The extra byte shows
-// that another chunk follows. length is a hint, -1 for none. Memory follows what has arrived, not
-// what was announced: a client that sends nothing holds next to nothing.
-func readChunk(r io.Reader, buf []byte, length int64) ([]byte, error) {
-	b := bytes.NewBuffer(buf)
-	b.Grow(int(min(max(length, 0), 16<<10)) + bytes.MinRead)
-	_, err := b.ReadFrom(io.LimitReader(r, int64(chunkSize+1-len(buf))))
-	return b.Bytes(), err
+	return sh.batcher.add(o) // after an error, at a stop, the bytes stay counted: nobody asks then
 }
 
 // acquire adds n bytes to pending; finish subtracts them. It returns errBusy if there is no room
@@ -4016,8 +4030,7 @@ func (st *store) acquire(n int64) error {
 //	COMMIT   with durability "full" SQLite syncs the WAL, and only then readers see the new content.
 //	         A crash leaves the new content; with "normal", power loss may take it
 //	unblock  the cache may have the key again
-//	release  a chunked content is not in use any more by its upload
-//	done     the client gets its 201
+//	done     the client gets its 201. A chunked content is not in use any more by its upload
 //
 // Invariants: Operations are committed in the order of add. done is closed exactly once for each,
 // after the COMMIT or an error. newest is the last background operation on a key, so whoever waits
@@ -4044,7 +4057,7 @@ type batcher struct {
 	size     int
 	window   time.Duration        // only run uses it
 	stopping <-chan struct{}      // closed when no batch is to wait any more
-	commit   func([]*op) []*op    // calls answer for each, or returns it, to be tried again
+	commit   func([]*op) []*op    // ends each op, or returns it, in another slice, to try again
 	upkeep   func() time.Duration // runs between two batches; returns when to run again
 	wake     chan struct{}        // capacity 1: queue or closed has changed, or an op is urgent
 	ended    chan struct{}        // closed by run
@@ -4058,7 +4071,8 @@ type batcher struct {
 
 // add queues o, unless the batcher is closed. It does not wait: acquire bounds the queue.
 func (q *batcher) add(o *op) error {
-	o.done, o.queued = make(chan struct{}), time.Now()
+	o.done = make(chan struct{})
+	o.queued = time.Now()
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.closed {
@@ -4066,7 +4080,8 @@ func (q *batcher) add(o *op) error {
 	}
 	q.queue = append(q.queue, o)
 	if o.background {
-		q.newest[o.key], q.newest[allKeys] = o, o
+		q.newest[o.key] = o
+		q.newest[allKeys] = o
 	}
 	q.signal()
 	return nil
@@ -4115,8 +4130,8 @@ func (q *batcher) putBack(again []*op) {
 	q.stuck = make(chan struct{})
 }
 
-// answer tells whoever waits for o that it has ended. commit calls it for each operation.
-func (q *batcher) answer(o *op) {
+// end tells whoever waits for o that it has ended. commit calls it for each operation.
+func (q *batcher) end(o *op) {
 	q.mu.Lock()
 	for _, key := range []string{o.key, allKeys} {
 		if q.newest[key] == o { // it was answered 202
@@ -4146,7 +4161,8 @@ func (q *batcher) close() {
 // run commits batches until close, and runs upkeep between them. It is the batcher's goroutine.
 func (q *batcher) run() {
 	defer close(q.ended)
-	idle, stopping := time.NewTimer(0), q.stopping
+	idle := time.NewTimer(0)
+	stopping := q.stopping
 	for {
 		// Let the writers that are ready add their operations first. Else, on few cores, each batch
 		// has one operation. Measured: 1.6 times the writes.
@@ -4170,7 +4186,7 @@ func (q *batcher) run() {
 		case <-q.wake:
 		case <-timeout:
 		case <-stopping:
-			q.window = 0
+			q.window = 0   // no batch waits any more
 			stopping = nil // a nil channel is never ready
 		case <-idle.C:
 			pause := q.upkeep()
@@ -4179,22 +4195,24 @@ func (q *batcher) run() {
 	}
 }
 
-// take removes the next batch from the queue: what is there, up to size operations or batchBytes.
-// If the batch is not full, nothing is urgent and the window of its first operation is still open,
-// take removes nothing and returns how long to wait.
+// take looks at the queue: what is there, up to size operations or batchBytes, is the next batch.
+//   - It is due if it is full, something in it is urgent, the window of its first operation is over,
+//     or the batcher is closed: take removes it from the queue and returns it.
+//   - It is not due: take returns how long to wait.
+//   - There is none: take returns nothing, and whether it is over, because the batcher is closed.
 func (q *batcher) take() (batch []*op, wait time.Duration, ended bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	n := 0
 	length := 0 // bytes
-	urgent := q.closed
+	isDue := q.closed
 	for n < len(q.queue) && n < q.size && length < batchBytes {
 		length += len(q.queue[n].data) + opOverhead
-		urgent = urgent || q.queue[n].urgent
+		isDue = isDue || q.queue[n].urgent
 		n++
 	}
 	isFull := n == q.size || length >= batchBytes
-	if n > 0 && !isFull && !urgent {
+	if n > 0 && !isFull && !isDue {
 		wait = time.Until(q.queue[0].queued.Add(q.window))
 		if wait > 0 {
 			return nil, wait, false
@@ -4291,20 +4309,23 @@ func (sh *shard) newPages() (pages int64) {
 }
 
 // recordOutcome takes the outcome of a transaction or a checkpoint, and returns it translated. It
-// keeps the shard's state, and tells the reserve that the disk is full.
+// becomes the shard's state, except for two: a full disk is the store's, and the first time that
+// SQLite calls the file damaged, perhaps a read has failed (see isCorrupt).
 func (sh *shard) recordOutcome(err error) error {
 	err = sh.explain(err)
-	switch {
-	case errors.Is(err, errDamaged): // says nothing of the shard
-	case errors.Is(err, errFull):
+	if errors.Is(err, errFull) {
 		sh.store.reserve.setFull(err)
-	case errors.Is(err, errCorrupt) && !sh.wasCorrupt:
-		sh.wasCorrupt = true // perhaps a read that failed: see isCorrupt
-	default:
-		sh.wasCorrupt = false
-		sh.syncFailed = sh.syncFailed || errors.Is(err, errNotSynced)
-		sh.setState(err)
+		return err
 	}
+	wasCorrupt := sh.wasCorrupt
+	sh.wasCorrupt = errors.Is(err, errCorrupt)
+	if sh.wasCorrupt && !wasCorrupt {
+		return err
+	}
+	if errors.Is(err, errNotSynced) {
+		sh.syncFailed = true
+	}
+	sh.setState(err)
 	return err
 }
 
@@ -4395,26 +4416,32 @@ func (sh *shard) commit(batch []*op) (again []*op) {
 func (sh *shard) runBatch(batch []*op) (again []*op) {
 	if len(batch) > 1 {
 		err := sh.tryBatch(batch)
-		if err == nil || errors.Is(err, errBusy) {
-			return sh.endBatch(batch, err)
+		if errors.Is(err, errBusy) {
+			return sh.postpone(batch, err)
+		}
+		if err == nil {
+			for _, o := range batch {
+				sh.finish(o, nil)
+			}
+			return nil
 		}
 	}
 	// Each alone, so that a bad one fails alone.
 	for i := range batch {
 		err := sh.tryAlone(batch[i : i+1])
 		if errors.Is(err, errBusy) { // those behind it must not overtake it
-			return sh.endBatch(batch[i:], err)
+			return sh.postpone(batch[i:], err)
 		}
 		sh.finish(batch[i], err)
 	}
 	return nil
 }
 
-// endBatch finishes the operations of batch. If another process has locked the shard, those that
-// were answered 202 are not finished but returned: they are tried until they are in, or until
-// drainTimeout after a stop.
-func (sh *shard) endBatch(batch []*op, err error) (again []*op) {
-	mayRetry := errors.Is(err, errBusy) && !sh.store.isOverdue.Load()
+// postpone returns the operations that were answered 202, because another process has locked the
+// shard: they are tried until they are in, or until drainTimeout after a stop. It finishes the
+// others with err, an errBusy.
+func (sh *shard) postpone(batch []*op, err error) (again []*op) {
+	mayRetry := !sh.store.isOverdue.Load()
 	for _, o := range batch {
 		if mayRetry && o.background {
 			again = append(again, o)
@@ -4451,6 +4478,10 @@ func (sh *shard) tryAlone(batch []*op) error {
 // tryBatch runs batch as one transaction. An operation whose precondition fails changes nothing:
 // its error stays in its op, and the batch goes on.
 func (sh *shard) tryBatch(batch []*op) error {
+	takesRoom := func(o *op) bool { return !o.frees }
+	if sh.store.reserve.isDiskFull() && slices.ContainsFunc(batch, takesRoom) {
+		return errFull // only deletes may use what room there is
+	}
 	for _, o := range batch {
 		if o.key != "" {
 			sh.cache.block(o.key)
@@ -4462,9 +4493,6 @@ func (sh *shard) tryBatch(batch []*op) error {
 	}
 	err := sh.inTransaction(func(t *tx) error {
 		for _, o := range batch {
-			if !o.frees && sh.store.reserve.isDiskFull() { // only deletes may use what room there is
-				return errFull
-			}
 			o.err = o.do(t)
 			if o.err != nil && !errors.Is(o.err, errCondition) {
 				return o.err
@@ -4484,8 +4512,8 @@ func (sh *shard) tryBatch(batch []*op) error {
 // chunk only together with its publication, and a large content is synced once.
 func (sh *shard) setSyncLevel(batch []*op) error {
 	level := sh.durability
-	isVisible := func(o *op) bool { return o.key != "" }
-	if level == "full" && !slices.ContainsFunc(batch, isVisible) {
+	hasKey := func(o *op) bool { return o.key != "" }
+	if level == "full" && !slices.ContainsFunc(batch, hasKey) {
 		level = "normal"
 	}
 	if level == sh.syncLevel {
@@ -4507,7 +4535,7 @@ func (sh *shard) finish(o *op, err error) {
 	if o.key != "" {
 		sh.cache.unblock(o.key)
 	}
-	if o.contentID != 0 {
+	if o.background && o.contentID != 0 { // else put releases it
 		sh.release(o.contentID)
 	}
 	if o.err != nil && o.background {
@@ -4516,10 +4544,11 @@ func (sh *shard) finish(o *op, err error) {
 			"key", o.key, "shard", sh.index, "error", o.err)
 	}
 	sh.store.pending.Add(-o.cost)
-	sh.batcher.answer(o)
+	sh.batcher.end(o)
 }
 
 const (
+	// The last parameter is chunkSize: a row of a larger size has chunks.
 	upsertQuery = `INSERT INTO blobs (id, key, size, sha256, codec, stored, crc32, content_type,
 		created_at, updated_at, expires_at, version, data)
 		VALUES (?, ?, ?, ?, ?, ?, nullif(?, 0), ?, ?, ?, nullif(?, 0), ?, ?)
@@ -4573,8 +4602,8 @@ func (t *tx) putBlob(key string, b *blob, p *putOptions) error {
 		row.id = t.shard.nextID.Add(1)
 		// Nearly always one statement does it, in place. Looking first would take 10 % longer.
 		if p.copyOf == nil && p.conditions == (conditions{}) {
-			stored := t.upsert(key, &row)
-			if stored || t.err != nil {
+			isIn := t.upsert(key, &row)
+			if isIn || t.err != nil {
 				return t.err
 			}
 		}
@@ -4598,12 +4627,12 @@ func (t *tx) putBlob(key string, b *blob, p *putOptions) error {
 		t.exec(chunkQuery, b.id<<seqBits|b.lastSeq(), b.data)
 		t.exec(unorphanQuery, b.id)
 	}
-	t.upsert(key, &row)
+	t.upsert(key, &row) // it finds no row in its way
 	return t.err
 }
 
-// upsert makes the row of key, or replaces a row without chunks where nothing expires. Over any
-// other row it does nothing and returns false. So a replacement leaves the index of expiry alone.
+// upsert makes the row of key, or replaces a row without chunks, if neither of the two expires: so
+// it need not change the index of expiry. Over any other row it does nothing and returns false.
 func (t *tx) upsert(key string, b *blob) bool {
 	changed := t.exec(upsertQuery, b.id, key, b.size, b.sum[:], b.deflated, b.stored, b.crc,
 		b.contentType, b.created, b.updated, b.expires, b.version, b.data, chunkSize)
@@ -4793,13 +4822,6 @@ func (c *cache) unblock(key string) {
 	c.generation++
 }
 
-// evict forgets key.
-func (c *cache) evict(key string) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.remove(key)
-}
-
 // remove forgets key. c.mu is held.
 func (c *cache) remove(key string) {
 	if b := c.entries[key]; b != nil {
@@ -4936,13 +4958,16 @@ func (br *blobReader) fetch() ([]byte, error) {
 		}
 	}
 	size := int64(len(data))
-	expected := size // of a deflated chunk: inflate compares
-	if !b.deflated {
-		expected = br.chunkLen()
-	} else if !b.chunked() {
-		expected = b.stored
+	var isRight bool
+	switch {
+	case !b.deflated:
+		isRight = size == br.chunkLen()
+	case !b.chunked():
+		isRight = size == b.stored
+	default: // no row has this length; inflate, or the client, finds out
+		isRight = true
 	}
-	if size != expected {
+	if !isRight {
 		const text = "%w: chunk %d of content %d has %d bytes"
 		return nil, fmt.Errorf(text, errDamaged, br.next, b.id, size)
 	}
@@ -4950,16 +4975,15 @@ func (br *blobReader) fetch() ([]byte, error) {
 	return data, nil
 }
 
-// decode turns the next chunk as it is stored into what is sent.
-func (br *blobReader) decode(stored []byte) ([]byte, error) {
+// decode turns data, the next chunk as it is stored, into what is sent.
+func (br *blobReader) decode(data []byte) ([]byte, error) {
 	b := br.blob
 	if br.zipped && b.deflated {
-		return br.gzipPiece(stored), nil // the client compares the checksum at its end
+		return br.gzipPiece(data), nil // the client compares the checksum at its end
 	}
-	data := stored
 	if b.deflated {
 		var err error
-		data, err = inflate(stored, br.chunkLen())
+		data, err = inflate(data, br.chunkLen())
 		if err != nil {
 			return nil, err
 		}
@@ -5274,17 +5298,26 @@ func (sh *shard) upkeep() time.Duration {
 		return sweepInterval // writes are waiting for a foreign lock: they try it themselves
 	}
 	start := time.Now()
-	full := sh.store.reserve.isDiskFull()
-	more, err := sh.reclaim(full)
+	isDiskFull := sh.store.reserve.isDiskFull()
+	if isDiskFull {
+		// This makes room. It fails where the database may not grow, until reclaim has made the
+		// database smaller.
+		sh.truncateWAL()
+	}
+	sh.sampleWrites()
+	more, err := sh.reclaim()
+	if err == nil && !more {
+		err = sh.tryWrite()
+	}
 	sh.checkpointIfDue()
 	if errors.Is(err, errFull) {
 		sh.store.reserve.giveUp() // what reclaim frees needs room first
 	}
 	if err != nil {
-		return sweepInterval // recordOutcome has logged it
+		return sweepInterval // recordOutcome has taken note of it
 	}
-	if full {
-		sh.store.reserve.take() // on an error: again in a second
+	if isDiskFull {
+		sh.store.reserve.restore() // it may fail: upkeep tries again
 	}
 	if more {
 		return time.Since(start)
@@ -5292,16 +5325,11 @@ func (sh *shard) upkeep() time.Duration {
 	return sweepInterval
 }
 
-// reclaim deletes some of what has expired or is orphaned, or returns free pages to the file
-// system, and reports whether there is more to do. Free pages are returned if the disk is full, or
-// if they are an eighth of the file, more than vacuumPages, and more than the shard has written in
-// a second: a busy shard uses them again.
-func (sh *shard) reclaim(full bool) (more bool, err error) {
-	if full {
-		// This makes room. It fails where the database may not grow, until the vacuum below has
-		// made the database smaller.
-		sh.truncateWAL()
-	}
+// reclaim deletes some of what has expired or is orphaned. If there is nothing to delete, it
+// returns some free pages to the file system: if the disk is full, or if they are an eighth of the
+// file, more than vacuumPages, and more than the shard has written in a second, because a busy
+// shard uses them again. It reports whether it has done something: then there may be more to do.
+func (sh *shard) reclaim() (more bool, err error) {
 	now := sh.store.now().UnixMilli()
 	var hasWork bool
 	var free, pages int64
@@ -5315,16 +5343,12 @@ func (sh *shard) reclaim(full bool) (more bool, err error) {
 			return hasSwept, err
 		}
 	}
-	if err := sh.tryWrite(); err != nil {
-		return false, err
-	}
-	sh.sampleWrites()
 	isMuch := free > max(vacuumPages, pages/8) && free*sh.pageBytes > sh.recentBytes
-	mustReturn := isMuch || (full && free > 0)
-	if !mustReturn {
-		return false, nil
+	isNeeded := free > 0 && sh.store.reserve.isDiskFull()
+	if isMuch || isNeeded {
+		return true, sh.returnPages()
 	}
-	return true, sh.returnPages()
+	return false, nil
 }
 
 // sampleWrites notes, once a second, how much was written in the second before.
@@ -5360,11 +5384,11 @@ func (sh *shard) tryWrite() error {
 // sweep deletes some rows that have expired, and some chunks of an orphan that nobody uses,
 // and the orphan with its last chunk. It returns false if there was nothing to delete.
 func (sh *shard) sweep(now int64) (bool, error) {
-	expired, err := sh.expired(now)
+	expired, err := sh.findExpired(now)
 	if err != nil {
 		return false, sh.recordOutcome(err)
 	}
-	// Before the transaction: a reader may still find a blob that the transaction makes an orphan.
+	// Before the transaction: the orphans that it makes may have readers.
 	orphan, err := sh.unusedOrphan()
 	if err != nil {
 		return false, sh.recordOutcome(err)
@@ -5394,8 +5418,8 @@ func (sh *shard) sweep(now int64) (bool, error) {
 	return true, err
 }
 
-// expired returns some of the blobs that have expired, by key, with id and size alone.
-func (sh *shard) expired(now int64) (map[string]*blob, error) {
+// findExpired returns some of the blobs that have expired, by key, with id and size alone.
+func (sh *shard) findExpired(now int64) (map[string]*blob, error) {
 	rows, err := sh.writer.Query(expiredQuery, now, expireAtOnce)
 	if err != nil {
 		return nil, err
@@ -5446,7 +5470,7 @@ type reserve struct {
 	full atomic.Bool // set while the disk is full
 
 	mu    sync.Mutex // guards the file and changes of full; truncateWAL holds it while it needs the room
-	tried time.Time  // when the disk was found full, or take last tried; guarded by mu
+	tried time.Time  // when the disk was found full, the file given up, or restore last tried
 }
 
 // isDiskFull reports whether the disk is full. Then only deletes may use it.
@@ -5484,13 +5508,14 @@ func (r *reserve) setFull(cause error) {
 func (r *reserve) giveUp() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	os.Remove(r.path)    // it may be missing already
-	r.tried = time.Now() // take waits
+	os.Remove(r.path) // it may be missing already
+	r.tried = time.Now()
 }
 
-// take writes the file again if it was given up. If there is some more room, the disk is not full
-// any more. take tries once a second at most: while it tries, other programs find the disk full.
-func (r *reserve) take() error {
+// restore writes the file again if it was given up. If there is some room besides it, the disk is
+// not full any more. restore tries once a second at most: while it tries, other programs find the
+// disk full.
+func (r *reserve) restore() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if !r.isDiskFull() {
@@ -5876,31 +5901,31 @@ func (d *dataDir) checkStructure(ctx context.Context, s *source) error {
 
 // checkBlob checks one blob. An error means that the check cannot go on.
 func (d *dataDir) checkBlob(row storedRow) error {
-	defect := row.verify()
-	if errors.Is(defect, errDamaged) {
+	problem := row.verify()
+	if problem != nil && !isDefect(problem) {
+		return problem
+	}
+	if errors.Is(problem, errDamaged) {
 		// A server may have replaced or deleted the blob meanwhile. If it is in chunks, which were
 		// read one by one, its row is gone then. A small one was read at once.
-		again := row.source.row(row.id)
-		if errors.Is(again.err, errNoBlob) {
+		isGone := errors.Is(row.source.row(row.id).err, errNoBlob)
+		if isGone {
 			return nil
 		}
 		row.data = nil // only its place is needed
 		d.damaged = append(d.damaged, row)
 	}
-	if defect != nil && !isDefect(defect) {
-		return defect
-	}
 	d.blobs++
 	d.bytes += row.size
 	d.progress.setDone(d.blobsAndBytes())
-	if defect == nil {
-		defect = checkKey(row.key)
+	if problem == nil {
+		problem = checkKey(row.key)
 	}
-	if defect == nil && d.home(row.key) != row.source.index {
-		defect = fmt.Errorf("it belongs to shard %d", d.home(row.key))
+	if problem == nil && d.home(row.key) != row.source.index {
+		problem = fmt.Errorf("it belongs to shard %d", d.home(row.key))
 	}
-	if defect != nil {
-		d.defect(row.source.index, "key %q: %v", row.key, defect)
+	if problem != nil {
+		d.defect(row.source.index, "key %q: %v", row.key, problem)
 	}
 	return nil
 }
@@ -6166,16 +6191,15 @@ func cmdMigrate(ctx context.Context, cli *call) error {
 // fill creates the store that cfg describes, and copies every blob into it. lock is the lock of its
 // directory.
 func (m *migration) fill(ctx context.Context, cfg *config, lock *sql.DB) error {
-	// Fast rather than durable: completeCopy syncs the result.
 	target := *cfg
-	target.AsyncWrite = true
-	target.Durability = "normal"
+	target.AsyncWrite = true // the next row is read while this one waits for its batch
 	target.BatchSize = 64
-	target.BatchTimeoutMS = 0 // a misplaced row has a precondition, so it waits for its commit
+	target.BatchTimeoutMS = 0    // a window would delay each row that copyBlob has to wait for
+	target.Durability = "normal" // completeCopy syncs the result
 	// The clock stands at 1970, so that expired blobs are copied as well. The server deletes them.
 	// The times in the copy come from copyOf.
 	in1970 := func() time.Time { return time.Unix(0, 0) }
-	st, err := openStore(ctx, &target, lock, newLogger(cfg, m.from.stderr), in1970)
+	st, err := openLocked(ctx, &target, lock, newLogger(cfg, m.from.stderr), in1970)
 	if err != nil {
 		return err
 	}

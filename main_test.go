@@ -156,7 +156,7 @@ func (s *testServer) serveOn(ln net.Listener, cfg *config) error {
 	var level slog.Level
 	level.UnmarshalText([]byte(cfg.LogLevel))
 	log := slog.New(slog.NewTextHandler(s.log, &slog.HandlerOptions{Level: level}))
-	st, err := openStore(context.Background(), cfg, nil, log, s.clock.now)
+	st, err := openStore(context.Background(), cfg, log, s.clock.now)
 	if err != nil {
 		return err
 	}
@@ -3088,9 +3088,10 @@ func TestTooLargeBody(t *testing.T) {
 }
 
 // Memory follows what has arrived, not what was announced.
-func TestReadChunk(t *testing.T) {
-	chunk, err := readChunk(strings.NewReader("abc"), nil, 1<<30)
-	expect(t, err == nil && string(chunk) == "abc", "%q, %v", chunk, err)
+func TestChunkReader(t *testing.T) {
+	chunks := &chunkReader{body: strings.NewReader("abc")}
+	chunk, more, err := chunks.next(1 << 30)
+	expect(t, err == nil && !more && string(chunk) == "abc", "%q, %v, %v", chunk, more, err)
 	expect(t, cap(chunk) < 20_000, "%d bytes of memory for 3", cap(chunk))
 }
 
@@ -4524,7 +4525,7 @@ func (s *testServer) open(fields []string) answer {
 	lock := noErr(lockDir(cfg.DataDir))
 	log := slog.New(slog.NewTextHandler(s.log, nil))
 	err := whileBroken(s.t, fields, func() error {
-		_, err := openStore(s.t.Context(), cfg, lock, log, time.Now)
+		_, err := openLocked(s.t.Context(), cfg, lock, log, time.Now)
 		return err
 	})
 	return answer{status: "refused", text: fmt.Sprint(err, s.log), isError: true}
@@ -5048,11 +5049,11 @@ func TestReserve(t *testing.T) {
 		time.Sleep(sweepInterval)
 		r.giveUp()
 		want("given up", true, -1)
-		err := r.take()
+		err := r.restore()
 		expect(t, err == errFull, "tried again within a second: %v", err)
 		want("within a second", true, -1)
 		time.Sleep(sweepInterval)
-		fatal(t, r.take())
+		fatal(t, r.restore())
 		want("after a second", false, reserveBytes)
 		s.script(`
 			log  msg="disk full: only reads    -> 1
@@ -5412,7 +5413,7 @@ func (b *fakeBatcher) record(batch []*op) []*op {
 	b.batches = append(b.batches, entry)
 	time.Sleep(ms(b.takes))
 	for _, o := range batch {
-		b.answer(o)
+		b.end(o)
 	}
 	return nil
 }
@@ -5589,7 +5590,6 @@ func TestCache(t *testing.T) {
 		{"too large", "drop read-large", false},
 		{"in chunks", "read-chunked", false},
 		{"read again", "read", true},
-		{"evicted", "evict", false},
 	} {
 		for step := range strings.FieldsSeq(row.steps) {
 			switch step {
@@ -5597,8 +5597,6 @@ func TestCache(t *testing.T) {
 				c.block("k")
 			case "drop":
 				c.unblock("k")
-			case "evict":
-				c.evict("k")
 			case "put-old":
 				c.put("k", &blob{}, before)
 			case "read":
@@ -7079,7 +7077,7 @@ func Example() {
 	cfg.DataDir = dir
 	cfg.NumShards = 4
 	logger := slog.New(slog.DiscardHandler)
-	st := noErr(openStore(context.Background(), cfg, nil, logger, time.Now))
+	st := noErr(openStore(context.Background(), cfg, logger, time.Now))
 	defer st.close()
 	listener := noErr(listen("127.0.0.1:0"))
 	ctx, cancel := context.WithCancel(context.Background())
