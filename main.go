@@ -19,8 +19,8 @@ The configuration is one TOML file, described in config.toml.example. Every key 
 the environment, as BLOBNOM_<KEY>.
 
 This file is meant to be read from top to bottom. On its way from the socket to the disk a PUT passes
-through HTTP server, Access, Handlers, Fields, Store, Writes, Batcher and Writer. The other chapters
-stand beside that way:
+through HTTP server, Access, Handlers, Fields, Store, Writes, Batcher and Writer. These are all the
+chapters, in their order:
 
 	Vocabulary      limits, the schema of a shard, a blob
 	Errors          what can go wrong, and what a client is told
@@ -135,7 +135,7 @@ const (
 	// reserve.
 	batchBytes   = 1 << 20
 	opOverhead   = 2 << 10 // bytes of a queued write besides key and content
-	reserveBytes = 6 << 20 // larger than any WAL that no reader keeps from shrinking: see Upkeep
+	reserveBytes = 6 << 20 // more than a WAL grows to, unless a reader keeps it long: see Upkeep
 
 	// newPageBytes is the size of the pages of a new shard; each shard keeps its own. Each page of
 	// a chunk costs system calls: 8 KiB would save 10 % of the CPU time of a GET of 1 MiB, and 17 %
@@ -520,7 +520,7 @@ func (cli *call) dispatch(ctx context.Context, args []string) error {
 	cli.args = flags.Args()
 	switch {
 	case errors.Is(err, flag.ErrHelp):
-		cli.explain(row)
+		cli.showHelp(row)
 		return nil
 	case err != nil:
 		return usageError(err.Error())
@@ -555,11 +555,11 @@ func cmdHelp(_ context.Context, cli *call) error {
 	if err != nil {
 		return err
 	}
-	cli.explain(row)
+	cli.showHelp(row)
 	return nil
 }
 
-func (cli *call) explain(row command) {
+func (cli *call) showHelp(row command) {
 	usage := strings.TrimSpace(row.name + " " + row.args)
 	fmt.Fprintf(cli.stdout, "usage: blobnom [-config FILE] %s\n\n%s\n", usage, row.summary)
 	if row.details != "" {
@@ -798,6 +798,7 @@ func (cli *call) runLong(ctx context.Context, row command) error {
 	return err
 }
 
+// isTerminal reports whether w is a terminal, or another device such as /dev/null.
 func isTerminal(w io.Writer) bool {
 	file, _ := w.(*os.File)
 	info, err := file.Stat() // fails for nil
@@ -1065,13 +1066,13 @@ func (s setting) set(value any) string {
 		*field, isRightType = value.(bool)
 		expected = "true or false"
 	}
-	if isRightType && s.check != nil {
-		return s.check(value)
+	if !isRightType {
+		return expected
 	}
-	if isRightType {
+	if s.check == nil {
 		return ""
 	}
-	return expected
+	return s.check(value)
 }
 
 // problems collects what is wrong with a configuration.
@@ -1081,9 +1082,9 @@ func (p *problems) add(format string, args ...any) {
 	*p = append(*p, fmt.Sprintf(format, args...))
 }
 
-// lookUp returns the value of s in the environment or else among the values of the file, and the
+// find returns the value of s in the environment or else among the values of the file, and the
 // name of the variable or key that has it. The value is nil if there is none.
-func (s setting) lookUp(environ []string, values map[string]any) (any, string) {
+func (s setting) find(environ []string, values map[string]any) (any, string) {
 	for _, entry := range environ {
 		if text, ok := strings.CutPrefix(entry, s.variable()+"="); ok {
 			return s.parse(text), s.variable()
@@ -1102,7 +1103,7 @@ func loadConfig(file string, environ []string) (*config, string, error) {
 	}
 	cfg := newConfig()
 	for _, s := range cfg.settings() {
-		value, name := s.lookUp(environ, values)
+		value, name := s.find(environ, values)
 		delete(values, s.key)
 		if value == nil {
 			isRequired := s.key == "data_dir" || s.key == "num_shards"
@@ -1390,24 +1391,24 @@ func (w *response) Write(p []byte) (n int, err error) {
 	return n, nil
 }
 
-// upload is the body of a request. It ends with an error if it is longer than the limit, or if the
+// requestBody is the body of a request. It ends with an error if it is longer than the limit, or if the
 // client is gone. A body that is announced as too large is not read.
-type upload struct {
+type requestBody struct {
 	request *http.Request
 	w       *response
 	limit   int64 // bytes
 }
 
-func (u *upload) Read(p []byte) (n int, err error) {
-	isTooLarge := u.request.ContentLength > u.limit
+func (b *requestBody) Read(p []byte) (n int, err error) {
+	isTooLarge := b.request.ContentLength > b.limit
 	if !isTooLarge {
-		u.w.renewDeadlines() // the client has the full time, however long the last commit took
-		n, err = u.request.Body.Read(p[:min(len(p), pieceBytes)])
-		u.w.received += int64(n)
-		isTooLarge = u.w.received > u.limit
+		b.w.renewDeadlines() // the client has the full time, however long the last commit took
+		n, err = b.request.Body.Read(p[:min(len(p), pieceBytes)])
+		b.w.received += int64(n)
+		isTooLarge = b.w.received > b.limit
 	}
 	if isTooLarge {
-		return n, fmt.Errorf("%w: max_blob_bytes is %d", errTooLarge, u.limit)
+		return n, fmt.Errorf("%w: max_blob_bytes is %d", errTooLarge, b.limit)
 	}
 	if err != nil && err != io.EOF {
 		return n, fmt.Errorf("%w: %w", errClientGone, err)
@@ -1425,10 +1426,7 @@ func (s *server) answer(rw http.ResponseWriter, r *http.Request, h handler) {
 	if err == nil {
 		err = h(w, r)
 	}
-	isWhole := true
-	if err != nil {
-		isWhole = answerError(w, r, err)
-	}
+	isWhole := err == nil || answerError(w, r, err)
 	if !isWhole {
 		w.status = 0
 	}
@@ -1515,7 +1513,7 @@ func isOurFault(err error) bool {
 }
 
 func writeText(w *response, status int, text string) error {
-	return write(w, status, "text/plain; charset=utf-8", []byte(text))
+	return writeBody(w, status, "text/plain; charset=utf-8", []byte(text))
 }
 
 func writeJSON(w *response, status int, v any) error {
@@ -1523,10 +1521,10 @@ func writeJSON(w *response, status int, v any) error {
 	if err != nil {
 		return err
 	}
-	return write(w, status, "application/json", append(text, '\n'))
+	return writeBody(w, status, "application/json", append(text, '\n'))
 }
 
-func write(w *response, status int, contentType string, body []byte) error {
+func writeBody(w *response, status int, contentType string, body []byte) error {
 	w.Header().Set("Content-Type", contentType)
 	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(status)
@@ -1701,7 +1699,8 @@ func isPlainGet(r *http.Request) bool {
 // normalizeRange edits the Range of r before http.ServeContent reads it. It removes the header, so
 // that the whole blob is sent, if
 //   - it has several ranges, or another unit than bytes
-//   - its condition, If-Range, is a date: two writes may have the same date
+//   - its condition, If-Range, is a date, because two writes may have the same date, or a weak tag,
+//     which matches nothing
 //   - the blob is empty: ServeContent answers its ranges wrongly
 //
 // The range bytes=-0, the last 0 bytes, is to be answered 416. ServeContent does that for a range
@@ -1710,8 +1709,8 @@ func normalizeRange(r *http.Request, size int64) {
 	ranges := r.Header.Get("Range")
 	isOne := strings.HasPrefix(ranges, "bytes=") && !strings.Contains(ranges, ",")
 	condition := r.Header.Get("If-Range")
-	isDate := condition != "" && condition[0] != '"' // or a weak tag, which never matches
-	if !isOne || isDate || size == 0 {
+	mayMatch := condition == "" || condition[0] == '"'
+	if !isOne || !mayMatch || size == 0 {
 		delete(r.Header, "Range")
 		return
 	}
@@ -1873,7 +1872,7 @@ func (s *server) putBlob(w *response, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	body := &upload{request: r, w: w, limit: s.store.maxBlob}
+	body := &requestBody{request: r, w: w, limit: s.store.maxBlob}
 	b, isQueued, err := sh.put(key, check.tee(body), &putOptions{
 		contentType: contentType,
 		length:      r.ContentLength,
@@ -2089,10 +2088,12 @@ func (s *server) showFolder(w *response, r *http.Request, folder string) error {
 	if err := s.authorizeFolder(r); err != nil {
 		return err
 	}
-	err := s.findFolder(folder)
-	isEmptyTop := folder == "" && errors.Is(err, errNoBlob)
-	if err != nil && !isEmptyTop {
+	rows, _, err := s.store.list(listing{prefix: folder, limit: 1})
+	if err != nil {
 		return err
+	}
+	if len(rows) == 0 && folder != "" {
+		return errNoBlob
 	}
 	setPageHeaders(w)
 	if r.Method == http.MethodHead {
@@ -2100,15 +2101,6 @@ func (s *server) showFolder(w *response, r *http.Request, folder string) error {
 		return nil
 	}
 	return s.writeFolder(w, folder)
-}
-
-// findFolder returns errNoBlob if no key is below folder.
-func (s *server) findFolder(folder string) error {
-	rows, _, err := s.store.list(listing{prefix: folder, limit: 1})
-	if err == nil && len(rows) == 0 {
-		return errNoBlob
-	}
-	return err
 }
 
 // writeFolder writes the page while it reads the shards: a folder of any size costs the memory of
@@ -2257,12 +2249,15 @@ const [list, note, sub] = ['ul', 'output', '[name=sub]'].map(name => box.querySe
 let groups = 0
 async function upload(files, dirs = sub.value.split('/').filter(dir => !/^\.{0,2}$/.test(dir))) {
   groups++
-  const waiting = [...await files], existing = []
-  const work = async () => { while (waiting.length) await send(waiting, dirs, existing) }
+  const waiting = [...await files]
+  const existing = []
+  const work = async () => {
+    while (waiting.length > 0) await send(waiting, dirs, existing)
+  }
   await Promise.all([work(), work(), work()])
   const names = existing.map(file => file.path).join('\n').slice(0, 500)
   const question = existing.length + ' exist already. Replace all of them?\n' + names
-  if (names && confirm(question)) await upload(existing, dirs)
+  if (existing.length > 0 && confirm(question)) await upload(existing, dirs)
   groups--
   if (groups > 0) return
   if (list.firstChild) note.value = 'Reload this page for the new list. Not uploaded:'
@@ -2273,10 +2268,12 @@ async function send(waiting, dirs, existing) {
   note.value = waiting.length + ' waiting.'
   file.path ||= file.webkitRelativePath || file.name
   file.row ??= list.appendChild(document.createElement('li'))
-  const bar = document.createElement('progress'), request = new XMLHttpRequest()
+  const bar = document.createElement('progress')
+  const request = new XMLHttpRequest()
   file.row.replaceChildren(file.path + ': ', bar)
   request.open('PUT', [...dirs, ...file.path.split('/')].map(encodeURIComponent).join('/'))
-  if (!file.exists) request.setRequestHeader('If-None-Match', '*')
+  const mayReplace = file.exists // it was found to exist, and the user has confirmed
+  if (!mayReplace) request.setRequestHeader('If-None-Match', '*')
   request.upload.onprogress = event => { bar.value = event.loaded / (event.total || 1) }
   request.send(file)
   await new Promise(done => { request.onloadend = done })
@@ -2288,23 +2285,30 @@ async function send(waiting, dirs, existing) {
 async function walk(entry) {
   const read = (from, method) => new Promise((done, failed) => from[method](done, failed))
   if (entry.isFile) return Object.assign(await read(entry, 'file'), {path: entry.fullPath.slice(1)})
-  const reader = entry.createReader(), found = []
+  const reader = entry.createReader()
+  const found = []
   while (true) {
     const some = await read(reader, 'readEntries')
-    if (!some.length) return found.flat()
+    if (some.length == 0) return found.flat()
     found.push(...await Promise.all(some.map(walk)))
   }
 }
 for (const input of box.querySelectorAll('[type=file]')) {
   input.onchange = () => upload(input.files)
-  input.previousElementSibling.onclick = () => { input.value = ''; input.click() }
+  input.previousElementSibling.onclick = () => {
+    input.value = ''
+    input.click()
+  }
 }
 document.ondragover = event => event.preventDefault()
 document.ondrop = event => {
   event.preventDefault()
   const entries = [...event.dataTransfer.items].map(item => item.webkitGetAsEntry())
   const walked = Promise.all(entries.filter(entry => entry).map(walk))
-  const none = error => { alert(error); return [] }
+  const none = error => {
+    alert(error)
+    return []
+  }
   upload(walked.then(found => found.flat(), none))
 }
 window.onbeforeunload = event => { if (groups > 0) event.preventDefault() }
@@ -2471,6 +2475,7 @@ type conditions struct {
 	match, noneMatch string
 }
 
+// tagList is "*" or a list of entity tags. Elements may be empty: RFC 9110 5.6.1.
 const tagPattern = `(?:W/)?"[^"\x00-\x20\x7f]*"`
 
 var (
@@ -2533,11 +2538,12 @@ type digest struct {
 	sum  string // in base64, with or without its padding
 }
 
-// digestForm is a digest in a list of them: its name and its sum. Other names are ignored beside
-// it.
+// digestForm matches one digest of a list: its name and its sum. It does not match a digest with
+// another name.
 var digestForm = regexp.MustCompile(`(?i)(?:^|,)[ \t]*(sha-256|sha-512)=:([a-z0-9+/]+=*):`)
 
-// digestsOf returns the digests in Repr-Digest and Content-Digest (RFC 9530) and Content-MD5.
+// digestsOf returns the digests in Repr-Digest and Content-Digest (RFC 9530) and Content-MD5. A
+// header must have a digest that it knows; others beside that are ignored.
 func digestsOf(h http.Header) (found []digest, err error) {
 	for _, name := range []string{"Repr-Digest", "Content-Digest"} {
 		members := digestForm.FindAllStringSubmatch(strings.Join(h[name], ","), -1)
@@ -2586,7 +2592,7 @@ func (c *bodyCheck) tee(body io.Reader) io.Reader {
 	return body
 }
 
-// verify compares the digests with the body, which is read and has the SHA-256 sum.
+// verify compares the digests with the body. All of it has been read, and sum is its SHA-256.
 func (c *bodyCheck) verify(sum []byte) error {
 	fromTrailer, err := digestsOf(c.request.Trailer)
 	if err != nil {
@@ -2678,7 +2684,8 @@ func (s *server) authorize(r *http.Request) error {
 
 // authorizeFolder returns an error if r has no token but needs one: public_read does not open
 // folder pages. authorize has refused a wrong token. It cannot decide this, too, because only after
-// a look for the blob is it known whether "a/" is a blob or a folder.
+// a look for the blob is it known whether "a/" is a blob or a folder. A signed URL does not come
+// here, because it has a query.
 func (s *server) authorizeFolder(r *http.Request) error {
 	if s.cfg.AuthToken != "" && !isTokenSent(r) {
 		return errUnauthorized
@@ -2718,9 +2725,9 @@ func (s *server) checkSignature(r *http.Request, query url.Values) error {
 	isFor := func(method string) bool {
 		return isSame(query.Get("sig"), sign(s.cfg.AuthToken, method, key, expires))
 	}
-	hasMore := strings.Count(r.URL.RawQuery, "&") != 1
+	hasTwo := strings.Count(r.URL.RawQuery, "&") == 1 // expires and sig, nothing else
 	end, err := strconv.ParseInt(expires, 10, 64)
-	if hasMore || key == "" || err != nil {
+	if !hasTwo || key == "" || err != nil {
 		return errUnauthorized
 	}
 	isHead := r.Method == http.MethodHead
@@ -2786,7 +2793,7 @@ type store struct {
 	batches, operations, commitNanos atomic.Int64 // of the transactions so far
 }
 
-// checkKey returns an errBadRequest unless key is one.
+// checkKey returns an errBadRequest if key cannot be a key.
 func checkKey(key string) error {
 	switch {
 	case key == "" || len(key) > maxKeyBytes:
@@ -3010,7 +3017,7 @@ func (st *store) hasPrefix(prefix string) bool {
 // wrong shard, and seem to be gone.
 
 const (
-	lockFile     = "blobnom.lock"    // a SQLite file, exclusively locked while a server runs
+	lockFile     = "blobnom.lock"    // a SQLite file; who writes into the directory has locked it
 	reserveFile  = "blobnom.reserve" // head-room for a full disk, given up when needed
 	creatingFile = "blobnom.new"     // the directory's record, while its shards are being created
 	partialFile  = "blobnom.partial" // in a copy that backup or migrate has not completed
@@ -3040,7 +3047,7 @@ func lockDir(dir string) (*sql.DB, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("cannot create the data directory: %w", err)
 	}
-	if err := createFile(path); err != nil { // for the system's words; SQLite's hide the reason
+	if err := createFile(path); err != nil { // SQLite would not say why it cannot
 		return nil, fmt.Errorf("cannot lock the data directory: %w", err)
 	}
 	// The journal is in memory, because a full disk has no room for it. Another server that is
@@ -3185,7 +3192,7 @@ func (st *store) createShards(cfg *config) error {
 	if len(indexes) > 0 && !fileExists(marker) {
 		return nil
 	}
-	r, err := creation(marker, cfg)
+	r, err := recordToCreate(marker, cfg)
 	if err != nil {
 		return err
 	}
@@ -3209,9 +3216,9 @@ func (st *store) createShards(cfg *config) error {
 	return syncPaths(st.dir)
 }
 
-// creation returns the record of the directory that is being created. It reads it from the marker
-// of a start that was killed, or makes it.
-func creation(marker string, cfg *config) (*record, error) {
+// recordToCreate returns the record of the directory that is being created. It reads it from the
+// marker of a start that was killed, or makes it.
+func recordToCreate(marker string, cfg *config) (*record, error) {
 	r := &record{}
 	text, _ := os.ReadFile(marker)
 	if json.Unmarshal(text, r) == nil {
@@ -3328,7 +3335,7 @@ func createFile(path string) error {
 	return f.Close()
 }
 
-// parentOf returns the directory that has the name of dir.
+// parentOf returns the directory that dir is in.
 func parentOf(dir string) string { return filepath.Join(dir, "..") }
 
 // syncPaths makes files durable, or the names in directories.
@@ -3374,10 +3381,11 @@ type shard struct {
 
 	pageBytes int64 // of the database
 
-	// Bytes that went into the WAL: since the start, up to the last try of a checkpoint, up to
-	// upkeep's last sample, and in the second before that.
-	written, checkpointed, sampledBytes, recentBytes int64
-	sampledAt                                        time.Time
+	written      int64     // bytes that went into the WAL since the start
+	checkpointed int64     // written, at the last try of a checkpoint
+	sampledBytes int64     // written, at upkeep's last sample
+	sampledAt    time.Time // when that was
+	recentBytes  int64     // bytes in the second before that
 
 	// Contents that a reader or an upload needs, and the sweep leaves alone: see unusedOrphan, which
 	// holds lookups for writing.
@@ -3576,7 +3584,7 @@ func (sh *shard) startBatcher(cfg *config) {
 // empties the WAL and removes it. After a failed sync the writer stays open, so that nothing is
 // copied out of the WAL: the next start finds out by checksums what is there.
 func (sh *shard) close() error {
-	if sh.batcher != nil {
+	if sh.batcher != nil { // nil if the shard is broken, or its store could not be opened
 		sh.batcher.close()
 	}
 	err := sh.readers.Close()
@@ -3770,7 +3778,7 @@ func scanBlob(row interface{ Scan(...any) error }) (*blob, string, error) {
 	if err == nil && (len(sum) != len(b.sum) || b.size < 0) {
 		err = fmt.Errorf("a SHA-256 of %d bytes, a size of %d bytes", len(sum), b.size)
 	}
-	if err != nil { // a value is not of its column's type
+	if err != nil { // a value is not of its column's type, or of a wrong length
 		err = fmt.Errorf("%w: %w", errDamaged, err)
 	}
 	return b, key, err
@@ -3994,8 +4002,8 @@ func (sh *shard) submit(o *op) error {
 }
 
 // acquire adds n bytes to pending; finish subtracts them. It returns errBusy if there is no room
-// within queueTimeout, and errStopping if it has to wait while the store is closing. A writer that
-// needs less may overtake.
+// within queueTimeout, and errStopping if it has to wait after a stop. A writer that needs less may
+// overtake.
 func (st *store) acquire(n int64) error {
 	deadline := time.Now().Add(st.queueTimeout)
 	for {
@@ -4180,7 +4188,7 @@ func (q *batcher) run() {
 				q.putBack(again)
 			}
 			clear(batch) // the queue's array must not keep contents alive
-			q.signal()   // more may be queued: the select below must not wait for others
+			q.signal()   // more may be queued: below, the select does not wait, but upkeep has a turn
 		}
 		select {
 		case <-q.wake:
@@ -4657,11 +4665,16 @@ func (t *tx) vacate(key string, now int64, cond conditions) (*blob, error) {
 	if err := cond.refuse(live); err != nil {
 		return nil, err
 	}
-	t.exec(deleteQuery, old.id)
-	if old.chunked() {
-		t.exec(orphanQuery, old.id)
-	}
+	t.deleteRow(old)
 	return live, t.err
+}
+
+// deleteRow deletes the row of b, and hands its chunks to the sweep.
+func (t *tx) deleteRow(b *blob) {
+	t.exec(deleteQuery, b.id)
+	if b.chunked() {
+		t.exec(orphanQuery, b.id)
+	}
 }
 
 // ==== Codec ======================================================================================
@@ -4782,7 +4795,8 @@ func (c *cache) get(key string) (*blob, int64) {
 func (c *cache) put(key string, b *blob, generation int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if b.size > cacheItem || entryBytes(key, b) > c.limit {
+	needed := entryBytes(key, b)
+	if b.size > cacheItem || needed > c.limit {
 		return
 	}
 	if c.generation != generation || c.blocked[key] {
@@ -4790,12 +4804,12 @@ func (c *cache) put(key string, b *blob, generation int64) {
 	}
 	c.remove(key) // another reader's
 	for evicted := range c.entries {
-		if c.bytes+entryBytes(key, b) <= c.limit {
+		if c.bytes+needed <= c.limit {
 			break
 		}
 		c.remove(evicted)
 	}
-	c.bytes += entryBytes(key, b)
+	c.bytes += needed
 	c.entries[key] = b
 }
 
@@ -5109,7 +5123,7 @@ func (s *server) exposeMetrics(w *response, _ *http.Request) error {
 	s.store.writeMetrics(text)
 	s.store.writeShardMetrics(text)
 	writeProcessMetrics(text)
-	return write(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", text.Bytes())
+	return writeBody(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", text.Bytes())
 }
 
 // metric has one value, a number, and no labels.
@@ -5168,7 +5182,7 @@ func (st *store) writeMetrics(text io.Writer) {
 	syscall.Statfs(st.dir, &disk)
 	free := int64(disk.Bavail) * int64(disk.Bsize)
 	writeMetrics(text, []metric{
-		{"blobnom_batches_total", "Transactions of writes.", st.batches.Load()},
+		{"blobnom_batches_total", "Transactions of writes, failed ones too.", st.batches.Load()},
 		{"blobnom_batch_operations_total", "Writes in transactions.", st.operations.Load()},
 		{"blobnom_commit_seconds_total", "Time that transactions took.", seconds},
 		{"blobnom_queue_bytes", "Bytes of writes queued or being committed.", st.pending.Load()},
@@ -5408,10 +5422,7 @@ func (sh *shard) sweep(now int64) (bool, error) {
 			}
 		}
 		for _, b := range expired {
-			t.exec(deleteQuery, b.id)
-			if b.chunked() {
-				t.exec(orphanQuery, b.id)
-			}
+			t.deleteRow(b)
 		}
 		return t.err
 	})
@@ -5592,15 +5603,15 @@ func (cli *call) listDir(dir string) (*dataDir, error) {
 // each calls visit with one shard after the other. The first error ends it.
 func (d *dataDir) each(task string, visit func(*source) error) error {
 	for _, i := range d.indexes {
-		if err := d.open(task, i, visit); err != nil {
+		if err := d.withShard(task, i, visit); err != nil {
 			return fmt.Errorf("shard %d of %s: %w", i, d.path, err)
 		}
 	}
 	return nil
 }
 
-// open opens shard i, calls visit with it, and closes it. task is shown as progress.
-func (d *dataDir) open(task string, i int, visit func(*source) error) error {
+// withShard opens shard i, calls visit with it, and closes it. task is shown as progress.
+func (d *dataDir) withShard(task string, i int, visit func(*source) error) error {
 	d.progress.startTask(task, i, len(d.indexes))
 	s, err := openSource(d.path, i)
 	if err != nil {
@@ -5717,7 +5728,9 @@ const (
 	nextRowQuery = `SELECT ` + blobColumns + `, data FROM blobs
 		WHERE id > ? AND id <= ? ORDER BY id LIMIT 1`
 
-	// The Rust server's table has only keys and contents.
+	// The Rust server's table has only keys and contents. The other columns of blobColumns are made
+	// up, in their order: size, stored, codec, crc32, sha256, content_type, created_at, updated_at,
+	// expires_at, version.
 	rustRowQuery = `SELECT rowid, coalesce(CAST(key AS BLOB), ''), 0, 0, 0, 0, zeroblob(32),
 		'` + octetStream + `', unixepoch() * 1000, unixepoch() * 1000, 0, 0, data FROM blobs
 		WHERE rowid > ? AND rowid <= ? ORDER BY rowid LIMIT 1`
@@ -5820,6 +5833,7 @@ func (row storedRow) verify() error {
 		return fmt.Errorf("%w: SHA-256 %x, %d stored bytes, but the row says %x, %d",
 			errDamaged, sum, content.stored, row.sum, row.stored)
 	}
+	// A gzip answer ends with the checksum. The reader has not compared that of a small content.
 	return row.compare(checksum.Sum32())
 }
 
@@ -5857,7 +5871,7 @@ func cmdCheck(ctx context.Context, cli *call) error {
 // nothing of its state.
 func (d *dataDir) check(ctx context.Context) error {
 	for _, i := range d.indexes {
-		err := d.open("checking", i, func(s *source) error {
+		err := d.withShard("checking", i, func(s *source) error {
 			if err := d.checkStructure(ctx, s); err != nil {
 				return err
 			}
@@ -5990,7 +6004,7 @@ func (copied *dataDir) compareDamage(from *dataDir) error {
 		return fmt.Errorf("the copy has %d defects, see above; check the original", copied.defects)
 	}
 	for _, row := range copied.damaged {
-		err := from.open("comparing", row.source.index, func(s *source) error {
+		err := from.withShard("comparing", row.source.index, func(s *source) error {
 			return s.row(row.id).verify() // VACUUM keeps the ids of rows
 		})
 		if err == nil || errors.Is(err, errNoBlob) {
