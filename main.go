@@ -18,9 +18,9 @@ write is queued, and a later read of the key waits for it.
 The configuration is one TOML file, described in config.toml.example. Every key can also be given in
 the environment, as BLOBNOM_<KEY>.
 
-This file is meant to be read from top to bottom. On its way from the socket to the disk a PUT passes
-through HTTP server, Access, Handlers, Fields, Store, Writes, Batcher and Writer. These are all the
-chapters, in their order:
+This file is meant to be read from top to bottom. On its way from the socket to the disk a PUT
+passes through HTTP server, Access, Handlers, Fields, Store, Writes, Batcher and Writer. These are
+all the chapters, in their order:
 
 	Vocabulary      limits, the schema of a shard, a blob
 	Errors          what can go wrong, and what a client is told
@@ -1391,8 +1391,8 @@ func (w *response) Write(p []byte) (n int, err error) {
 	return n, nil
 }
 
-// requestBody is the body of a request. It ends with an error if it is longer than the limit, or if the
-// client is gone. A body that is announced as too large is not read.
+// requestBody is the body of a request. It ends with an error if it is longer than the limit, or if
+// the client is gone. A body that is announced as too large is not read.
 type requestBody struct {
 	request *http.Request
 	w       *response
@@ -2241,8 +2241,8 @@ th + th, td + td { padding-left: 1rem; white-space: nowrap; opacity: .7 }
 
 // uploadScript uploads chosen and dropped files into the folder. Files that were chosen or dropped
 // together are a group: three of them are sent at a time. At its end the script asks, once, whether
-// to replace the blobs that exist. When no group is left, it reloads the page, unless a file was not
-// uploaded. Without JavaScript the controls stay hidden.
+// to replace the blobs that exist. When no group is left, it reloads the page, unless a file was
+// not uploaded. Without JavaScript the controls stay hidden.
 const uploadScript = `
 const box = document.getElementById('upload')
 const [list, note, sub] = ['ul', 'output', '[name=sub]'].map(name => box.querySelector(name))
@@ -3068,8 +3068,8 @@ func lockDir(dir string) (*sql.DB, error) {
 	return nil, fmt.Errorf("cannot lock %s: %w", path, err)
 }
 
-// refuseDir returns an error if dir is another program's, or an incomplete copy. If the lock file is
-// there, the directory is ours. Then no shard is opened to look: see refuseForeign.
+// refuseDir returns an error if dir is another program's, or an incomplete copy. If the lock file
+// is there, the directory is ours. Then no shard is opened to look: see refuseForeign.
 func refuseDir(dir string) error {
 	if err := refusePartial(dir); err != nil {
 		return err
@@ -3387,8 +3387,8 @@ type shard struct {
 	sampledAt    time.Time // when that was
 	recentBytes  int64     // bytes in the second before that
 
-	// Contents that a reader or an upload needs, and the sweep leaves alone: see unusedOrphan, which
-	// holds lookups for writing.
+	// Contents that a reader or an upload needs, and the sweep leaves alone: see unusedOrphan,
+	// which holds lookups for writing.
 	lookups sync.RWMutex // held for reading from before a row is read until its content is in held
 	heldMu  sync.Mutex
 	held    map[int64]int // use counts by content id; guarded by heldMu
@@ -4188,7 +4188,7 @@ func (q *batcher) run() {
 				q.putBack(again)
 			}
 			clear(batch) // the queue's array must not keep contents alive
-			q.signal()   // more may be queued: below, the select does not wait, but upkeep has a turn
+			q.signal()   // more may be queued: the select does not wait, but upkeep has a turn
 		}
 		select {
 		case <-q.wake:
@@ -4204,8 +4204,8 @@ func (q *batcher) run() {
 }
 
 // take looks at the queue: what is there, up to size operations or batchBytes, is the next batch.
-//   - It is due if it is full, something in it is urgent, the window of its first operation is over,
-//     or the batcher is closed: take removes it from the queue and returns it.
+//   - It is due if it is full, something in it is urgent, the window of its first operation is
+//     over, or the batcher is closed: take removes it from the queue and returns it.
 //   - It is not due: take returns how long to wait.
 //   - There is none: take returns nothing, and whether it is over, because the batcher is closed.
 func (q *batcher) take() (batch []*op, wait time.Duration, ended bool) {
@@ -4461,8 +4461,8 @@ func (sh *shard) postpone(batch []*op, err error) (again []*op) {
 }
 
 // tryAlone is an attempt at a batch of one operation. It repeats an attempt that found the file
-// damaged, because perhaps only a read failed, and a delete that found the disk full: a delete frees
-// more than it takes.
+// damaged, because perhaps only a read failed, and a delete that found the disk full: a delete
+// frees more than it takes.
 func (sh *shard) tryAlone(batch []*op) error {
 	err := sh.tryBatch(batch)
 	if isCorrupt(err) {
@@ -5284,8 +5284,8 @@ func writeProcessMetrics(text io.Writer) {
 // WAL, and the WAL gives its space back only once all of it is copied into the database, which may
 // have to grow for that. Once a write has found the disk full, others are refused. The first delete
 // that finds it full, or piece of upkeep, removes the reserve, which is larger than a shard's WAL:
-// that is room for deletes and checkpoints. Writes work again when the reserve is back, and there is
-// some room besides it.
+// that is room for deletes and checkpoints. Writes work again when the reserve is back, and there
+// is some room besides it.
 
 const (
 	vacuumPages  = 256     // freed in one step; fewer are not worth a step
@@ -5480,7 +5480,7 @@ type reserve struct {
 	log  *slog.Logger
 	full atomic.Bool // set while the disk is full
 
-	mu    sync.Mutex // guards the file and changes of full; truncateWAL holds it while it needs the room
+	mu    sync.Mutex // guards the file and changes of full; truncateWAL holds it: it needs the room
 	tried time.Time  // when the disk was found full, the file given up, or restore last tried
 }
 
