@@ -1,6 +1,6 @@
 /*
 Blobnom is a small, durable blob server: HTTP over a set of SQLite databases (shards). A hash of the
-key chooses the shard. "blobnom help" lists its commands: serve, check, backup, migrate, sign.
+key chooses the shard. "blobnom help" lists the commands: serve, check, backup, migrate and others.
 
 A session, with the server started by "go run ." in another terminal:
 
@@ -181,7 +181,7 @@ CREATE TABLE IF NOT EXISTS blobs (
 	sha256       BLOB NOT NULL,       -- of those bytes
 	codec        INTEGER NOT NULL,    -- of the stored content: 0 identity, 1 deflate
 	stored       INTEGER NOT NULL,    -- bytes of the stored content
-	crc32        INTEGER,             -- of the bytes as the client sees them; NULL: not compared
+	crc32        INTEGER,             -- of the bytes as the client sees them; NULL: 0, not compared
 	content_type TEXT NOT NULL,
 	created_at   INTEGER NOT NULL,    -- Unix milliseconds, as are the next two
 	updated_at   INTEGER NOT NULL,
@@ -489,15 +489,15 @@ func commandNamed(name string) (command, error) {
 	return command{}, usageError(fmt.Sprintf("there is no command %q", name))
 }
 
-// dispatch parses the command line and runs the command. Its own flags stand behind its name,
-// -config and -version before or behind it.
+// dispatch parses the command line and runs the command. The flags of a command stand behind its
+// name, -config and -version before or behind it.
 func (cli *call) dispatch(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("blobnom", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.StringVar(&cli.configFile, "config", "", "")
 	showVersion := flags.Bool("version", false, "")
 	err := flags.Parse(args)
-	cli.args = flags.Args() // what stands behind -h is explained, too
+	cli.args = flags.Args() // of "blobnom -h sign": cmdHelp explains sign
 	if errors.Is(err, flag.ErrHelp) {
 		return cmdHelp(ctx, cli)
 	}
@@ -573,7 +573,8 @@ func cmdVersion(_ context.Context, cli *call) error {
 	return nil
 }
 
-// version returns the version of the module that was built: a tag, or the revision of the checkout.
+// version returns the version of the module that was built: a tag, the revision of the checkout, or
+// "devel", which Go writes in parentheses.
 func version() string {
 	info, _ := debug.ReadBuildInfo() // fails only without modules, which the dependencies need
 	return strings.Trim(info.Main.Version, "()")
@@ -704,13 +705,13 @@ func cmdSign(_ context.Context, cli *call) error {
 		return usageError("auth_token in " + origin + " is empty; a signature needs it as its key")
 	}
 	urlPath := pathOf(key)
-	if urlPath == "" {
+	if urlPath == "" { // the key has a dot segment
 		urlPath = escapeAll(key)
 		fmt.Fprintln(cli.stderr, `note: browsers and many clients resolve the "." or ".." `+
 			"segment, even percent-encoded, and get 401; curl --path-as-is does not")
 	}
 	if rest, isPath := strings.CutPrefix(key, "/blob/"); isPath {
-		fmt.Fprintf(cli.stderr, "note: a key begins after /blob/, and this one begins with it; "+
+		fmt.Fprintf(cli.stderr, "note: this key begins with /blob/, which is not part of a key; "+
 			"did you mean %q?\n", rest)
 	}
 	expires := strconv.FormatInt(time.Now().Add(cli.ttl).Unix(), 10)
@@ -818,7 +819,7 @@ type progress struct {
 	mu       sync.Mutex // guards the rest, and the output of the command
 	terminal io.Writer  // nil: the line is not shown
 	start    time.Time
-	task     string // such as "checking shard 1 of 4"
+	task     string // such as "checking shard_0.db, 1 of 4"
 	done     string // of the task, such as ", 10 blobs"
 }
 
@@ -833,10 +834,11 @@ func (cli *call) showProgress() {
 	time.AfterFunc(drawInterval, p.draw)
 }
 
-func (p *progress) startTask(task string, shard, shards int) {
+// startTask shows a task with a file, which is the first, second and so on of count.
+func (p *progress) startTask(task, file string, position, count int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.task = fmt.Sprintf("%s shard %d of %d", task, shard+1, shards)
+	p.task = fmt.Sprintf("%s %s, %d of %d", task, file, position, count)
 	p.done = ""
 }
 
@@ -1255,7 +1257,7 @@ func (s *server) handle(pattern string, h handler) {
 	})
 }
 
-// handleGet makes h answer GET and HEAD of a path that has no query parameters.
+// handleGet makes h answer GET and HEAD of a path, and refuses query parameters.
 func (s *server) handleGet(urlPath string, h handler) {
 	s.handle("GET "+urlPath, func(w *response, r *http.Request) error {
 		if _, err := queryOf(r); err != nil {
@@ -1324,9 +1326,9 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// cleanPath resolves dot segments. Then it encodes all that follows /blob/ as one segment, so that
-// the mux finds nothing to redirect to another key: no empty segment, and no dot segment that the
-// client had percent-encoded.
+// cleanPath resolves the dot segments that the client has not percent-encoded. The mux redirects a
+// path that path.Clean would change, and so would turn the key a//b into a/b. Therefore cleanPath
+// then encodes all that follows /blob/, or in another path the first slash, as one segment.
 //   - /blob/x/../a//b becomes /blob/a%2F%2Fb, the key "a//b"
 //   - /blob/../x is an error
 //   - /x/../healthz becomes /healthz, and /x//y becomes /x%2F%2Fy, which no route has
@@ -1341,11 +1343,14 @@ func cleanPath(u *url.URL) error {
 	// ResolveReference does what RFC 3986 5.2.4 says, even against an empty URL.
 	reference := &url.URL{Path: u.Path, RawPath: u.RawPath}
 	resolved := new(url.URL).ResolveReference(reference)
-	prefix := "/"
-	if strings.HasPrefix(resolved.Path, "/blob/") {
-		prefix = "/blob/"
-	} else if strings.HasPrefix(sent, "/blob/") {
+	wasBlob := strings.HasPrefix(sent, "/blob/")
+	isBlob := strings.HasPrefix(resolved.Path, "/blob/")
+	if wasBlob && !isBlob {
 		return badRequest(`the path leads out of /blob/; percent-encode a ".." of the key`)
+	}
+	prefix := "/"
+	if isBlob {
+		prefix = "/blob/"
 	}
 	u.Path = resolved.Path
 	u.RawPath = prefix + escapeAll(strings.TrimPrefix(resolved.Path, prefix))
@@ -1426,7 +1431,10 @@ func (s *server) answer(rw http.ResponseWriter, r *http.Request, h handler) {
 	if err == nil {
 		err = h(w, r)
 	}
-	isWhole := err == nil || answerError(w, r, err)
+	isWhole := true
+	if err != nil {
+		isWhole = answerError(w, r, err)
+	}
 	if !isWhole {
 		w.status = 0
 	}
@@ -1477,11 +1485,11 @@ func belongsToError(header string, status int) bool {
 	return strings.HasPrefix(header, "Access-Control-")
 }
 
-// logRequest writes the line of a request, without its query, which may have a signature. It is an
-// error if the server is to blame, and else for debugging.
+// logRequest writes the line of a request, without its query, which may have a signature. Its level
+// is Error if the server is to blame, else Debug.
 func (s *server) logRequest(w *response, r *http.Request, err error, took time.Duration) {
 	level := slog.LevelDebug
-	if isOurFault(err) {
+	if s.isOurFault(err) {
 		level = slog.LevelError
 	}
 	if !s.log.Enabled(r.Context(), level) { // saves the time to collect the arguments
@@ -1502,10 +1510,13 @@ func (s *server) logRequest(w *response, r *http.Request, err error, took time.D
 	s.log.Log(r.Context(), level, "request", args...)
 }
 
-// isOurFault reports whether the log has to say why a request failed. Of a full disk the reserve
-// has logged it once, for all requests.
-func isOurFault(err error) bool {
-	if err == nil || errors.Is(err, errClientGone) || errors.Is(err, errFull) {
+// isOurFault reports whether the log has to say why a request failed. The reserve has logged once,
+// for all requests, that the disk is full.
+func (s *server) isOurFault(err error) bool {
+	if err == nil || errors.Is(err, errClientGone) {
+		return false
+	}
+	if errors.Is(err, errFull) && s.store.reserve.isDiskFull() {
 		return false
 	}
 	status, _ := statusOf(err)
@@ -1654,8 +1665,9 @@ func (s *server) getBlob(w *response, r *http.Request) error {
 // serveBlob answers with a blob. http.ServeContent decides about conditions and ranges; a GET
 // without them does not need it.
 func (s *server) serveBlob(w *response, r *http.Request, reader *blobReader) error {
-	conn, isCorkable := r.Context().Value(connKey{}).(*corkedConn) // those of TLS are not
-	isCorked := isCorkable && reader.blob.size <= cacheItem        // larger ones would take memory
+	// A connection of TLS cannot be corked. A larger blob would take memory.
+	conn, isCorkable := r.Context().Value(connKey{}).(*corkedConn)
+	isCorked := isCorkable && reader.blob.size <= cacheItem
 	if isCorked {
 		conn.cork() // header and content leave with one system call: see corkedConn
 		defer conn.uncork()
@@ -1785,9 +1797,9 @@ func (s *server) cacheControl(r *http.Request, b *blob) string {
 	})
 }
 
-// serveContent answers r by http.ServeContent, which compares the tags in the request with the tag
-// in the answer's header. But a content has two tags, and a client may send either. So serveContent
-// first replaces both, in the request, by the tag of the answer.
+// serveContent answers r by http.ServeContent, which compares the tags in the request with the one
+// in the answer's header. A content has two tags, as it is and as gzip, and a client may send
+// either. So serveContent first replaces both of them in the request by the one of the answer.
 func serveContent(w *response, r *http.Request, reader *blobReader) error {
 	plain, zipped := reader.blob.etags()
 	answered := w.Header().Get("Etag")
@@ -1923,7 +1935,7 @@ func (s *server) deleteBlob(w *response, r *http.Request) error {
 
 // listBlobs serves /blob/: the page of the top folder for a browser, else a page of the listing.
 func (s *server) listBlobs(w *response, r *http.Request) error {
-	r.Pattern = folderRoute
+	r.Pattern = folderRoute // for the metrics
 	w.Header().Set("Vary", "Accept")
 	if wantsPage(r) {
 		return s.showFolder(w, r, "")
@@ -1981,8 +1993,8 @@ func listingOf(r *http.Request) (listing, error) {
 	return l, nil
 }
 
-// readyz asks every shard. The answer is public: it has the shards' numbers, not their paths, and
-// the kinds of their errors.
+// readyz asks every shard. The answer is public: it has the numbers of the shards and the kinds of
+// their errors, not their paths.
 func (s *server) readyz(w *response, _ *http.Request) error {
 	status := http.StatusOK
 	rows := []map[string]any{}
@@ -2058,7 +2070,7 @@ func (s *server) answerMissing(w *response, r *http.Request, key string) error {
 		if key == folder {
 			return s.showFolder(w, r, folder)
 		}
-		// A reader of public blobs does not learn whether anything is below the key.
+		// With public_read, who has no token does not learn whether anything is below the key.
 		mayList := s.authorizeFolder(r) == nil
 		folderPath := pathOf(folder)
 		if mayList && folderPath != "" && s.store.hasPrefix(folder) {
@@ -2084,10 +2096,11 @@ const folderRoute = "GET /blob/"
 
 // showFolder answers a page of what is below folder, which is empty or ends with a slash.
 func (s *server) showFolder(w *response, r *http.Request, folder string) error {
-	r.Pattern = folderRoute
+	r.Pattern = folderRoute // for the metrics
 	if err := s.authorizeFolder(r); err != nil {
 		return err
 	}
+	// Unlike hasPrefix this waits for queued writes, and fails if a shard is broken.
 	rows, _, err := s.store.list(listing{prefix: folder, limit: 1})
 	if err != nil {
 		return err
@@ -2240,13 +2253,14 @@ th + th, td + td { padding-left: 1rem; white-space: nowrap; opacity: .7 }
 {{end}}`))
 
 // uploadScript uploads chosen and dropped files into the folder. Files that were chosen or dropped
-// together are a group: three of them are sent at a time. At its end the script asks, once, whether
-// to replace the blobs that exist. When no group is left, it reloads the page, unless a file was
-// not uploaded. Without JavaScript the controls stay hidden.
+// together are a group: three of them are sent at a time. When a group is done, the script asks,
+// once, whether to replace the blobs that exist. When no group is left, it reloads the page, unless
+// a file was not uploaded. Without JavaScript the controls stay hidden.
 const uploadScript = `
 const box = document.getElementById('upload')
 const [list, note, sub] = ['ul', 'output', '[name=sub]'].map(name => box.querySelector(name))
 let groups = 0
+// files is a list of files, or the promise of one. They go into dirs, folders below this page.
 async function upload(files, dirs = sub.value.split('/').filter(dir => !/^\.{0,2}$/.test(dir))) {
   groups++
   const waiting = [...await files]
@@ -2257,7 +2271,10 @@ async function upload(files, dirs = sub.value.split('/').filter(dir => !/^\.{0,2
   await Promise.all([work(), work(), work()])
   const names = existing.map(file => file.path).join('\n').slice(0, 500)
   const question = existing.length + ' exist already. Replace all of them?\n' + names
-  if (existing.length > 0 && confirm(question)) await upload(existing, dirs)
+  if (existing.length > 0 && confirm(question)) {
+    for (const file of existing) file.mayReplace = true
+    await upload(existing, dirs)
+  }
   groups--
   if (groups > 0) return
   if (list.firstChild) note.value = 'Reload this page for the new list. Not uploaded:'
@@ -2272,16 +2289,16 @@ async function send(waiting, dirs, existing) {
   const request = new XMLHttpRequest()
   file.row.replaceChildren(file.path + ': ', bar)
   request.open('PUT', [...dirs, ...file.path.split('/')].map(encodeURIComponent).join('/'))
-  const mayReplace = file.exists // it was found to exist, and the user has confirmed
-  if (!mayReplace) request.setRequestHeader('If-None-Match', '*')
+  if (!file.mayReplace) request.setRequestHeader('If-None-Match', '*')
   request.upload.onprogress = event => { bar.value = event.loaded / (event.total || 1) }
   request.send(file)
   await new Promise(done => { request.onloadend = done })
-  file.exists = request.status == 412
-  if (file.exists) existing.push(file)
-  bar.replaceWith(file.exists ? 'exists already' : request.responseText || 'could not be sent')
+  const exists = request.status == 412
+  if (exists) existing.push(file)
+  bar.replaceWith(exists ? 'exists already' : request.responseText || 'could not be sent')
   if (request.status == 201 || request.status == 202) file.row.remove()
 }
+// walk returns a file with its path, or the list of the files in a folder.
 async function walk(entry) {
   const read = (from, method) => new Promise((done, failed) => from[method](done, failed))
   if (entry.isFile) return Object.assign(await read(entry, 'file'), {path: entry.fullPath.slice(1)})
@@ -2475,12 +2492,14 @@ type conditions struct {
 	match, noneMatch string
 }
 
-// tagList is "*" or a list of entity tags. Elements may be empty: RFC 9110 5.6.1.
 const tagPattern = `(?:W/)?"[^"\x00-\x20\x7f]*"`
 
 var (
 	entityTag = regexp.MustCompile(tagPattern)
-	tagList   = regexp.MustCompile(
+
+	// tagList is "*" or a list of entity tags: each is followed by a comma or ends the list. An
+	// element may be empty: RFC 9110 5.6.1.
+	tagList = regexp.MustCompile(
 		`^[ \t,]*(?:\*|(?:` + tagPattern + `[ \t]*(?:,[ \t,]*|$))+)[ \t,]*$`)
 )
 
@@ -2538,19 +2557,23 @@ type digest struct {
 	sum  string // in base64, with or without its padding
 }
 
-// digestForm matches one digest of a list: its name and its sum. It does not match a digest with
-// another name.
-var digestForm = regexp.MustCompile(`(?i)(?:^|,)[ \t]*(sha-256|sha-512)=:([a-z0-9+/]+=*):`)
+// digestForm matches a digest of a list that has a known name: this name, and its sum, which is
+// empty if it is malformed.
+var digestForm = regexp.MustCompile(`(?i)(?:^|,)[ \t]*(sha-256|sha-512)=(?::([a-z0-9+/]+=*):)?`)
 
-// digestsOf returns the digests in Repr-Digest and Content-Digest (RFC 9530) and Content-MD5. A
-// header must have a digest that it knows; others beside that are ignored.
+// digestsOf returns the digests in Repr-Digest and Content-Digest (RFC 9530) and Content-MD5. Each
+// of the first two must have a SHA-256 or a SHA-512. Digests with other names are ignored.
 func digestsOf(h http.Header) (found []digest, err error) {
 	for _, name := range []string{"Repr-Digest", "Content-Digest"} {
 		members := digestForm.FindAllStringSubmatch(strings.Join(h[name], ","), -1)
+		form := badRequest("%s must be sha-256=:BASE64: or sha-512=:BASE64:", name)
 		if len(h[name]) > 0 && members == nil {
-			return nil, badRequest("%s must be sha-256=:BASE64: or sha-512=:BASE64:", name)
+			return nil, form
 		}
 		for _, parts := range members {
+			if parts[2] == "" {
+				return nil, form
+			}
 			found = append(found, digest{strings.ToLower(parts[1]), parts[2]})
 		}
 	}
@@ -2567,7 +2590,8 @@ type bodyCheck struct {
 	hashes  map[string]hash.Hash // by name; not sha-256, which every upload computes
 }
 
-// bodyCheckOf prepares to compare the body of r. A trailer that is announced may have any digest.
+// bodyCheckOf prepares to compare the body of r. If a trailer is announced, it may bring any
+// digest.
 func bodyCheckOf(r *http.Request) (*bodyCheck, error) {
 	sent, err := digestsOf(r.Header)
 	if err != nil {
@@ -2622,7 +2646,9 @@ func acceptsGzip(h http.Header) bool {
 	weights := map[string]float64{} // by coding
 	for element := range strings.SplitSeq(strings.Join(h["Accept-Encoding"], ","), ",") {
 		coding, params, _ := mime.ParseMediaType(element) // the form is the same: gzip;q=0.5
-		weights[coding], _ = strconv.ParseFloat(cmp.Or(params["q"], "1"), 64)
+		text := cmp.Or(params["q"], "1")
+		weight, _ := strconv.ParseFloat(text, 64)
+		weights[coding] = weight
 	}
 	weight, isNamed := weights["gzip"]
 	if !isNamed {
@@ -2638,7 +2664,10 @@ var compressibleType = regexp.MustCompile(
 // isCompressible reports whether clients that accept gzip get b as gzip: b is stored deflated, or
 // deflating it is worth the time.
 func (b *blob) isCompressible() bool {
-	return b.deflated || b.size >= minEncode && compressibleType.MatchString(b.contentType)
+	if b.deflated {
+		return true
+	}
+	return b.size >= minEncode && compressibleType.MatchString(b.contentType)
 }
 
 // ==== Access =====================================================================================
@@ -2683,9 +2712,9 @@ func (s *server) authorize(r *http.Request) error {
 }
 
 // authorizeFolder returns an error if r has no token but needs one: public_read does not open
-// folder pages. authorize has refused a wrong token. It cannot decide this, too, because only after
-// a look for the blob is it known whether "a/" is a blob or a folder. A signed URL does not come
-// here, because it has a query.
+// folder pages. authorize has refused a wrong token, but cannot decide this: whether "a/" is a blob
+// or a folder is known only after looking for the blob. A signed URL does not come here, because it
+// has a query.
 func (s *server) authorizeFolder(r *http.Request) error {
 	if s.cfg.AuthToken != "" && !isTokenSent(r) {
 		return errUnauthorized
@@ -2826,14 +2855,14 @@ func openStore(
 	if err != nil {
 		return nil, err
 	}
-	st.reserve.begin() // not in a copy: nothing is deleted there
+	st.reserve.begin() // migrate needs none: in a copy nothing is deleted
 	return st, nil
 }
 
 // openLocked opens the data directory of cfg, of which the caller has the lock. It refuses one with
 // another record than cfg. A corrupt shard fails alone, with errCorrupt. No blob is written before
-// the whole directory is accepted. To open a shard may only set its WAL mode and remove an empty
-// WAL. After an error the lock is closed.
+// the whole directory is accepted. Opening a shard changes at most two things: it sets the WAL
+// mode, and removes an empty WAL. After an error the lock is closed.
 func openLocked(
 	ctx context.Context, cfg *config, lock *sql.DB, log *slog.Logger, now func() time.Time,
 ) (*store, error) {
@@ -2853,7 +2882,8 @@ func openLocked(
 	}
 	st.stopping, st.stop = context.WithCancel(ctx)
 	markOverdue := func() { st.isOverdue.Store(true) }
-	context.AfterFunc(st.stopping, func() { time.AfterFunc(st.drainTimeout, markOverdue) })
+	startDraining := func() { time.AfterFunc(st.drainTimeout, markOverdue) }
+	context.AfterFunc(st.stopping, startDraining)
 	if err := st.open(cfg); err != nil {
 		return nil, errors.Join(err, st.close())
 	}
@@ -2949,12 +2979,14 @@ const (
 // list returns a page in key order over all shards, and whether more rows follow. It waits for the
 // writes that were answered 202 before it, and is no snapshot of the store.
 func (st *store) list(l listing) (page []listed, more bool, err error) {
-	// The page has keys from from, and below to. Keys are compared as texts.
+	// Only keys of [from, to) are read.
 	from := max(l.prefix, l.after+afterKey)
 	if l.after != "" && l.folderOf(l.after) == l.after {
 		from = l.after + afterPrefix // the last page ended with this folder: skip its keys
 	}
 	to := l.prefix + afterPrefix
+	// The page has one row more than the limit, which only tells that more follow. Once it has that
+	// many, no key from the last one on is of interest.
 	for _, sh := range st.shards {
 		if sh.broken != nil {
 			return nil, false, sh.broken // a listing without the shard's keys would be a lie
@@ -2968,7 +3000,7 @@ func (st *store) list(l listing) (page []listed, more bool, err error) {
 		page = slices.CompactFunc(page, haveSameKey) // several shards may have keys of one folder
 		if len(page) > l.limit {
 			page = page[:l.limit+1]
-			to = page[l.limit].Key // this row only tells that more follow: none above it is needed
+			to = page[l.limit].Key
 		}
 	}
 	if len(page) > l.limit {
@@ -2977,12 +3009,12 @@ func (st *store) list(l listing) (page []listed, more bool, err error) {
 	return page, false, nil
 }
 
-// rows returns all rows of l, however many, to be read once. They are read page by page, and an
-// error ends them.
+// rows returns all rows of l, however many. They are read page by page, and an error ends them.
 func (st *store) rows(l listing) iter.Seq2[listed, error] {
 	return func(yield func(listed, error) bool) {
+		asked := l
 		for {
-			page, more, err := st.list(l)
+			page, more, err := st.list(asked)
 			if err != nil {
 				yield(listed{}, err)
 				return
@@ -2995,7 +3027,7 @@ func (st *store) rows(l listing) iter.Seq2[listed, error] {
 			if !more {
 				return
 			}
-			l.after = page[len(page)-1].Key
+			asked.after = page[len(page)-1].Key
 		}
 	}
 }
@@ -3032,7 +3064,7 @@ func claimDir(dir string) (*sql.DB, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Look again: a copy may have been killed while this waited for the lock.
+	// Look again: a copy may have been killed while claimDir waited for the lock.
 	if err := refusePartial(dir); err != nil {
 		return nil, errors.Join(err, lock.Close())
 	}
@@ -3151,7 +3183,7 @@ func (r *record) fits(first *record, i int) error {
 	want := *first
 	want.Shard = int64(i)
 	if *r != want || want.Shard >= want.NumShards {
-		return fmt.Errorf("%w: it is %v, and another one here is %v", errMisplaced, r, first)
+		return fmt.Errorf("%w: it is %v, where %v must be", errMisplaced, r, &want)
 	}
 	return nil
 }
@@ -3196,7 +3228,8 @@ func (st *store) createShards(cfg *config) error {
 	if err != nil {
 		return err
 	}
-	for r.Shard = range r.NumShards {
+	for i := range r.NumShards {
+		r.Shard = i
 		if err := st.stopping.Err(); err != nil {
 			return err
 		}
@@ -3228,7 +3261,8 @@ func recordToCreate(marker string, cfg *config) (*record, error) {
 	if len(text) == len(id) { // an older version wrote the id alone
 		id = string(text)
 	}
-	// It is on the disk before the first shard is made, else a second start could choose another.
+	// The marker is on the disk before the first shard is made, else a second start could choose
+	// another id.
 	r = &record{NumShards: cfg.NumShards, Hash: cfg.Hash, Directory: id}
 	text, _ = json.Marshal(r) // cannot fail
 	if err := os.WriteFile(marker, text, 0o600); err != nil {
@@ -3369,8 +3403,8 @@ type shard struct {
 	readers                     *sql.DB
 	rowStmt, pageStmt, dataStmt *sql.Stmt // a row by key, rows by keys, a chunk's data by its id
 
-	// While the batcher runs, only its goroutine uses the fields from here to sampledAt. open uses
-	// them before it, and close after it.
+	// While the batcher runs, only its goroutine uses the fields from here to recentBytes. open
+	// uses them before it starts, and close after it has ended.
 	writer     *sql.DB              // one connection
 	findStmt   *sql.Stmt            // a row by key
 	prepared   map[string]*sql.Stmt // by text
@@ -3438,7 +3472,7 @@ func openShard(st *store, i int, cfg *config) (*shard, *record, error) {
 	}, "&"))
 	sh.writer.SetMaxOpenConns(1)
 	sh.readers = openReadOnly(sh.path)
-	sh.readers.SetMaxOpenConns(8) // enough: a read takes microseconds, and each costs a page cache
+	sh.readers.SetMaxOpenConns(8) // enough: a read takes microseconds. Each has a page cache
 	sh.readers.SetMaxIdleConns(8)
 	r, err := sh.open()
 	if isCorrupt(err) {
@@ -3606,7 +3640,8 @@ func (sh *shard) close() error {
 }
 
 // setState makes err the shard's state; nil: it is well. Damage and a failed sync stay until a
-// restart. Any other state ends with the next write that succeeds; upkeep tries one every second.
+// restart. Any other state ends with the next write or checkpoint that succeeds; upkeep tries to
+// write every second.
 func (sh *shard) setState(err error) {
 	sh.stateMu.Lock()
 	defer sh.stateMu.Unlock()
@@ -3633,9 +3668,9 @@ func (sh *shard) currentState() error {
 	return sh.state
 }
 
-// note translates an error of a read. Damage that SQLite finds in the file becomes the shard's
-// state. Writes use recordOutcome.
-func (sh *shard) note(err error) error {
+// noteReadError translates an error of a read. Damage that SQLite finds in the file becomes the
+// shard's state. Writes use recordOutcome.
+func (sh *shard) noteReadError(err error) error {
 	err = translate(err)
 	if errors.Is(err, errCorrupt) {
 		sh.setState(err)
@@ -3698,7 +3733,7 @@ func (sh *shard) lookUp(key string, headOnly bool, generation int64) (*blobReade
 		b, _, err = scanBlob(sh.rowStmt.QueryRow(key, !headOnly))
 	}
 	if err != nil {
-		return nil, sh.note(err)
+		return nil, sh.noteReadError(err)
 	}
 	b.renderHeader()
 	if b.data != nil && !b.deflated { // blobReader verifies deflated and chunked contents
@@ -3771,7 +3806,7 @@ func scanBlob(row interface{ Scan(...any) error }) (*blob, string, error) {
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, "", errNoBlob
 	}
-	if err != nil && b.id == 0 { // the id is scanned first: nothing was scanned
+	if err != nil && b.id == 0 { // not even the id was scanned, which is first: the query has failed
 		return nil, "", err
 	}
 	copy(b.sum[:], sum)
@@ -3797,7 +3832,7 @@ func (sh *shard) list(l listing, from, to string) ([]listed, error) {
 		left := l.limit + 1 - len(page)
 		rows, err := sh.pageStmt.Query(from, to, now, left)
 		if err != nil {
-			return nil, sh.note(err)
+			return nil, sh.noteReadError(err)
 		}
 		some, next, err := scanToFolder(rows, l)
 		if isCorrupt(err) && !isAgain {
@@ -3805,7 +3840,7 @@ func (sh *shard) list(l listing, from, to string) ([]listed, error) {
 			continue
 		}
 		if err != nil {
-			return nil, sh.note(err)
+			return nil, sh.noteReadError(err)
 		}
 		page = append(page, some...)
 		if next == "" {
@@ -3830,13 +3865,13 @@ func scanToFolder(rows *sql.Rows, l listing) (page []listed, next string, err er
 			page = append(page, listed{Key: folder})
 			return page, folder + afterPrefix, nil
 		}
-		page = append(page, b.listed(key))
+		page = append(page, b.row(key))
 	}
 	return page, "", rows.Err()
 }
 
-// listed returns b's row of a listing.
-func (b *blob) listed(key string) listed {
+// row returns b's row of a listing.
+func (b *blob) row(key string) listed {
 	etag, _ := b.etags()
 	return listed{
 		Key:         key,
@@ -3872,25 +3907,28 @@ type putOptions struct {
 
 // put stores body under key. It returns a blob of which sum, size and expires are set, and whether
 // the write is only queued. After an error readers see what was there before.
-func (sh *shard) put(key string, body io.Reader, p *putOptions) (b *blob, queued bool, err error) {
+func (sh *shard) put(key string, body io.Reader, p *putOptions) (*blob, bool, error) {
 	if err := sh.precheck(key, p.conditions); err != nil {
 		return nil, false, err
 	}
-	b = &blob{contentType: p.contentType}
-	defer func() {
-		isHeld := b.id != 0    // by upload
-		if isHeld && !queued { // else finish releases it
-			sh.release(b.id)
-		}
-	}()
+	b := &blob{contentType: p.contentType}
+	isQueued, err := sh.receiveAndWrite(key, body, b, p)
+	isHeld := b.id != 0      // by upload
+	if isHeld && !isQueued { // else finish releases it
+		sh.release(b.id)
+	}
+	return b, isQueued, err
+}
+
+func (sh *shard) receiveAndWrite(key string, body io.Reader, b *blob, p *putOptions) (
+	isQueued bool, err error) {
 	if err := sh.receive(body, b, p); err != nil {
-		return b, false, err
+		return false, err
 	}
 	if p.ttl != 0 {
 		b.expires = sh.store.now().Add(p.ttl).UnixMilli()
 	}
-	queued, err = sh.write(sh.putOp(key, b, p), p.conditions)
-	return b, queued, err
+	return sh.write(sh.putOp(key, b, p), p.conditions)
 }
 
 // receive reads body into b: all of it, or the last chunk once the others are stored.
@@ -3924,6 +3962,7 @@ func (sh *shard) upload(chunks *chunkReader, b *blob) (last []byte, err error) {
 		if err := sh.submit(o); err != nil {
 			return nil, err
 		}
+		// The batcher has the chunk of this sequence number. Meanwhile the next one is read.
 		chunk, more, readErr := chunks.next(-1)
 		packed = b.packNext(chunk)
 		<-o.done
@@ -3944,12 +3983,13 @@ func (sh *shard) upload(chunks *chunkReader, b *blob) (last []byte, err error) {
 type chunkReader struct {
 	body  io.Reader
 	last  []byte // the last chunk, and the byte behind it if there is one
-	spare []byte // the buffer for the next
+	spare []byte // the chunk before that, which nobody uses any more: the next one goes there
 }
 
-// next returns the next chunk, which is valid until next is called twice more, and whether another
-// one follows. length is a hint, the bytes that the body may have, or -1.
+// next returns the next chunk, and whether another one follows. The chunk is valid until the second
+// call of next after this one. length is a hint, the bytes that the body may have, or -1.
 func (c *chunkReader) next(length int64) (chunk []byte, more bool, err error) {
+	// The byte behind the last chunk, if there was one, is the first byte of this chunk.
 	ahead := c.last[min(len(c.last), chunkSize):]
 	buf := bytes.NewBuffer(append(c.spare[:0], ahead...))
 	if c.last == nil {
@@ -3962,17 +4002,19 @@ func (c *chunkReader) next(length int64) (chunk []byte, more bool, err error) {
 	_, err = buf.ReadFrom(io.LimitReader(c.body, int64(chunkSize+1-buf.Len())))
 	c.spare = c.last
 	c.last = buf.Bytes()
-	return c.last[:min(len(c.last), chunkSize)], len(c.last) > chunkSize, err
+	chunk = c.last[:min(len(c.last), chunkSize)]
+	more = len(c.last) > chunkSize
+	return chunk, more, err
 }
 
 // remove deletes the blob under key, if there is one and cond holds.
-func (sh *shard) remove(key string, cond conditions) (queued bool, err error) {
+func (sh *shard) remove(key string, cond conditions) (isQueued bool, err error) {
 	return sh.write(sh.deleteOp(key, cond), cond)
 }
 
 // write queues o and waits for its commit, or, in async mode, returns at once. A request with a
 // precondition waits for its outcome.
-func (sh *shard) write(o *op, cond conditions) (queued bool, err error) {
+func (sh *shard) write(o *op, cond conditions) (isQueued bool, err error) {
 	o.background = sh.store.async && cond == conditions{} && sh.mayAnswerEarly()
 	if err := sh.submit(o); err != nil {
 		return false, err
@@ -3998,7 +4040,7 @@ func (sh *shard) submit(o *op) error {
 	if err := sh.store.acquire(o.cost); err != nil {
 		return err
 	}
-	return sh.batcher.add(o) // after an error, at a stop, the bytes stay counted: nobody asks then
+	return sh.batcher.add(o) // it fails only after a stop: then nobody looks at pending any more
 }
 
 // acquire adds n bytes to pending; finish subtracts them. It returns errBusy if there is no room
@@ -4044,7 +4086,7 @@ func (st *store) acquire(n int64) error {
 // after the COMMIT or an error. newest is the last background operation on a key, so whoever waits
 // for it has waited for all of them. That is how a read after a 202 sees the write: it needs no
 // second copy of the data, no merged view and no version arithmetic. Tried and rejected: a map of
-// pending contents for readers, which has to know the row beneath.
+// pending contents for readers, which needs the stored row as well, for its version.
 
 // op is one write and its outcome.
 type op struct {
@@ -4056,7 +4098,7 @@ type op struct {
 	background bool            // answered 202: nobody waits
 	urgent     bool            // its batch does not wait for more
 	cost       int64           // pending bytes
-	queued     time.Time
+	queuedAt   time.Time
 	done       chan struct{} // closed by the batcher
 	err        error         // valid once done is closed
 }
@@ -4080,7 +4122,7 @@ type batcher struct {
 // add queues o, unless the batcher is closed. It does not wait: acquire bounds the queue.
 func (q *batcher) add(o *op) error {
 	o.done = make(chan struct{})
-	o.queued = time.Now()
+	o.queuedAt = time.Now()
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.closed {
@@ -4110,7 +4152,7 @@ const allKeys = ""
 // errBusy when an attempt to commit failed for another process's lock.
 func (q *batcher) settle(key string) error {
 	q.mu.Lock()
-	stuck := q.stuck
+	stuck := q.stuck // closed by the next attempt to commit that fails
 	o := q.newest[key]
 	if o != nil {
 		o.urgent = true
@@ -4180,7 +4222,7 @@ func (q *batcher) run() {
 		switch {
 		case ended:
 			return
-		case wait > 0:
+		case wait > 0: // the batch is not due: wait below
 			timeout = time.After(wait)
 		case len(batch) > 0:
 			again := q.commit(batch)
@@ -4188,14 +4230,17 @@ func (q *batcher) run() {
 				q.putBack(again)
 			}
 			clear(batch) // the queue's array must not keep contents alive
-			q.signal()   // more may be queued: the select does not wait, but upkeep has a turn
+			// More may be queued: the signal keeps the select from waiting. If upkeep is due, it
+			// has its turn all the same: select chooses at random.
+			q.signal()
 		}
 		select {
 		case <-q.wake:
 		case <-timeout:
 		case <-stopping:
-			q.window = 0   // no batch waits any more
-			stopping = nil // a nil channel is never ready
+			// No batch waits any more. This case does not come again: a nil channel is never ready.
+			q.window = 0
+			stopping = nil
 		case <-idle.C:
 			pause := q.upkeep()
 			idle.Reset(pause)
@@ -4221,7 +4266,7 @@ func (q *batcher) take() (batch []*op, wait time.Duration, ended bool) {
 	}
 	isFull := n == q.size || length >= batchBytes
 	if n > 0 && !isFull && !isDue {
-		wait = time.Until(q.queue[0].queued.Add(q.window))
+		wait = time.Until(q.queue[0].queuedAt.Add(q.window))
 		if wait > 0 {
 			return nil, wait, false
 		}
@@ -4236,9 +4281,10 @@ func (q *batcher) take() (batch []*op, wait time.Duration, ended bool) {
 // database/sql's transactions prepare each statement again. Only the batcher's goroutine uses it.
 // No request's context comes here: a cancelled one would discard the connection.
 //
-// Three levels: runBatch decides what follows a failure, tryBatch is one attempt at a batch, and
-// inTransaction is one transaction. An attempt may be repeated after any failure: nothing of it is
-// left, because a failed COMMIT is rolled back.
+// Four levels: runBatch decides what follows a failure, tryAlone repeats an attempt at one
+// operation where that helps, tryBatch is one attempt at a batch, and inTransaction is one
+// transaction. An attempt may be repeated after any failure: nothing of it is left, because a
+// failed COMMIT is rolled back.
 
 // tx is one transaction on a shard's write connection, and lives as long as it. After the first
 // statement that fails, err is its error and exec does nothing any more. A function that runs in a
@@ -4297,12 +4343,12 @@ func (sh *shard) inTransaction(f func(*tx) error) error {
 			sh.writer.Exec("ROLLBACK") // fails if SQLite has rolled back already
 		}
 	}
-	sh.written += sh.newPages() * sh.pageBytes
+	sh.written += sh.pagesWritten() * sh.pageBytes
 	return sh.recordOutcome(t.err)
 }
 
-// newPages returns how many pages have gone into the WAL since the last call.
-func (sh *shard) newPages() (pages int64) {
+// pagesWritten returns how many pages have gone into the WAL since the last call.
+func (sh *shard) pagesWritten() (pages int64) {
 	conn, err := sh.writer.Conn(context.Background())
 	if err != nil {
 		return 0 // the next transaction fails, too
@@ -4316,9 +4362,10 @@ func (sh *shard) newPages() (pages int64) {
 	return pages
 }
 
-// recordOutcome takes the outcome of a transaction or a checkpoint, and returns it translated. It
-// becomes the shard's state, except for two: a full disk is the store's, and the first time that
-// SQLite calls the file damaged, perhaps a read has failed (see isCorrupt).
+// recordOutcome takes the outcome of a use of the write connection, nil or an error, and returns it
+// translated. The outcome becomes the shard's state. Two do not: a full disk, which is the state of
+// the store, and the first errCorrupt in a row, which may be only a read that failed: see
+// isCorrupt.
 func (sh *shard) recordOutcome(err error) error {
 	err = sh.explain(err)
 	if errors.Is(err, errFull) {
@@ -4356,7 +4403,8 @@ func (sh *shard) explain(err error) error {
 	return err
 }
 
-// probeSpace writes a file as long as the shard's, and returns what the system says to that.
+// probeSpace writes 64 KiB into a new file, where the shard's file ends, and returns what the
+// system says to that. So a limit to the size of files shows, too.
 func (sh *shard) probeSpace() error {
 	probe, err := os.CreateTemp(sh.store.dir, "blobnom.probe")
 	if err != nil {
@@ -4369,10 +4417,10 @@ func (sh *shard) probeSpace() error {
 	return err
 }
 
-// checkpointIfDue copies what the WAL holds into the database if that is enough, so that the next
-// write can begin the WAL anew. It runs between two batches, when their clients have been answered,
-// and after a piece of upkeep. SQLite would do it inside a COMMIT and would not tell of an error.
-// While another process reads an old state, only a part is copied, and the WAL grows.
+// checkpointIfDue copies what the WAL holds into the database once there is enough of it, so that
+// the next write can begin the WAL anew. It runs between two batches, when their clients have been
+// answered, and after a piece of upkeep. SQLite would do it inside a COMMIT and would not tell of
+// an error. While another process reads an old state, only a part is copied, and the WAL grows.
 func (sh *shard) checkpointIfDue() {
 	isDiskFull := sh.store.reserve.isDiskFull()
 	due := int64(checkpointBytes)
@@ -4556,7 +4604,7 @@ func (sh *shard) finish(o *op, err error) {
 }
 
 const (
-	// The last parameter is chunkSize: a row of a larger size has chunks.
+	// The parameter in the last line is chunkSize: a row of a larger size has chunks.
 	upsertQuery = `INSERT INTO blobs (id, key, size, sha256, codec, stored, crc32, content_type,
 		created_at, updated_at, expires_at, version, data)
 		VALUES (?, ?, ?, ?, ?, ?, nullif(?, 0), ?, ?, ?, nullif(?, 0), ?, ?)
@@ -4608,14 +4656,16 @@ func (t *tx) putBlob(key string, b *blob, p *putOptions) error {
 	row.updated = now
 	if !b.chunked() {
 		row.id = t.shard.nextID.Add(1)
-		// Nearly always one statement does it, in place. Looking first would take 10 % longer.
+		// The first way: one statement, which leaves a row that it replaces its id. It nearly
+		// always does. The second way alone would take 10 % longer.
 		if p.copyOf == nil && p.conditions == (conditions{}) {
-			isIn := t.upsert(key, &row)
-			if isIn || t.err != nil {
+			isStored := t.upsert(key, &row)
+			if isStored || t.err != nil {
 				return t.err
 			}
 		}
 	}
+	// The second way: the old row is deleted, and a new one made.
 	old, err := t.vacate(key, now, p.conditions)
 	if err != nil {
 		return err
@@ -4635,7 +4685,7 @@ func (t *tx) putBlob(key string, b *blob, p *putOptions) error {
 		t.exec(chunkQuery, b.id<<seqBits|b.lastSeq(), b.data)
 		t.exec(unorphanQuery, b.id)
 	}
-	t.upsert(key, &row) // it finds no row in its way
+	t.upsert(key, &row) // vacate has deleted what could be in its way
 	return t.err
 }
 
@@ -4658,7 +4708,7 @@ func (t *tx) vacate(key string, now int64, cond conditions) (*blob, error) {
 	if err != nil && !errors.Is(err, errDamaged) { // a damaged row can be replaced and deleted
 		return nil, err
 	}
-	live := old
+	live := old // as the conditions see it
 	if old.expired(now) {
 		live = nil
 	}
@@ -4705,7 +4755,7 @@ func deflate(chunk []byte) []byte {
 func inflate(data []byte, size int64) ([]byte, error) {
 	reader := flate.NewReader(bytes.NewReader(data))
 	out := make([]byte, size+1)      // one byte more than there must be
-	n, _ := io.ReadFull(reader, out) // always an error: data has no final block; n tells enough
+	n, _ := io.ReadFull(reader, out) // an error is normal: data has no final block; n tells enough
 	if int64(n) != size {
 		return nil, fmt.Errorf("%w: inflated to %d bytes instead of %d", errDamaged, n, size)
 	}
@@ -4774,7 +4824,7 @@ const (
 // and before anybody is told. A reader notes the generation before it reads a row, and puts the row
 // only if the generation is the same, and the key not blocked. So nothing gets in that a commit may
 // have replaced, and while a transaction may change a key, its readers see the database. Arbitrary
-// entries are evicted: there is nothing to maintain on a hit, and a long scan does not empty it.
+// entries are evicted: there is nothing to maintain on a hit.
 type cache struct {
 	limit      int
 	mu         sync.Mutex // guards the rest
@@ -4813,8 +4863,8 @@ func (c *cache) put(key string, b *blob, generation int64) {
 	c.entries[key] = b
 }
 
-// cacheLimit returns the maximum of the cache in bytes, over all shards. It is less than cacheBytes
-// if Go's memory is limited: uploads and the collector need most of that.
+// cacheLimit returns the maximum of the cache in bytes, over all shards. It is an eighth of a limit
+// of Go's memory, at most cacheBytes: uploads and the collector need most of the memory.
 func cacheLimit() int {
 	const current = -1 // asks for the limit
 	return int(min(cacheBytes, debug.SetMemoryLimit(current)/8))
@@ -4914,7 +4964,7 @@ func (br *blobReader) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// WriteTo writes the rest of the blob chunk by chunk, without another buffer.
+// WriteTo writes the rest of the blob chunk by chunk, first what is loaded, without another buffer.
 func (br *blobReader) WriteTo(w io.Writer) (n int64, err error) {
 	for {
 		written, err := w.Write(br.unread)
@@ -4939,7 +4989,7 @@ func (br *blobReader) load() error {
 		return translate(err)
 	}
 	if err != nil {
-		return br.shard.note(err)
+		return br.shard.noteReadError(err)
 	}
 	br.unread = data[br.skip:]
 	br.skip = 0
@@ -4972,16 +5022,11 @@ func (br *blobReader) fetch() ([]byte, error) {
 		}
 	}
 	size := int64(len(data))
-	var isRight bool
-	switch {
-	case !b.deflated:
-		isRight = size == br.chunkLen()
-	case !b.chunked():
-		isRight = size == b.stored
-	default: // no row has this length; inflate, or the client, finds out
-		isRight = true
+	isWrong := size != br.chunkLen()
+	if b.deflated { // of one of several chunks no row has the length: inflate or the client finds out
+		isWrong = !b.chunked() && size != b.stored
 	}
-	if !isRight {
+	if isWrong {
 		const text = "%w: chunk %d of content %d has %d bytes"
 		return nil, fmt.Errorf(text, errDamaged, br.next, b.id, size)
 	}
@@ -4993,7 +5038,8 @@ func (br *blobReader) fetch() ([]byte, error) {
 func (br *blobReader) decode(data []byte) ([]byte, error) {
 	b := br.blob
 	if br.zipped && b.deflated {
-		return br.gzipPiece(data), nil // the client compares the checksum at its end
+		br.crc = b.crc // no chunk is inflated to be summed: the client compares
+		return br.gzipPiece(data), nil
 	}
 	if b.deflated {
 		var err error
@@ -5002,7 +5048,8 @@ func (br *blobReader) decode(data []byte) ([]byte, error) {
 			return nil, err
 		}
 	}
-	if b.chunked() || b.deflated || br.zipped { // lookUp has verified the others
+	// lookUp has verified a small content that is stored and sent as it is.
+	if b.chunked() || b.deflated || br.zipped {
 		if err := br.verify(data); err != nil {
 			return nil, err
 		}
@@ -5038,9 +5085,6 @@ func (br *blobReader) gzipPiece(data []byte) (piece []byte) {
 	b := br.blob
 	if br.next == 0 {
 		piece = []byte(gzipHeader)
-	}
-	if b.deflated {
-		br.crc = b.crc // the chunks were not inflated, so they were not summed
 	}
 	piece = append(piece, data...)
 	if br.next == b.lastSeq() {
@@ -5093,7 +5137,8 @@ func newMetrics() *metrics {
 func (m *metrics) observe(w *response, r *http.Request, took time.Duration) {
 	labels := routeMethod{routeOf(r), "other"}
 	switch r.Method {
-	case http.MethodGet, http.MethodHead, http.MethodPut, http.MethodPost, http.MethodDelete:
+	case http.MethodGet, http.MethodHead, http.MethodPut, http.MethodPost, http.MethodDelete,
+		http.MethodOptions:
 		labels.method = r.Method
 	}
 	bucket, _ := slices.BinarySearch(durationBounds[:], took.Seconds())
@@ -5231,7 +5276,7 @@ func (sh *shard) blobs() int64 {
 	if time.Since(sh.counted) > time.Minute {
 		sh.counted = time.Now()
 		row := sh.readers.QueryRow("SELECT count(*) FROM blobs")
-		sh.note(row.Scan(&sh.count))
+		sh.noteReadError(row.Scan(&sh.count))
 	}
 	return sh.count
 }
@@ -5283,7 +5328,7 @@ func writeProcessMetrics(text io.Writer) {
 // It also keeps the reserve, a file that makes a full disk survivable. A delete has to write to the
 // WAL, and the WAL gives its space back only once all of it is copied into the database, which may
 // have to grow for that. Once a write has found the disk full, others are refused. The first delete
-// that finds it full, or piece of upkeep, removes the reserve, which is larger than a shard's WAL:
+// or piece of upkeep that finds it full removes the reserve, which is larger than a shard's WAL:
 // that is room for deletes and checkpoints. Writes work again when the reserve is back, and there
 // is some room besides it.
 
@@ -5314,26 +5359,26 @@ func (sh *shard) upkeep() time.Duration {
 	start := time.Now()
 	isDiskFull := sh.store.reserve.isDiskFull()
 	if isDiskFull {
-		// This makes room. It fails where the database may not grow, until reclaim has made the
-		// database smaller.
+		// An empty WAL gives its room back. This fails if the database would have to grow for it.
+		// Then reclaim makes the database smaller.
 		sh.truncateWAL()
 	}
 	sh.sampleWrites()
-	more, err := sh.reclaim()
-	if err == nil && !more {
+	hasReclaimed, err := sh.reclaim()
+	if err == nil && !hasReclaimed {
 		err = sh.tryWrite()
 	}
 	sh.checkpointIfDue()
 	if errors.Is(err, errFull) {
-		sh.store.reserve.giveUp() // what reclaim frees needs room first
+		sh.store.reserve.giveUp() // the next try of reclaim needs its room
 	}
 	if err != nil {
 		return sweepInterval // recordOutcome has taken note of it
 	}
 	if isDiskFull {
-		sh.store.reserve.restore() // it may fail: upkeep tries again
+		sh.store.reserve.restore()
 	}
-	if more {
+	if hasReclaimed { // there may be more to do
 		return time.Since(start)
 	}
 	return sweepInterval
@@ -5342,8 +5387,8 @@ func (sh *shard) upkeep() time.Duration {
 // reclaim deletes some of what has expired or is orphaned. If there is nothing to delete, it
 // returns some free pages to the file system: if the disk is full, or if they are an eighth of the
 // file, more than vacuumPages, and more than the shard has written in a second, because a busy
-// shard uses them again. It reports whether it has done something: then there may be more to do.
-func (sh *shard) reclaim() (more bool, err error) {
+// shard uses them again. It reports whether it has done any of that.
+func (sh *shard) reclaim() (hasReclaimed bool, err error) {
 	now := sh.store.now().UnixMilli()
 	var hasWork bool
 	var free, pages int64
@@ -5402,7 +5447,8 @@ func (sh *shard) sweep(now int64) (bool, error) {
 	if err != nil {
 		return false, sh.recordOutcome(err)
 	}
-	// Before the transaction: the orphans that it makes may have readers.
+	// It is chosen before the transaction: until the COMMIT, a reader may still find a row that
+	// becomes an orphan in it.
 	orphan, err := sh.unusedOrphan()
 	if err != nil {
 		return false, sh.recordOutcome(err)
@@ -5412,7 +5458,7 @@ func (sh *shard) sweep(now int64) (bool, error) {
 	}
 	for key := range expired {
 		sh.cache.block(key)
-		defer sh.cache.unblock(key)
+		defer sh.cache.unblock(key) // when sweep returns, after the COMMIT
 	}
 	err = sh.inTransaction(func(t *tx) error {
 		if orphan != 0 {
@@ -5480,7 +5526,7 @@ type reserve struct {
 	log  *slog.Logger
 	full atomic.Bool // set while the disk is full
 
-	mu    sync.Mutex // guards the file and changes of full; truncateWAL holds it: it needs the room
+	mu    sync.Mutex // guards the file and changes of full; truncateWAL locks it for the room
 	tried time.Time  // when the disk was found full, the file given up, or restore last tried
 }
 
@@ -5523,29 +5569,26 @@ func (r *reserve) giveUp() {
 	r.tried = time.Now()
 }
 
-// restore writes the file again if it was given up. If there is some room besides it, the disk is
-// not full any more. restore tries once a second at most: while it tries, other programs find the
-// disk full.
-func (r *reserve) restore() error {
+// restore tries to write the file again if it was given up. If there is some room besides it, the
+// disk is not full any more. restore tries once a second at most: while it tries, other programs
+// find the disk full.
+func (r *reserve) restore() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if !r.isDiskFull() {
-		return nil
-	}
-	if time.Since(r.tried) < sweepInterval {
-		return errFull
+	if !r.isDiskFull() || time.Since(r.tried) < sweepInterval {
+		return
 	}
 	r.tried = time.Now()
 	if err := r.write(); err != nil {
-		return err
+		return
 	}
 	r.full.Store(false)
 	r.log.Info("the disk has room again: writes work")
-	return nil
 }
 
-// write makes the file if it is not there, or returns an errFull. It also does so if there is no
-// room besides it. r.mu is held, except when the store closes.
+// write makes the file if it is not there, or returns an errFull. If there is no room for
+// spareBytes besides the file, write keeps it, and returns an errFull, too. r.mu is held, except
+// when the store closes.
 func (r *reserve) write() error {
 	err := r.growTo(reserveBytes)
 	if err != nil {
@@ -5612,13 +5655,15 @@ func (d *dataDir) each(task string, visit func(*source) error) error {
 
 // withShard opens shard i, calls visit with it, and closes it. task is shown as progress.
 func (d *dataDir) withShard(task string, i int, visit func(*source) error) error {
-	d.progress.startTask(task, i, len(d.indexes))
+	position := slices.Index(d.indexes, i) + 1
+	d.progress.startTask(task, shardName(i), position, len(d.indexes))
 	s, err := openSource(d.path, i)
 	if err != nil {
 		return err
 	}
 	defer s.close()
-	if d.isRust != (s.record == nil) {
+	isRust := s.record == nil
+	if isRust != d.isRust {
 		return fmt.Errorf("%w: its header is not that of a shard", errCorrupt)
 	}
 	if d.first == nil {
@@ -5701,7 +5746,8 @@ func openSource(dir string, i int) (*source, error) {
 	return s, nil
 }
 
-func (s *source) close() error { return s.db.Close() }
+// close closes the database. Nothing was written, so there is no error to tell.
+func (s *source) close() { s.db.Close() }
 
 const (
 	integrityQuery = `SELECT 'SQLite: ' || integrity_check FROM pragma_integrity_check
@@ -5711,12 +5757,12 @@ const (
 	// has exactly the rows of its condition. A chunk has 262144 bytes, and the low 20 bits of its
 	// id count the chunks of a content. At most a hundred defects are listed.
 	structureQuery = integrityQuery + `
-		UNION ALL
+		UNION ALL -- chunks that no blob has
 		SELECT 'chunk ' || (id & 1048575) || ' of content ' || (id >> 20) || ' belongs to no blob'
 		FROM chunks WHERE NOT EXISTS (SELECT 1 FROM orphans WHERE orphans.id = chunks.id >> 20)
 		AND NOT EXISTS (SELECT 1 FROM blobs WHERE blobs.id = chunks.id >> 20
 			AND size > 262144 AND (chunks.id & 1048575) <= (size - 1) / 262144)
-		UNION ALL
+		UNION ALL -- too many or too few rows in the index
 		SELECT 'index expiring has ' || indexed || ' rows instead of ' || there FROM
 			(SELECT count(*) AS indexed FROM blobs INDEXED BY expiring
 				WHERE expires_at IS NOT NULL),
@@ -5793,7 +5839,7 @@ func (s *source) eachRow(ctx context.Context, visit func(storedRow) error) error
 	return ctx.Err()
 }
 
-// firstRow returns the first row with an id above above, up to last.
+// firstRow returns the first row with an id greater than above, at most last.
 func (s *source) firstRow(above, last int64) storedRow {
 	b, key, err := scanBlob(s.nextRow.QueryRow(above, last))
 	return storedRow{b, s, key, err}
@@ -5833,7 +5879,8 @@ func (row storedRow) verify() error {
 		return fmt.Errorf("%w: SHA-256 %x, %d stored bytes, but the row says %x, %d",
 			errDamaged, sum, content.stored, row.sum, row.stored)
 	}
-	// A gzip answer ends with the checksum. The reader has not compared that of a small content.
+	// The CRC-32, too: a gzip answer ends with it, and the reader compares it only for deflated and
+	// chunked contents.
 	return row.compare(checksum.Sum32())
 }
 
@@ -6018,24 +6065,24 @@ func (copied *dataDir) compareDamage(from *dataDir) error {
 	return nil
 }
 
-// beginCopy surveys from. Then it locks the directory to, marks it as an incomplete copy, and
-// removes the shards of an earlier one. The caller closes the lock.
-func (from *dataDir) beginCopy(ctx context.Context, to string) (*sql.DB, error) {
+// beginCopy surveys the directory to copy. Then it locks the directory target, marks it as an
+// incomplete copy, and removes the shards of an earlier one. The caller closes the lock.
+func (from *dataDir) beginCopy(ctx context.Context, target string) (*sql.DB, error) {
 	// Before the survey, which may take long.
-	if _, err := targetFiles(to); err != nil {
+	if _, err := targetFiles(target); err != nil {
 		return nil, err
 	}
 	if err := from.survey(ctx); err != nil {
 		return nil, err
 	}
-	lock, err := lockDir(to)
+	lock, err := lockDir(target)
 	if err != nil {
 		return nil, err
 	}
-	if err := startOver(to); err != nil {
+	if err := startOver(target); err != nil {
 		return nil, errors.Join(err, lock.Close())
 	}
-	from.progress.leaves = to + " holds an incomplete copy"
+	from.progress.leaves = target + " holds an incomplete copy"
 	return lock, nil
 }
 
@@ -6187,33 +6234,33 @@ func cmdMigrate(ctx context.Context, cli *call) error {
 	if err := m.fill(ctx, cfg, lock); err != nil {
 		return err
 	}
-	copied, err := cli.checkCopy(ctx, cfg.DataDir)
+	result, err := cli.checkCopy(ctx, cfg.DataDir)
 	if err != nil {
 		return err
 	}
-	if copied.defects > 0 || copied.blobs != m.copied {
+	if result.defects > 0 || result.blobs != m.copied {
 		return fmt.Errorf("%d blobs were copied, %d are there, with %d defects: see the lines above",
-			m.copied, copied.blobs, copied.defects)
+			m.copied, result.blobs, result.defects)
 	}
-	if err := copied.completeCopy(); err != nil {
+	if err := result.completeCopy(); err != nil {
 		return err
 	}
-	copied.summarize("copied and verified; found twice: %d", m.duplicates)
+	result.summarize("copied and verified; found twice: %d", m.duplicates)
 	return nil
 }
 
 // fill creates the store that cfg describes, and copies every blob into it. lock is the lock of its
 // directory.
 func (m *migration) fill(ctx context.Context, cfg *config, lock *sql.DB) error {
-	target := *cfg
-	target.AsyncWrite = true // the next row is read while this one waits for its batch
-	target.BatchSize = 64
-	target.BatchTimeoutMS = 0    // a window would delay each row that copyBlob has to wait for
-	target.Durability = "normal" // completeCopy syncs the result
+	targetConfig := *cfg
+	targetConfig.AsyncWrite = true // the next row is read while this one waits for its batch
+	targetConfig.BatchSize = 64
+	targetConfig.BatchTimeoutMS = 0    // a window would delay each row that copyBlob waits for
+	targetConfig.Durability = "normal" // completeCopy syncs the result
 	// The clock stands at 1970, so that expired blobs are copied as well. The server deletes them.
 	// The times in the copy come from copyOf.
 	in1970 := func() time.Time { return time.Unix(0, 0) }
-	st, err := openLocked(ctx, &target, lock, newLogger(cfg, m.from.stderr), in1970)
+	st, err := openLocked(ctx, &targetConfig, lock, newLogger(cfg, m.from.stderr), in1970)
 	if err != nil {
 		return err
 	}
@@ -6347,13 +6394,9 @@ func (w *response) discardBody(r *http.Request) {
 	if r.ContentLength == 0 || r.ProtoMajor != 1 {
 		return
 	}
-	until := time.Now().Add(discardTimeout)
-	if r.Header.Get("Expect") != "" && w.received == 0 {
-		until = time.Now() // the client waits to be told to send it
-	}
 	controller := http.NewResponseController(w.ResponseWriter)
 	controller.Flush()
-	controller.SetReadDeadline(until)
+	controller.SetReadDeadline(time.Now().Add(discardTimeout))
 	if _, err := io.Copy(io.Discard, r.Body); err != nil {
 		panic(http.ErrAbortHandler)
 	}
@@ -6423,6 +6466,16 @@ func (c *corkedConn) Write(p []byte) (int, error) {
 		return c.corked.Write(p)
 	}
 	return c.Conn.Write(p)
+}
+
+// CloseWrite lets net/http end its answer while the client still sends. Without it the client of a
+// request that net/http itself refuses sees a reset connection instead of the answer.
+func (c *corkedConn) CloseWrite() error {
+	tcp, isTCP := c.Conn.(*net.TCPConn)
+	if !isTCP {
+		return errors.ErrUnsupported
+	}
+	return tcp.CloseWrite()
 }
 
 // connKey is the context key of a request's connection.
