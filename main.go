@@ -164,9 +164,9 @@ const (
 	sweepInterval = time.Second      // between two looks of upkeep
 
 	// A writer waits for room in the queue at most queueTimeout. If another process has locked a
-	// shard, everybody waits at most two busyTimeouts: that of the attempt under way, and that of
-	// the next one.
-	queueTimeout = 9 * time.Second
+	// shard, an attempt to write fails after busyTimeout, and so do the writes in the queue that
+	// have waited as long. So nobody waits longer than both together, or than two busyTimeouts.
+	queueTimeout = 5 * time.Second
 	busyTimeout  = 4 * time.Second
 )
 
@@ -1162,8 +1162,9 @@ func readConfigFile(file string) (values map[string]any, origin string, err erro
 	_, err = toml.Decode(text, &values)
 	if syntax, ok := errors.AsType[toml.ParseError](err); ok {
 		// The text of the error is not shown: it quotes the file, perhaps a token.
-		const problem = "not valid TOML: line %d cannot be parsed; text values need quotes"
-		err = fmt.Errorf(problem, syntax.Position.Line)
+		const problem = "not valid TOML: line %d cannot be parsed, after the key %q: " +
+			"is it a text without quotes, a key for the second time, or a number that is too large?"
+		err = fmt.Errorf(problem, syntax.Position.Line, syntax.LastKey)
 	}
 	return values, origin, err
 }
@@ -1397,7 +1398,7 @@ func (w *response) Write(p []byte) (n int, err error) {
 }
 
 // requestBody is the body of a request. It ends with an error if it is longer than the limit, or if
-// the client is gone. A body that is announced as too large is not read.
+// the client is gone. A body that is announced as too large ends at once.
 type requestBody struct {
 	request *http.Request
 	w       *response
@@ -1681,7 +1682,7 @@ func (s *server) serveBlob(w *response, r *http.Request, reader *blobReader) err
 	}
 	err := send(w, r, reader)
 	if err == nil && isCorked {
-		// net/http's buffer goes into the cork. This fails only if the client is gone.
+		// net/http's buffer goes into the cork. This cannot fail: uncork sends it.
 		http.NewResponseController(w.ResponseWriter).Flush()
 	}
 	return err
@@ -1757,12 +1758,12 @@ func (s *server) describe(w *response, r *http.Request, b *blob) {
 func (s *server) negotiate(w *response, r *http.Request, reader *blobReader) {
 	header := w.Header()
 	b := reader.blob
-	isRange := len(r.Header["Range"]) > 0
-	if isRange || !s.cfg.OutputCompression || !b.isCompressible() {
+	if !s.cfg.OutputCompression || !b.isCompressible() {
 		return
 	}
 	header.Set("Vary", "Accept-Encoding") // even if this client gets it uncompressed
-	if !acceptsGzip(r.Header) {
+	isRange := len(r.Header["Range"]) > 0
+	if isRange || !acceptsGzip(r.Header) {
 		return
 	}
 	reader.zipped = true
@@ -2293,10 +2294,13 @@ async function send(waiting, dirs, existing) {
   request.upload.onprogress = event => { bar.value = event.loaded / (event.total || 1) }
   request.send(file)
   await new Promise(done => { request.onloadend = done })
+  if (request.status == 201 || request.status == 202) {
+    file.row.remove()
+    return
+  }
   const exists = request.status == 412
   if (exists) existing.push(file)
   bar.replaceWith(exists ? 'exists already' : request.responseText || 'could not be sent')
-  if (request.status == 201 || request.status == 202) file.row.remove()
 }
 // walk returns a file with its path, or the list of the files in a folder.
 async function walk(entry) {
@@ -2392,8 +2396,11 @@ func isSigned(r *http.Request) bool {
 // ttlOf returns how long an upload is to live, or 0 if it is to stay.
 func ttlOf(r *http.Request) (time.Duration, error) {
 	query, err := writeQueryOf(r, "ttl")
-	if err != nil || !query.Has("ttl") {
+	if err != nil {
 		return 0, err
+	}
+	if !query.Has("ttl") {
+		return 0, nil
 	}
 	return parseTTL(query.Get("ttl"))
 }
@@ -3640,8 +3647,7 @@ func (sh *shard) close() error {
 }
 
 // setState makes err the shard's state; nil: it is well. Damage and a failed sync stay until a
-// restart. Any other state ends with the next write or checkpoint that succeeds; upkeep tries to
-// write every second.
+// restart. Any other state ends with the next write that succeeds; upkeep tries one every second.
 func (sh *shard) setState(err error) {
 	sh.stateMu.Lock()
 	defer sh.stateMu.Unlock()
@@ -3898,7 +3904,7 @@ func (sh *shard) hasPrefix(prefix string) bool {
 
 type putOptions struct {
 	contentType string
-	length      int64         // of the body as announced, -1 if unknown
+	length      int64         // of the body as announced, a hint; 0 or -1 if unknown
 	ttl         time.Duration // 0: none
 	conditions  conditions
 	copyOf      *blob                  // its times, expiry and version are kept; nil: the blob is new
@@ -4036,6 +4042,7 @@ func (sh *shard) mayAnswerEarly() bool {
 
 // submit queues o once there is room for it. Even the largest operation fits into an empty queue.
 func (sh *shard) submit(o *op) error {
+	o.since = time.Now()
 	o.cost = min(int64(cap(o.data)+len(o.key)+opOverhead), sh.store.maxPending)
 	if err := sh.store.acquire(o.cost); err != nil {
 		return err
@@ -4098,16 +4105,16 @@ type op struct {
 	background bool            // answered 202: nobody waits
 	urgent     bool            // its batch does not wait for more
 	cost       int64           // pending bytes
-	queuedAt   time.Time
-	done       chan struct{} // closed by the batcher
-	err        error         // valid once done is closed
+	since      time.Time       // its request waits
+	done       chan struct{}   // closed by the batcher
+	err        error           // valid once done is closed
 }
 
 type batcher struct {
 	size     int
 	window   time.Duration        // only run uses it
 	stopping <-chan struct{}      // closed when no batch is to wait any more
-	commit   func([]*op) []*op    // ends each op, or returns it, in another slice, to try again
+	commit   func([]*op)          // ends each op, or puts it back
 	upkeep   func() time.Duration // runs between two batches; returns when to run again
 	wake     chan struct{}        // capacity 1: queue or closed has changed, or an op is urgent
 	ended    chan struct{}        // closed by run
@@ -4116,13 +4123,12 @@ type batcher struct {
 	queue  []*op          // not a channel: the collector would scan all of its buffer
 	newest map[string]*op // background operations not yet committed
 	closed bool
-	stuck  chan struct{} // closed, and replaced, when operations have to be tried again
+	stuck  chan struct{} // closed, and replaced, when an attempt to commit fails for a foreign lock
 }
 
 // add queues o, unless the batcher is closed. It does not wait: acquire bounds the queue.
 func (q *batcher) add(o *op) error {
 	o.done = make(chan struct{})
-	o.queuedAt = time.Now()
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.closed {
@@ -4152,7 +4158,7 @@ const allKeys = ""
 // errBusy when an attempt to commit failed for another process's lock.
 func (q *batcher) settle(key string) error {
 	q.mu.Lock()
-	stuck := q.stuck // closed by the next attempt to commit that fails
+	stuck := q.stuck
 	o := q.newest[key]
 	if o != nil {
 		o.urgent = true
@@ -4170,14 +4176,25 @@ func (q *batcher) settle(key string) error {
 	}
 }
 
-// putBack puts operations that could not be committed at the queue's front, and wakes who waits in
-// settle.
-func (q *batcher) putBack(again []*op) {
+// putBack is called when an attempt to commit has failed, because another process has the lock. It
+// puts background operations, which are tried again, back at the queue's front, and wakes who waits
+// in settle. It removes and returns the other operations that have waited for a busyTimeout: else
+// each of them would wait for an attempt of its own.
+func (q *batcher) putBack(again []*op) (late []*op) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.queue = append(again, q.queue...)
 	close(q.stuck)
 	q.stuck = make(chan struct{})
+	left := slices.Clone(again)
+	for _, o := range q.queue {
+		if !o.background && time.Since(o.since) > busyTimeout {
+			late = append(late, o)
+		} else {
+			left = append(left, o)
+		}
+	}
+	q.queue = left
+	return late
 }
 
 // end tells whoever waits for o that it has ended. commit calls it for each operation.
@@ -4225,10 +4242,7 @@ func (q *batcher) run() {
 		case wait > 0: // the batch is not due: wait below
 			timeout = time.After(wait)
 		case len(batch) > 0:
-			again := q.commit(batch)
-			if len(again) > 0 {
-				q.putBack(again)
-			}
+			q.commit(batch)
 			clear(batch) // the queue's array must not keep contents alive
 			// More may be queued: the signal keeps the select from waiting. If upkeep is due, it
 			// has its turn all the same: select chooses at random.
@@ -4266,7 +4280,7 @@ func (q *batcher) take() (batch []*op, wait time.Duration, ended bool) {
 	}
 	isFull := n == q.size || length >= batchBytes
 	if n > 0 && !isFull && !isDue {
-		wait = time.Until(q.queue[0].queuedAt.Add(q.window))
+		wait = time.Until(q.queue[0].since.Add(q.window))
 		if wait > 0 {
 			return nil, wait, false
 		}
@@ -4372,9 +4386,10 @@ func (sh *shard) recordOutcome(err error) error {
 		sh.store.reserve.setFull(err)
 		return err
 	}
-	wasCorrupt := sh.wasCorrupt
-	sh.wasCorrupt = errors.Is(err, errCorrupt)
-	if sh.wasCorrupt && !wasCorrupt {
+	isCorrupt := errors.Is(err, errCorrupt)
+	isFirst := isCorrupt && !sh.wasCorrupt
+	sh.wasCorrupt = isCorrupt
+	if isFirst {
 		return err
 	}
 	if errors.Is(err, errNotSynced) {
@@ -4439,7 +4454,9 @@ func (sh *shard) checkpointIfDue() {
 		return
 	}
 	_, err := sh.writer.Exec("PRAGMA wal_checkpoint(PASSIVE)")
-	sh.recordOutcome(err)
+	if err != nil { // without one it may have done nothing, which does not make the shard ready
+		sh.recordOutcome(err)
+	}
 }
 
 // truncateWAL copies the WAL into the database and empties it, unless a reader is in the way. The
@@ -4457,46 +4474,49 @@ func (sh *shard) truncateWAL() error {
 	if err == nil {
 		err = resetErr
 	}
+	if err == nil { // perhaps it has done nothing, which does not make the shard ready
+		return nil
+	}
 	return sh.recordOutcome(err)
 }
 
 // commit is the batcher's: it runs a batch, and a checkpoint when that is due.
-func (sh *shard) commit(batch []*op) (again []*op) {
-	again = sh.runBatch(batch)
+func (sh *shard) commit(batch []*op) {
+	sh.runBatch(batch)
 	sh.checkpointIfDue()
-	return again
 }
 
-// runBatch commits the operations of batch, or finishes them with their errors. It returns those
-// that are to be tried again.
-func (sh *shard) runBatch(batch []*op) (again []*op) {
+// runBatch commits the operations of batch, or finishes them with their errors, or postpones them.
+func (sh *shard) runBatch(batch []*op) {
 	if len(batch) > 1 {
 		err := sh.tryBatch(batch)
 		if errors.Is(err, errBusy) {
-			return sh.postpone(batch, err)
+			sh.postpone(batch, err)
+			return
 		}
 		if err == nil {
 			for _, o := range batch {
 				sh.finish(o, nil)
 			}
-			return nil
+			return
 		}
 	}
 	// Each alone, so that a bad one fails alone.
 	for i := range batch {
 		err := sh.tryAlone(batch[i : i+1])
 		if errors.Is(err, errBusy) { // those behind it must not overtake it
-			return sh.postpone(batch[i:], err)
+			sh.postpone(batch[i:], err)
+			return
 		}
 		sh.finish(batch[i], err)
 	}
-	return nil
 }
 
-// postpone returns the operations that were answered 202, because another process has locked the
+// postpone puts back the operations that were answered 202, because another process has locked the
 // shard: they are tried until they are in, or until drainTimeout after a stop. It finishes the
-// others with err, an errBusy.
-func (sh *shard) postpone(batch []*op, err error) (again []*op) {
+// others with err, an errBusy, and also those in the queue that have waited for long.
+func (sh *shard) postpone(batch []*op, err error) {
+	var again []*op
 	mayRetry := !sh.store.isOverdue.Load()
 	for _, o := range batch {
 		if mayRetry && o.background {
@@ -4505,7 +4525,9 @@ func (sh *shard) postpone(batch []*op, err error) (again []*op) {
 			sh.finish(o, err)
 		}
 	}
-	return again
+	for _, o := range sh.batcher.putBack(again) {
+		sh.finish(o, err)
+	}
 }
 
 // tryAlone is an attempt at a batch of one operation. It repeats an attempt that found the file
@@ -4575,7 +4597,7 @@ func (sh *shard) setSyncLevel(batch []*op) error {
 	if level == sh.syncLevel {
 		return nil
 	}
-	// The PRAGMA acts when it is prepared: a statement that is kept would do nothing.
+	// This PRAGMA acts when it is prepared: a statement that is kept would do nothing.
 	_, err := sh.writer.Exec("PRAGMA synchronous = " + level)
 	if err == nil {
 		sh.syncLevel = level
@@ -4604,7 +4626,9 @@ func (sh *shard) finish(o *op, err error) {
 }
 
 const (
-	// The parameter in the last line is chunkSize: a row of a larger size has chunks.
+	// On a conflict the row that is there keeps its id and its created_at. It is changed only if it
+	// has no chunks, because its size is at most the last parameter, chunkSize, and if neither it
+	// nor the new one expires. Else nothing is changed.
 	upsertQuery = `INSERT INTO blobs (id, key, size, sha256, codec, stored, crc32, content_type,
 		created_at, updated_at, expires_at, version, data)
 		VALUES (?, ?, ?, ?, ?, ?, nullif(?, 0), ?, ?, ?, nullif(?, 0), ?, ?)
@@ -4616,7 +4640,7 @@ const (
 
 	deleteQuery   = `DELETE FROM blobs WHERE id = ?`
 	chunkQuery    = `INSERT INTO chunks (id, data) VALUES (?, ?)`
-	orphanQuery   = `INSERT INTO orphans (id) VALUES (?)`
+	orphanQuery   = `INSERT OR IGNORE INTO orphans (id) VALUES (?)`
 	unorphanQuery = `DELETE FROM orphans WHERE id = ?`
 )
 
@@ -4705,7 +4729,8 @@ func (t *tx) vacate(key string, now int64, cond conditions) (*blob, error) {
 	if errors.Is(err, errNoBlob) {
 		return nil, cond.refuse(nil)
 	}
-	if err != nil && !errors.Is(err, errDamaged) { // a damaged row can be replaced and deleted
+	isDamaged := errors.Is(err, errDamaged)
+	if err != nil && !isDamaged { // a damaged row can be replaced and deleted
 		return nil, err
 	}
 	live := old // as the conditions see it
@@ -4716,6 +4741,9 @@ func (t *tx) vacate(key string, now int64, cond conditions) (*blob, error) {
 		return nil, err
 	}
 	t.deleteRow(old)
+	if isDamaged { // its size may be wrong: perhaps it has chunks
+		t.exec(orphanQuery, old.id)
+	}
 	return live, t.err
 }
 
@@ -4809,7 +4837,7 @@ func (b *blob) count(chunk, data []byte) {
 	b.stored += int64(len(data))
 }
 
-// What a gzip member has around deflated chunks, besides eight bytes of checksum and size.
+// What a gzip member has around deflated chunks. It ends with eight bytes of checksum and size.
 const (
 	gzipHeader   = "\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
 	gzipEnd      = "\x03\x00"
@@ -4912,7 +4940,7 @@ type blobReader struct {
 	next      int64  // sequence number of the next chunk
 	skip      int64  // bytes of the next chunk before the position
 	unread    []byte // loaded and not yet read; it may be the cache's: not to be changed
-	stored    int64  // bytes of the chunks so far, as they are stored
+	stored    int64  // bytes of the chunks so far, as they are stored; for a source
 	crc       uint32 // of the chunks so far, as the client sees them
 	isPartial bool   // it does not begin with the first chunk
 }
@@ -5038,7 +5066,7 @@ func (br *blobReader) fetch() ([]byte, error) {
 func (br *blobReader) decode(data []byte) ([]byte, error) {
 	b := br.blob
 	if br.zipped && b.deflated {
-		br.crc = b.crc // no chunk is inflated to be summed: the client compares
+		br.crc = b.crc // it goes behind the last chunk: nothing is inflated, and so nothing summed
 		return br.gzipPiece(data), nil
 	}
 	if b.deflated {
@@ -5349,6 +5377,11 @@ const (
 
 // upkeep does one piece of the work and returns when to run again. It runs on the batcher's
 // goroutine.
+//   - On a full disk it first empties the WAL, whose room is then free. That fails if the database
+//     would have to grow for it: then the next step makes the database smaller.
+//   - It reclaims something. If there is nothing to reclaim, it tries to write.
+//   - If the disk was too full even for that, the reserve is given up for the next piece.
+//   - If not, and the disk was full, the reserve is written again.
 func (sh *shard) upkeep() time.Duration {
 	if sh.syncFailed {
 		return sweepInterval
@@ -5357,10 +5390,8 @@ func (sh *shard) upkeep() time.Duration {
 		return sweepInterval // writes are waiting for a foreign lock: they try it themselves
 	}
 	start := time.Now()
-	isDiskFull := sh.store.reserve.isDiskFull()
-	if isDiskFull {
-		// An empty WAL gives its room back. This fails if the database would have to grow for it.
-		// Then reclaim makes the database smaller.
+	wasDiskFull := sh.store.reserve.isDiskFull()
+	if wasDiskFull {
 		sh.truncateWAL()
 	}
 	sh.sampleWrites()
@@ -5369,13 +5400,16 @@ func (sh *shard) upkeep() time.Duration {
 		err = sh.tryWrite()
 	}
 	sh.checkpointIfDue()
+	if errors.Is(err, errBusy) {
+		sh.postpone(nil, err) // writes have waited for this attempt, too
+	}
 	if errors.Is(err, errFull) {
-		sh.store.reserve.giveUp() // the next try of reclaim needs its room
+		sh.store.reserve.giveUp()
 	}
 	if err != nil {
 		return sweepInterval // recordOutcome has taken note of it
 	}
-	if isDiskFull {
+	if wasDiskFull {
 		sh.store.reserve.restore()
 	}
 	if hasReclaimed { // there may be more to do
@@ -5434,14 +5468,15 @@ func (sh *shard) returnPages() error {
 func (sh *shard) tryWrite() error {
 	return sh.inTransaction(func(t *tx) error {
 		if sh.currentState() != nil {
-			t.exec(fmt.Sprintf("PRAGMA user_version = %d", schemaVersion)) // as it was
+			// The version stays as it is. This PRAGMA acts whenever the prepared statement runs.
+			t.exec(fmt.Sprintf("PRAGMA user_version = %d", schemaVersion))
 		}
 		return t.err
 	})
 }
 
-// sweep deletes some rows that have expired, and some chunks of an orphan that nobody uses,
-// and the orphan with its last chunk. It returns false if there was nothing to delete.
+// sweep deletes some rows that have expired, and some chunks of an orphan that nobody uses, and the
+// orphan once it has no more. It returns false if there was nothing to delete.
 func (sh *shard) sweep(now int64) (bool, error) {
 	expired, err := sh.findExpired(now)
 	if err != nil {
@@ -5674,7 +5709,8 @@ func (d *dataDir) withShard(task string, i int, visit func(*source) error) error
 			return err
 		}
 	}
-	return translate(visit(s))
+	err = visit(s)
+	return translate(err)
 }
 
 // missing returns the numbers of the shards whose file is not there. If no shard could be opened,

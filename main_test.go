@@ -1539,8 +1539,8 @@ func TestConfigReport(t *testing.T) {
 		config  foo = 2  hash = 1  [bar]  -> wrong  hash = 1: must be text in quotes; bar: unknown key; foo: unknown key
 
 		# The text of the file is not shown where it cannot be parsed: it may be a secret.
-		config  auth_token = secret  -> wrong  ~not valid TOML: line 3 cannot be parsed;  !secret
-		config  foo =  BLOBNOM_HASH=md5  -> wrong  ~text values need quotes; BLOBNOM_HASH = "md5":
+		config  auth_token = secret  -> wrong  ~not valid TOML: line 3 cannot be parsed, after the key "auth_token":  !secret
+		config  foo =  BLOBNOM_HASH=md5  -> wrong  ~or a number that is too large?; BLOBNOM_HASH = "md5":
 
 		# Without -config the file is config.toml.
 		write  c.toml       hash = 1
@@ -2756,6 +2756,19 @@ func TestRangeReadsItsChunks(t *testing.T) {
 	}
 }
 
+// The chunks of a blob are swept, too, if its row does not say any more that it has chunks.
+func TestDeleteOfDamagedRow(t *testing.T) {
+	t.Parallel() // it waits for upkeep
+	script(t, `
+		serve     num_shards=1
+		PUT       /blob/k  {noise 2C}
+		sql       data/shard_0.db  UPDATE blobs SET size = 'x'
+		GET       /blob/k                -> 500  ~the blob is damaged
+		DELETE    /blob/k                -> 204
+		wait sql  data  `+unswept+`  -> 0
+	`)
+}
+
 // One read that fails is an error of its request, however the request is answered.
 func TestReadError(t *testing.T) {
 	script(t, `
@@ -2852,7 +2865,7 @@ func TestOutputCompression(t *testing.T) {
 				read /blob/k  GZIP  -> 200  Content-Type: text/plain  Repr-Digest: -
 				# a range
 				GET  /blob/k  GZIP  Range: bytes=3-5  -> 206  ETag: PLAIN  Content-Encoding: -
-				GET  /blob/k  GZIP  Range: bytes=3-5  -> 206  {CONTENT 3:6}
+				GET  /blob/k  GZIP  Range: bytes=3-5  -> 206  VARIES  {CONTENT 3:6}
 				GET  /blob/k  GZIP  Range: bytes=3-5  If-Range: ZIPPED  -> 200  {CONTENT}
 			`))
 		}
@@ -3148,7 +3161,10 @@ func TestStopDespiteLock(t *testing.T) {
 	case <-time.After(drainTimeout):
 		t.Fatal("the server does not end")
 	}
-	s.script("log answered 202 failed  -> 2  ~key=k  ~key=l")
+	s.script(`
+		log answered 202 failed  -> 2  ~key=k  ~key=l
+		log shard is ready again -> 0
+	`)
 }
 
 // closed has requests that public_read does not open.
@@ -4870,6 +4886,23 @@ func TestForeignLock(t *testing.T) {
 	`)
 }
 
+// However many wait behind a foreign lock, and for room in the queue, all are told within 10 s.
+func TestForeignLockOfMany(t *testing.T) {
+	t.Parallel() // it mostly waits
+	s := script(t, `
+		serve  num_shards=1  batch_size=1  max_pending_bytes=300000
+		lock   data/shard_0.db
+	`)
+	together(12, func(i int) {
+		time.Sleep(ms(500 * (i % 4)))
+		start := time.Now()
+		s.want(503, "PUT", fmt.Sprint("/blob/", i), noise(50_000, 1))
+		took := time.Since(start)
+		expect(t, took < 10*time.Second, "write %d is told after %v", i, took)
+	})
+	s.script("unlock")
+}
+
 // On a full disk every shard reads and deletes, also after a restart. The room that deletes make
 // is used again.
 func TestDiskFull(t *testing.T) {
@@ -5415,7 +5448,7 @@ func (b *fakeBatcher) sleepUntil(at int) {
 	time.Sleep(ms(at) - time.Since(b.start))
 }
 
-func (b *fakeBatcher) record(batch []*op) []*op {
+func (b *fakeBatcher) record(batch []*op) {
 	entry := fmt.Sprintf("%d:", b.now())
 	for _, o := range batch {
 		entry += o.key
@@ -5425,7 +5458,6 @@ func (b *fakeBatcher) record(batch []*op) []*op {
 	for _, o := range batch {
 		b.end(o)
 	}
-	return nil
 }
 
 // play does a step: a time in ms and the key of a write. "!" makes the write urgent, "+" large; "?"
@@ -5435,7 +5467,7 @@ func (b *fakeBatcher) play(t *testing.T, step string) {
 	var key, kind string
 	fmt.Sscanf(step, "%d%1s%s", &at, &key, &kind)
 	b.sleepUntil(at)
-	o := &op{key: key, background: true, urgent: kind == "!"}
+	o := &op{key: key, background: true, urgent: kind == "!", since: time.Now()}
 	switch {
 	case key == ".":
 		close(b.stop)
@@ -5502,13 +5534,14 @@ func TestTriedAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newFakeBatcher(2, 0, 5, func() time.Duration { return time.Hour })
 		failures := 2
-		b.commit = func(batch []*op) []*op {
+		b.commit = func(batch []*op) {
 			if failures == 0 {
-				return b.record(batch)
+				b.record(batch)
+				return
 			}
 			failures--
 			time.Sleep(ms(5))
-			return slices.Clone(batch)
+			b.putBack(batch)
 		}
 		go b.run()
 		for _, key := range []string{"a", "b", "c"} {
