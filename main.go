@@ -332,10 +332,16 @@ func sqliteCode(err error) (code, extended int) {
 	return 0, 0
 }
 
-// schemaError returns err as errCorrupt if SQLite did not understand a query: then the tables in
-// the file are not those of a shard.
+// schemaError returns an error of reading the tables of a shard as errCorrupt, if SQLite did not
+// understand the query, or database/sql not the type of a value: then the tables are not those of a
+// shard.
 func schemaError(err error) error {
-	if code, _ := sqliteCode(err); code == sqlite3.SQLITE_ERROR {
+	if err == nil || errors.Is(err, errNewer) || errors.As(err, new(*statusError)) {
+		return err
+	}
+	code, _ := sqliteCode(err)
+	isOfValue := code == 0
+	if isOfValue || code == sqlite3.SQLITE_ERROR {
 		return fmt.Errorf("%w: %w", errCorrupt, err)
 	}
 	return err
@@ -1328,7 +1334,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // cleanPath resolves the dot segments that the client has not percent-encoded. The mux redirects a
-// path that path.Clean would change, and so would turn the key a//b into a/b. Therefore cleanPath
+// path with empty or dot segments, and so would turn the key a//b into a/b. Therefore cleanPath
 // then encodes all that follows /blob/, or in another path the first slash, as one segment.
 //   - /blob/x/../a//b becomes /blob/a%2F%2Fb, the key "a//b"
 //   - /blob/../x is an error
@@ -3481,7 +3487,11 @@ func openShard(st *store, i int, cfg *config) (*shard, *record, error) {
 	sh.readers = openReadOnly(sh.path)
 	sh.readers.SetMaxOpenConns(8) // enough: a read takes microseconds. Each has a page cache
 	sh.readers.SetMaxIdleConns(8)
-	r, err := sh.open()
+	var r *record
+	err := sh.tryFiles()
+	if err == nil {
+		r, err = sh.open()
+	}
 	if isCorrupt(err) {
 		r, err = sh.open() // SQLite may have said so of one read that failed
 	}
@@ -3523,15 +3533,21 @@ func readAll(path string) error {
 	return err
 }
 
+// tryFiles returns why a file of the shard cannot be opened. SQLite must not have them open: see
+// readAll.
+func (sh *shard) tryFiles() error {
+	for _, path := range []string{sh.path, sh.path + "-wal", sh.path + "-shm"} {
+		if err := tryOpen(path); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // open reads the shard's record and prepares its statements.
 func (sh *shard) open() (*record, error) {
 	if sizeOf(sh.path) == 0 { // opening it would delete a WAL that may hold everything
 		return nil, fmt.Errorf("%w: the file is empty", errCorrupt)
-	}
-	for _, path := range []string{sh.path, sh.path + "-wal", sh.path + "-shm"} {
-		if err := tryOpen(path); err != nil {
-			return nil, err
-		}
 	}
 	r, err := recordOf(sh.writer)
 	if err != nil {
@@ -3642,6 +3658,9 @@ func (sh *shard) close() error {
 			sh.store.log.Warn("the WAL stays, the next start reads it",
 				"shard", sh.index, "error", walErr)
 		}
+	}
+	if sh.syncFailed { // just now
+		return err
 	}
 	return errors.Join(err, sh.writer.Close())
 }
@@ -3863,6 +3882,9 @@ func scanToFolder(rows *sql.Rows, l listing) (page []listed, next string, err er
 	defer rows.Close()
 	for rows.Next() {
 		b, key, err := scanBlob(rows)
+		if errors.Is(err, errDamaged) {
+			err = fmt.Errorf("key %q: %w", key, err)
+		}
 		if err != nil {
 			return nil, "", err
 		}
@@ -4047,7 +4069,7 @@ func (sh *shard) submit(o *op) error {
 	if err := sh.store.acquire(o.cost); err != nil {
 		return err
 	}
-	return sh.batcher.add(o) // it fails only after a stop: then nobody looks at pending any more
+	return sh.batcher.add(o) // it fails only when the store is closed: pending is of no use any more
 }
 
 // acquire adds n bytes to pending; finish subtracts them. It returns errBusy if there is no room
@@ -4291,9 +4313,9 @@ func (q *batcher) take() (batch []*op, wait time.Duration, ended bool) {
 }
 
 // ==== Writer =====================================================================================
-// The SQL of writes, on one connection with everything prepared: BEGIN and COMMIT too, because
-// database/sql's transactions prepare each statement again. Only the batcher's goroutine uses it.
-// No request's context comes here: a cancelled one would discard the connection.
+// The SQL of writes, on one connection. The statements of a batch are prepared, BEGIN and COMMIT
+// too, because database/sql's transactions prepare each statement again. Only the batcher's
+// goroutine uses the connection. No request's context comes here: a cancelled one would discard it.
 //
 // Four levels: runBatch decides what follows a failure, tryAlone repeats an attempt at one
 // operation where that helps, tryBatch is one attempt at a batch, and inTransaction is one
@@ -4353,9 +4375,9 @@ func (sh *shard) inTransaction(f func(*tx) error) error {
 			t.err = err
 		}
 		t.exec("COMMIT") // does nothing after an error
-		if t.err != nil {
-			sh.writer.Exec("ROLLBACK") // fails if SQLite has rolled back already
-		}
+	}
+	if t.err != nil {
+		sh.writer.Exec("ROLLBACK") // fails if nothing was begun, or SQLite has rolled back already
 	}
 	sh.written += sh.pagesWritten() * sh.pageBytes
 	return sh.recordOutcome(t.err)
@@ -4453,9 +4475,14 @@ func (sh *shard) checkpointIfDue() {
 		sh.truncateWAL()
 		return
 	}
-	_, err := sh.writer.Exec("PRAGMA wal_checkpoint(PASSIVE)")
+	var busy, total, copied int64 // 0 or 1, pages of the WAL, pages that are in the database now
+	row := sh.writer.QueryRow("PRAGMA wal_checkpoint(PASSIVE)")
+	err := row.Scan(&busy, &total, &copied)
 	if err != nil { // without one it may have done nothing, which does not make the shard ready
 		sh.recordOutcome(err)
+	}
+	if copied < total { // a reader was in the way: try again soon, else the WAL grows without end
+		sh.checkpointed -= due - due/8
 	}
 }
 
@@ -4680,8 +4707,8 @@ func (t *tx) putBlob(key string, b *blob, p *putOptions) error {
 	row.updated = now
 	if !b.chunked() {
 		row.id = t.shard.nextID.Add(1)
-		// The first way: one statement, which leaves a row that it replaces its id. It nearly
-		// always does. The second way alone would take 10 % longer.
+		// The first way: one statement. A row that it replaces keeps its id. This does for nearly
+		// all writes, which would take 10 % longer in the second way.
 		if p.copyOf == nil && p.conditions == (conditions{}) {
 			isStored := t.upsert(key, &row)
 			if isStored || t.err != nil {
@@ -4690,13 +4717,13 @@ func (t *tx) putBlob(key string, b *blob, p *putOptions) error {
 		}
 	}
 	// The second way: the old row is deleted, and a new one made.
-	old, err := t.vacate(key, now, p.conditions)
+	replaced, err := t.vacate(key, now, p.conditions)
 	if err != nil {
 		return err
 	}
-	if old != nil {
-		row.created = old.created
-		row.version = old.version + 1
+	if replaced != nil {
+		row.created = replaced.created
+		row.version = replaced.version + 1
 	}
 	if original := p.copyOf; original != nil {
 		row.created = original.created
@@ -5304,7 +5331,7 @@ func (sh *shard) blobs() int64 {
 	if time.Since(sh.counted) > time.Minute {
 		sh.counted = time.Now()
 		row := sh.readers.QueryRow("SELECT count(*) FROM blobs")
-		sh.noteReadError(row.Scan(&sh.count))
+		row.Scan(&sh.count) // after an error the last count stays
 	}
 	return sh.count
 }
@@ -5369,8 +5396,9 @@ const (
 	lookQuery = `SELECT EXISTS (SELECT 1 FROM blobs WHERE expires_at <= ?)
 		OR EXISTS (SELECT 1 FROM orphans), freelist_count, page_count
 		FROM pragma_freelist_count, pragma_page_count`
-	expiredQuery = `SELECT id, key, size FROM blobs WHERE expires_at <= ?
-		ORDER BY expires_at, id LIMIT ?`
+	// A size that is damaged may be that of a blob in chunks.
+	expiredQuery = `SELECT id, key, iif(typeof(size) = 'integer', size, 1 << 40) FROM blobs
+		WHERE expires_at <= ? ORDER BY expires_at, id LIMIT ?`
 	sweepQuery = `DELETE FROM chunks WHERE id IN
 		(SELECT id FROM chunks WHERE id >= ?1 << 20 AND id < (?1 + 1) << 20 LIMIT ?2)`
 )
@@ -5482,8 +5510,8 @@ func (sh *shard) sweep(now int64) (bool, error) {
 	if err != nil {
 		return false, sh.recordOutcome(err)
 	}
-	// It is chosen before the transaction: until the COMMIT, a reader may still find a row that
-	// becomes an orphan in it.
+	// The orphan is chosen before the transaction, which itself makes orphans: until its COMMIT,
+	// readers may find their rows and hold them.
 	orphan, err := sh.unusedOrphan()
 	if err != nil {
 		return false, sh.recordOutcome(err)
@@ -5989,7 +6017,7 @@ func (d *dataDir) checkStructure(ctx context.Context, s *source) error {
 	for rows.Next() {
 		var text string
 		if err := rows.Scan(&text); err != nil {
-			return err
+			return schemaError(err)
 		}
 		d.defect(s.index, "%s", text)
 	}
@@ -6310,6 +6338,10 @@ func (m *migration) fill(ctx context.Context, cfg *config, lock *sql.DB) error {
 	if err != nil {
 		return err
 	}
+	didSyncFail := func(sh *shard) bool { return sh.syncFailed }
+	if slices.ContainsFunc(st.shards, didSyncFail) { // the next sync would not tell any more
+		return errors.New("a sync of the disk failed; run migrate again")
+	}
 	if m.lacking > 0 {
 		return fmt.Errorf("the copy lacks %d blobs, listed above; "+
 			"rename the key, restore the blob, or delete it", m.lacking)
@@ -6463,12 +6495,13 @@ func (s *server) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 		s.pairError = ""
 		return s.pair, nil
 	}
-	if s.pair == nil {
-		return nil, err
-	}
 	if err.Error() != s.pairError {
 		s.pairError = err.Error()
-		s.log.Warn("the certificate cannot be read again; the last one stays in use", "error", err)
+		s.log.Warn("the certificate cannot be read; the last one stays in use, if there was one",
+			"error", err)
+	}
+	if s.pair == nil {
+		return nil, err
 	}
 	return s.pair, nil
 }

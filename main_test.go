@@ -2764,8 +2764,32 @@ func TestDeleteOfDamagedRow(t *testing.T) {
 		PUT       /blob/k  {noise 2C}
 		sql       data/shard_0.db  UPDATE blobs SET size = 'x'
 		GET       /blob/k                -> 500  ~the blob is damaged
+		GET       /blob/                 -> 500  ~the blob is damaged
+		log       error="key \"k\": the blob is damaged -> 1
+		log       level=ERROR msg=request      -> 2
 		DELETE    /blob/k                -> 204
-		wait sql  data  `+unswept+`  -> 0
+		wait sql  data  `+unswept+`      -> 0
+		# One that expires is swept, too.
+		PUT       /blob/l?ttl=1h  {noise 2C}
+		sql       data/shard_0.db  UPDATE blobs SET size = 'x', expires_at = 1
+		wait sql  data  `+unswept+`      -> 0
+		GET       /readyz                -> 200
+	`)
+}
+
+// A shard in which a value is of the wrong type is corrupt, alone. check goes on with the others.
+func TestValueOfWrongType(t *testing.T) {
+	script(t, `
+		serve
+		PUT    /blob/k  v
+		stop
+		sql    {shard other}  UPDATE meta SET value = 'x' WHERE key = 'num_shards'
+		blobnom check data        -> 1  ~{home other}shard is corrupt  ~: 4 shards, 1 blobs
+		serve
+		GET    /blob/k            -> 200  v
+		GET    /blob/other        -> 500  shard is corrupt
+		stop
+		remove data
 	`)
 }
 
@@ -3794,6 +3818,7 @@ func TestTLS(t *testing.T) {
 		remove  cert.pem
 		GET     /healthz           -> none
 		wait    log level=DEBUG msg="http: TLS handshake error  -> 1  ~cert.pem: no such file
+		log     level=WARN         -> 1  ~certificate cannot be read
 		copy    old.pem  cert.pem
 		PUT     /blob/k  {noise 3C}  -> 201
 		GET     /blob/k            -> 200  {noise 3C}
@@ -3804,18 +3829,18 @@ func TestTLS(t *testing.T) {
 		copy    old.key  cert.pem
 		GET     /healthz           -> 200
 		GET     /healthz           -> 200
-		log     level=WARN         -> 1  ~certificate cannot be read again
+		log     level=WARN         -> 2
 		# another error, another warning
 		remove  cert.pem
 		GET     /healthz           -> 200
-		log     level=WARN         -> 2
+		log     level=WARN         -> 3
 		# the new certificate
 		copy    new.pem  cert.pem
 		copy    new.key  cert.key
 		GET     /healthz           -> none  ~certificate
 		trust   new.pem  HTTP/1
 		GET     /healthz           -> 200
-		log     level=WARN         -> 2
+		log     level=WARN         -> 3
 	`)
 }
 
