@@ -2578,15 +2578,15 @@ var digestForm = regexp.MustCompile(`(?i)(?:^|,)[ \t]*(sha-256|sha-512)=(?::([a-
 // of the first two must have a SHA-256 or a SHA-512. Digests with other names are ignored.
 func digestsOf(h http.Header) (found []digest, err error) {
 	for _, name := range []string{"Repr-Digest", "Content-Digest"} {
+		if len(h[name]) == 0 {
+			continue
+		}
 		members := digestForm.FindAllStringSubmatch(strings.Join(h[name], ","), -1)
-		form := badRequest("%s must be sha-256=:BASE64: or sha-512=:BASE64:", name)
-		if len(h[name]) > 0 && members == nil {
-			return nil, form
+		isMalformed := func(parts []string) bool { return parts[2] == "" }
+		if members == nil || slices.ContainsFunc(members, isMalformed) {
+			return nil, badRequest("%s must be sha-256=:BASE64: or sha-512=:BASE64:", name)
 		}
 		for _, parts := range members {
-			if parts[2] == "" {
-				return nil, form
-			}
 			found = append(found, digest{strings.ToLower(parts[1]), parts[2]})
 		}
 	}
