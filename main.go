@@ -1046,7 +1046,7 @@ func webOrigin(value any) string {
 func (s setting) parse(text string) any {
 	switch s.field.(type) {
 	case *int64:
-		// The base 0 reads 1_000_000 and 0x10, as TOML does.
+		// The base 0 reads 1_000_000 and 0x10, as TOML does. It takes 010 for 8.
 		if value, err := strconv.ParseInt(text, 0, 64); err == nil {
 			return value
 		}
@@ -2067,9 +2067,10 @@ func (s *server) blobRoot(w *response, r *http.Request) error {
 	return errNoRoute
 }
 
-// answerMissing answers a GET of a key without a blob. A browser is redirected to the folder with
-// that name, if there are blobs in it. Other clients are told how to list the folder, even if it is
-// empty: to look for it in each shard would make a 404 up to twenty times slower.
+// answerMissing answers a GET of a key without a blob. A browser is shown the folder with that
+// name, or redirected to it, if there are blobs in it. Other clients are told how to list the
+// folder, even if it is empty: to look for it in each shard would make a 404 up to twenty times
+// slower.
 func (s *server) answerMissing(w *response, r *http.Request, key string) error {
 	w.Header().Set("Vary", "Accept")
 	folder := strings.TrimSuffix(key, "/") + "/"
@@ -3967,24 +3968,24 @@ func (sh *shard) receive(body io.Reader, b *blob, p *putOptions) error {
 	if err != nil {
 		return err
 	}
-	b.data = b.packFirst(first, sh.store.deflate)
+	packed := b.packFirst(first, sh.store.deflate)
 	if more {
-		b.data, err = sh.upload(chunks, b)
+		packed, err = sh.upload(chunks, b, packed)
 	}
 	if err != nil {
 		return err
 	}
-	hash.Sum(b.sum[:0])
+	b.data = packed
+	copy(b.sum[:], hash.Sum(nil))
 	return p.verify(b.sum[:])
 }
 
 // upload stores the chunks of a content of more than one, except the last chunk, which it returns
-// packed. The first one is in b.data. While the batcher stores a chunk, upload reads the next one
+// packed. The first one is in packed. While the batcher stores a chunk, upload reads the next one
 // and packs it. It gives b an id, and holds the content: put releases it.
-func (sh *shard) upload(chunks *chunkReader, b *blob) (last []byte, err error) {
+func (sh *shard) upload(chunks *chunkReader, b *blob, packed []byte) (last []byte, err error) {
 	b.id = sh.nextID.Add(1)
 	sh.hold(b.id)
-	packed := b.data
 	for sequence := int64(0); ; sequence++ {
 		o := sh.chunkOp(b.id, sequence, packed)
 		if err := sh.submit(o); err != nil {
@@ -4968,7 +4969,7 @@ type blobReader struct {
 	skip      int64  // bytes of the next chunk before the position
 	unread    []byte // loaded and not yet read; it may be the cache's: not to be changed
 	stored    int64  // bytes of the chunks so far, as they are stored; for a source
-	crc       uint32 // of the chunks so far, as the client sees them
+	crc       uint32 // of the chunks so far, as the client sees them: see decode
 	isPartial bool   // it does not begin with the first chunk
 }
 
@@ -5077,9 +5078,11 @@ func (br *blobReader) fetch() ([]byte, error) {
 		}
 	}
 	size := int64(len(data))
-	isWrong := size != br.chunkLen()
-	if b.deflated { // of one of several chunks no row has the length: inflate or the client finds out
-		isWrong = !b.chunked() && size != b.stored
+	isWrong := false
+	if !b.deflated {
+		isWrong = size != br.chunkLen()
+	} else if !b.chunked() { // else no row has the length: inflate or the client finds out
+		isWrong = size != b.stored
 	}
 	if isWrong {
 		const text = "%w: chunk %d of content %d has %d bytes"
