@@ -3492,9 +3492,9 @@ func openShard(st *store, i int, cfg *config) (*shard, *record, error) {
 	err := sh.tryFiles()
 	if err == nil {
 		r, err = sh.open()
-	}
-	if isCorrupt(err) {
-		r, err = sh.open() // SQLite may have said so of one read that failed
+		if isCorrupt(err) {
+			r, err = sh.open() // SQLite may have said so of one read that failed
+		}
 	}
 	if err == nil {
 		return sh, r, nil
@@ -3537,6 +3537,9 @@ func readAll(path string) error {
 // tryFiles returns why a file of the shard cannot be opened. SQLite must not have them open: see
 // readAll.
 func (sh *shard) tryFiles() error {
+	if sizeOf(sh.path) == 0 { // opening it would delete a WAL that may hold everything
+		return fmt.Errorf("%w: the file is empty", errCorrupt)
+	}
 	for _, path := range []string{sh.path, sh.path + "-wal", sh.path + "-shm"} {
 		if err := tryOpen(path); err != nil {
 			return err
@@ -3547,9 +3550,6 @@ func (sh *shard) tryFiles() error {
 
 // open reads the shard's record and prepares its statements.
 func (sh *shard) open() (*record, error) {
-	if sizeOf(sh.path) == 0 { // opening it would delete a WAL that may hold everything
-		return nil, fmt.Errorf("%w: the file is empty", errCorrupt)
-	}
 	r, err := recordOf(sh.writer)
 	if err != nil {
 		return nil, err
@@ -4409,9 +4409,9 @@ func (sh *shard) recordOutcome(err error) error {
 		sh.store.reserve.setFull(err)
 		return err
 	}
-	isCorrupt := errors.Is(err, errCorrupt)
-	isFirst := isCorrupt && !sh.wasCorrupt
-	sh.wasCorrupt = isCorrupt
+	isDamage := errors.Is(err, errCorrupt)
+	isFirst := isDamage && !sh.wasCorrupt
+	sh.wasCorrupt = isDamage
 	if isFirst {
 		return err
 	}
